@@ -1,0 +1,1 @@
+"""Numba CPU kernels: arrays in, arrays out; they import nothing else of this project."""

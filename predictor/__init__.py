@@ -1,0 +1,1 @@
+"""Low-rank MLP predictors of which FFN neurons will fire: their training, sizing and report."""

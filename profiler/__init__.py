@@ -1,0 +1,1 @@
+"""Offline profiling: calibration batches, activation recording, hardware measurement."""

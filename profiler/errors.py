@@ -1,0 +1,41 @@
+"""The exceptions that a user can meet. `hybrid.errors` is their public home and re-exports them.
+
+They are defined here because imports go one way and every package above may raise them. Each message is one
+line: what was found, what was expected, what to do next.
+"""
+
+
+class HybridError(Exception):
+    """A failure while running. The command line prints its message as one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InputError(HybridError):
+    """Bad usage or bad input: nothing was changed, and a corrected call can succeed."""
+
+    exit_code = 2
+
+
+class ModelError(InputError):
+    """A model folder that cannot be loaded: missing, truncated, incomplete, or of an arithmetic not known here."""
+
+
+class CorpusError(InputError):
+    """A corpus that is missing, empty, binary, malformed or too short."""
+
+
+class ArtifactError(InputError):
+    """An artefact that is missing, corrupt, of a newer format, or that could not be written."""
+
+
+class ArtifactMismatchError(ArtifactError):
+    """An artefact made for another model, or from other inputs than those in use."""
+
+
+class BudgetError(InputError):
+    """A VRAM budget that is not a size, is negative, or is beyond any machine."""
+
+
+class ContextError(InputError):
+    """A prompt or context longer than the model or the KV cache holds."""
