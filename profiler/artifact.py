@@ -7,6 +7,7 @@ to disk and renamed, so a killed command leaves the old file or none.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import struct
@@ -44,6 +45,12 @@ class ArtifactHeader:
     made_from: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     package_version: str = field(default_factory=package_version)
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that identify what the artefact was made from; made again from the same, it is the same."""
+        identity = json.dumps([self.kind, self.model_fingerprint, self.made_from], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def check(self, path: Path, kind: str, fingerprint: str | None, repair: str) -> None:
         """Raise unless this header is of `kind`, of a known format and, when given, of the model `fingerprint`."""

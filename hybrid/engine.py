@@ -1,0 +1,278 @@
+"""`Engine`: a loaded model that answers. Prefill, decode, the KV cache across calls, stop conditions, statistics.
+
+Everything runs on the calling thread but the kernels, which share the engine's `WorkerPool`. An engine serves one
+answer at a time; a generator that is closed early leaves it ready for the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+
+from cpu_kernels.worker_pool import WorkerPool, available_cpus
+from hybrid.bundle import Bundle
+from hybrid.errors import ContextError, InputError
+from hybrid.ffn import STRATEGIES, FFNCounters, FFNRuntime, Strategy
+from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
+from hybrid.kv_cache import KVCache
+from hybrid.loader import ModelFolder
+from hybrid.model import Transformer
+from hybrid.sampling import Sampler
+from hybrid.text import Message, StreamDecoder, TextCodec, generation_defaults
+from placement.placement import Placement
+from predictor.bank import PredictorBank
+
+PREFILL_CHUNK = 256
+EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model; checked when built.
+
+    sparsity: a strategy, or `auto`: `learned` where the activation fires sparsely and `dense` where it does not.
+    context: tokens that the KV cache holds, by default the model's. threads: CPU threads, by default all available.
+    bundle: the folder of the artefacts, by default the model's own.
+    """
+
+    sparsity: str = "auto"
+    context: int | None = None
+    threads: int | None = None
+    bundle: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity not in ("auto", *STRATEGIES):
+            raise InputError(f"unknown sparsity {self.sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
+        if self.context is not None and self.context < 1:
+            raise ContextError(f"context {self.context} is out of range, expected at least 1 token")
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise InputError(f"threads is {self.threads}, expected 1 to 1024; this machine offers {available_cpus()}")
+
+
+class Engine:
+    """A model, its tokenizer, its placement and one KV cache."""
+
+    def __init__(
+        self, model: Transformer, codec: TextCodec, runtime: FFNRuntime, placement: Placement, cache: KVCache
+    ) -> None:
+        self.model, self.codec, self.runtime, self.placement = model, codec, runtime, placement
+        self.settings, self.end_tokens, self.notice = SamplingSettings(), frozenset[int](), ""
+        self._cache, self._cached_tokens = cache, list[int]()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = EMBEDDED_MODEL,
+        config: EngineConfig | None = None,
+        placement: Placement | None = None,
+        bank: PredictorBank | None = None,
+    ) -> Engine:
+        """Load a Hugging Face model folder with its artefacts; `placement` and `bank` stand in for the stored ones.
+
+        Raises an `InputError` of some kind when the model, an artefact or the configuration cannot be used.
+        """
+        config = config or EngineConfig()
+        folder = ModelFolder.open(Path(model))
+        spec = folder.spec
+        strategy = choose_strategy(config.sparsity, spec.activation, spec.fires_sparsely)
+        bundle = Bundle(config.bundle) if config.bundle else Bundle.default_for(folder.path, spec)
+        cache = KVCache(spec, config.context or spec.max_context)
+        if strategy == "learned" and bank is None:
+            bank = PredictorBank.load(bundle.predictors, spec)
+        notice = "" if spec.fires_sparsely else f"{spec.activation} fires densely: every neuron is computed"
+        if placement is None:
+            placement, notice = _stored_placement(bundle, folder, strategy, notice)
+        codec = TextCodec(folder.path, spec.vocab_size)
+        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model)
+        torch.set_num_threads(runtime.pool.threads)
+        engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
+        engine.settings, ends = generation_defaults(folder.path)
+        engine.end_tokens = frozenset(ends or codec.eos_tokens())
+        engine.notice = notice
+        return engine
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self._cache.capacity
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        settings: SamplingSettings | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[GenerationStep]:
+        """Continue `prompt`, text or token ids, one step per token; `progress(done, total)` follows a long prefill.
+
+        Raises `ContextError` when the prompt leaves no room in the context.
+        """
+        tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._stream(tokens, settings or self.settings, progress)
+
+    def reply(self, messages: Sequence[Message], settings: SamplingSettings | None = None) -> Iterator[GenerationStep]:
+        """Answer a conversation. Keys and values of what it shares with the last call are reused."""
+        return self._stream(self.codec.encode_chat(messages), settings or self.settings, None)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Length of the prompt that `reply` would make of `messages`."""
+        return len(self.codec.encode_chat(messages))
+
+    def reset(self) -> None:
+        """Forget the KV cache."""
+        self._cache.truncate(0)
+        self._cached_tokens.clear()
+
+    def close(self) -> None:
+        """End the worker threads."""
+        self.runtime.pool.close()
+
+    def describe_placement(self) -> str:
+        """One line per layer: neurons hot and cold, and where the rest of the layer is."""
+        spec, placement = self.model.spec, self.placement
+        lines = ["layer   hot neurons  cold neurons  attention"]
+        for layer in range(spec.n_layers):
+            hot = int(placement.hot[layer])
+            where = "hot device" if placement.layer_on_gpu[layer] else "CPU"
+            lines.append(f"{layer:5}  {hot:12,}  {spec.d_ff - hot:12,}  {where}")
+        lines.append("Both devices are the CPU in this build.")
+        return "\n".join(lines)
+
+    def _stream(
+        self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
+    ) -> Iterator[GenerationStep]:
+        self._check_prompt(tokens)
+        return self._decode(tokens, settings, progress or (lambda done, total: None))
+
+    def _check_prompt(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise InputError("the prompt is empty, expected at least one token; write something")
+        if len(tokens) >= self.context:
+            raise ContextError(
+                f"prompt of {len(tokens)} tokens leaves no room in a context of {self.context}; "
+                "shorten it, or raise --context if the model allows"
+            )
+        top = self.model.spec.vocab_size
+        if min(tokens) < 0 or max(tokens) >= top:
+            raise InputError(f"token ids must be 0 to {top - 1}, got {min(tokens)} to {max(tokens)}")
+
+    def _decode(
+        self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
+    ) -> Iterator[GenerationStep]:
+        start = perf_counter()
+        sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop)
+        logits, reused = self._prefill(tokens, progress)
+        self.runtime.counters = FFNCounters()
+        seen, first = list(tokens), 0.0
+        for count in range(1, settings.max_new_tokens + 1):
+            token = sampler.pick(logits, seen)
+            seen.append(token)
+            now = perf_counter()
+            first = first or now
+            piece, finish = text.push(token, ended=token in self.end_tokens), self._finish(text, token, seen, count, settings)
+            if finish:
+                piece += text.rest(finish)
+            stats = self._stats(len(tokens), reused, count, first - start, now - first)
+            yield GenerationStep(piece, token, stats, finish)
+            if finish:
+                return
+            logits = self._forward([token])
+
+    def _finish(
+        self, text: AnswerText, token: int, seen: list[int], count: int, settings: SamplingSettings
+    ) -> FinishReason | None:
+        if text.stopped or token in self.end_tokens:
+            return "stop"
+        if count == settings.max_new_tokens:
+            return "length"
+        return "context" if len(seen) >= self.context else None
+
+    def _prefill(self, tokens: list[int], progress: Callable[[int, int], None]) -> tuple[torch.Tensor, int]:
+        """Logits after `tokens`, and how many of them were in the cache already."""
+        reused = 0
+        for cached, token in zip(self._cached_tokens, tokens[:-1], strict=False):
+            if cached != token:
+                break
+            reused += 1
+        self._cache.truncate(reused)
+        del self._cached_tokens[reused:]
+        logits = torch.empty(0)
+        for at in range(reused, len(tokens), PREFILL_CHUNK):
+            progress(at - reused, len(tokens) - reused)
+            logits = self._forward(tokens[at : at + PREFILL_CHUNK])
+        progress(len(tokens) - reused, len(tokens) - reused)
+        return logits, reused
+
+    def _forward(self, tokens: list[int]) -> torch.Tensor:
+        hidden = self.model(torch.tensor(tokens), self._cache)
+        self._cached_tokens += tokens
+        return self.model.logits(hidden[-1:])[0]
+
+    def _stats(self, prompt: int, reused: int, count: int, ttft: float, decode: float) -> GenerationStats:
+        counters = self.runtime.counters
+        fired = counters.fired_hot + counters.fired_cold
+        return GenerationStats(
+            prompt_tokens=prompt,
+            cached_tokens=reused,
+            generated_tokens=count,
+            ttft_seconds=ttft,
+            decode_seconds=decode,
+            active_share=counters.computed / counters.neurons if counters.neurons else None,
+            hot_share=counters.fired_hot / fired if fired else None,
+            predictor_seconds=counters.predictor_seconds,
+            attention_seconds=counters.attention_seconds,
+            ffn_seconds=counters.ffn_seconds,
+        )
+
+
+class AnswerText:
+    """Tokens to text that may be shown: whole characters, nothing from a stop string on."""
+
+    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
+        self._decoder, self._stop, self._held = StreamDecoder(codec), stop, ""
+        self.stopped = False
+
+    def push(self, token: int, ended: bool) -> str:
+        """Text to show now that `token` came; an end token has none."""
+        return "" if ended else self._release(self._decoder.push(token))
+
+    def rest(self, finish: FinishReason) -> str:
+        """What is still held back when the answer ends."""
+        shown = "" if self.stopped else self._release(self._decoder.flush())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        return shown + rest
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        # Hold back an ending that may be the start of a stop string.
+        keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def choose_strategy(sparsity: str, activation: str, fires_sparsely: bool) -> Strategy:
+    """The strategy that `sparsity` means for a model. Raises `InputError` for a sparse one where nothing is sparse."""
+    if sparsity == "auto":
+        return "learned" if fires_sparsely else "dense"
+    for strategy in STRATEGIES:
+        if strategy == sparsity:
+            if strategy != "dense" and not fires_sparsely:
+                raise InputError(f"{activation} fires densely, so --sparsity {sparsity} has no meaning; use dense")
+            return strategy
+    raise InputError(f"unknown sparsity {sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
+
+
+def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notice: str) -> tuple[Placement, str]:
+    """The bundle's placement; `learned` needs one, the others run all-cold without, and say so."""
+    if strategy == "learned" or bundle.placement.is_file():
+        return Placement.load(bundle.placement, folder.spec), notice
+    reason = "no placement yet (`hybrid place` makes one): all neurons are cold"
+    return Placement.all_cold(folder.spec), f"{notice}; {reason}" if notice else reason
+

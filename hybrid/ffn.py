@@ -1,0 +1,178 @@
+"""`HybridFFN`: one layer's FFN, split between its hot and its cold neurons and merged once.
+
+Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`):
+  dense    every neuron is computed: the truth that the others are held against;
+  exact    every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
+  learned  a low-rank predictor names the neurons that will fire, and only those are computed.
+
+Prefill of several tokens is dense whatever the strategy, as nearly every neuron fires for some token. Evaluation sets
+`token_by_token`, and every token is then treated as in decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from cpu_kernels.activations import activate_ref
+from cpu_kernels.lanes import kernel_view
+from cpu_kernels.low_rank import predict_rows
+from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
+from cpu_kernels.worker_pool import WorkerPool
+from predictor.low_rank import LowRankPredictor
+
+Strategy = Literal["dense", "exact", "learned"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+# Rows widened to f32 at a time in prefill: 64 MB at d=4096, and large enough for GEMM to run at full speed.
+_GEMM_ROWS = 4096
+
+
+@dataclass
+class FFNCounters:
+    """Sums over layers and decode steps since they were reset: neurons, and seconds of wall clock."""
+
+    neurons: int = 0
+    computed: int = 0
+    fired_hot: int = 0
+    fired_cold: int = 0
+    predictor_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    ffn_seconds: float = 0.0
+
+
+@dataclass
+class FFNRuntime:
+    """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters."""
+
+    strategy: Strategy
+    pool: WorkerPool
+    d_model: int
+    token_by_token: bool = False
+    counters: FFNCounters = field(default_factory=FFNCounters)
+
+    def __post_init__(self) -> None:
+        self.scratch = SparseFFNScratch(self.d_model, self.pool.threads)
+
+
+@dataclass(frozen=True)
+class FFNTensors:
+    """One layer's FFN as it is stored: gate and up [f, d], down [f, d] (transposed), biases; neuron-major."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+class Activation(nn.Module):
+    """The activation as a module of its own, so that a profiler can hook what comes out of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return activate_ref(self.name, z)
+
+
+class HybridFFN(nn.Module):
+    """FFN of one layer. Neurons lie in the placement's order, the first `hot` of them owned by the hot device."""
+
+    def __init__(
+        self,
+        tensors: FFNTensors,
+        activation: str,
+        hot: int,
+        predictor: LowRankPredictor | None,
+        runtime: FFNRuntime,
+    ) -> None:
+        super().__init__()
+        self.tensors, self.hot, self.predictor, self.runtime = tensors, hot, predictor, runtime
+        self.act = Activation(activation)
+        self.view = FFNView.of(
+            tensors.gate, tensors.up, tensors.down, tensors.gate_bias, tensors.up_bias, activation
+        )
+        neurons = tensors.up.shape[0]
+        self._all = np.arange(neurons, dtype=np.int32)
+        self._rows = np.empty(neurons, np.int32)
+        if predictor is not None:
+            self._fc = [kernel_view(t) for t in (predictor.fc1, predictor.b1, predictor.fc2, predictor.b2)]
+            self._hidden = np.empty(predictor.b1.shape[0], np.float32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [t, d] f32 after the norm; returns [t, d] f32."""
+        if x.shape[0] > 1 and not self.runtime.token_by_token:
+            return self._gemm(x)
+        start = perf_counter()
+        rows, offsets = self._select(x)
+        chosen = perf_counter()
+        out = self._hot_and_cold(x, rows, offsets)
+        if self.tensors.down_bias is not None:
+            out += self.tensors.down_bias
+        counters = self.runtime.counters
+        counters.predictor_seconds += chosen - start
+        counters.ffn_seconds += perf_counter() - chosen
+        return out
+
+    def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
+        tokens = x.shape[0]
+        if self.runtime.strategy != "learned":
+            rows = np.tile(self._all, tokens)
+            return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size
+        if self.predictor is None:
+            raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
+        if tokens == 1:
+            count = predict_rows(x.numpy()[0], *self._fc, self.predictor.threshold, self._hidden, self._rows)
+            return self._rows[:count], np.array([0, count], np.int64)
+        mask = self.predictor.mask(x).numpy()
+        return np.nonzero(mask)[1].astype(np.int32), np.concatenate(([0], mask.sum(1).cumsum())).astype(np.int64)
+
+    def _hot_and_cold(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """Each side computes its own neurons apart; their sums meet once."""
+        counters, skip = self.runtime.counters, self.runtime.strategy != "dense"
+        is_hot = rows < self.hot
+        sides = []
+        for side in (is_hot, ~is_hot):
+            out = np.zeros(tuple(x.shape), np.float32)
+            before = np.concatenate(([0], np.cumsum(side)))[offsets]
+            fired = sparse_ffn(
+                self.view, x.numpy(), rows[side], before, out, self.runtime.scratch, self.runtime.pool, skip
+            )
+            sides.append((torch.from_numpy(out), fired))
+        (hot, fired_hot), (cold, fired_cold) = sides
+        counters.neurons += x.shape[0] * self._all.size
+        counters.fired_hot += fired_hot
+        counters.fired_cold += fired_cold
+        counters.computed += fired_hot + fired_cold if self.runtime.strategy == "exact" else rows.size
+        return hot + cold
+
+    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
+        """All neurons for several tokens, in f32 GEMMs over blocks of neurons, hot and cold summed apart."""
+        neurons = self._all.size
+        hot, cold = self._gemm_range(x, 0, self.hot), self._gemm_range(x, self.hot, neurons)
+        out = hot + cold
+        return out if self.tensors.down_bias is None else out + self.tensors.down_bias
+
+    def _gemm_range(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for start in range(first, last, _GEMM_ROWS):
+            block = slice(start, min(start + _GEMM_ROWS, last))
+            out += self._hidden_block(x, block) @ self.tensors.down[block].float()
+        return out
+
+    def _hidden_block(self, x: torch.Tensor, block: slice) -> torch.Tensor:
+        def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return nn.functional.linear(x, weight[block].float(), None if bias is None else bias[block].float())
+
+        t = self.tensors
+        up = project(t.up, t.up_bias)
+        return self.act(up) if t.gate is None else self.act(project(t.gate, t.gate_bias)) * up

@@ -1,0 +1,169 @@
+"""What generation takes and yields: sampling settings in, one step per token out.
+
+The engine fills these; chat, generate, bench and server read them, so a number means the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from hybrid.errors import InputError
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counters of one answer up to and including the step that carries them; times are seconds of wall clock.
+
+    `prompt_tokens` includes the `cached_tokens` whose keys and values were reused. `ttft_seconds` runs from the call to
+    the first token, `decode_seconds` from the first token on. `active_share` is the mean share of the FFN neurons that
+    were computed and `hot_share` the share of firings that hot neurons served, both over decode steps; None where there
+    was no decode step to measure.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    active_share: float | None = None
+    hot_share: float | None = None
+    predictor_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    ffn_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed: tokens after the first, over `decode_seconds`; 0 when there was no second token."""
+        if self.generated_tokens < 2 or self.decode_seconds <= 0:
+            return 0.0
+        return (self.generated_tokens - 1) / self.decode_seconds
+
+    def summary(self) -> str:
+        """One line for people: tokens, tok/s, TTFT, neurons computed, share served hot, and where the time went."""
+        parts = [
+            f"{self.generated_tokens} tokens",
+            f"{self.tokens_per_second:.1f} tok/s",
+            f"TTFT {self.ttft_seconds:.2f} s",
+            f"neurons active {_percent(self.active_share)}",
+            f"served hot {_percent(self.hot_share)}",
+            f"predictor {self.predictor_seconds:.2f} s",
+            f"attention {self.attention_seconds:.2f} s",
+            f"FFN {self.ffn_seconds:.2f} s",
+        ]
+        return " | ".join(parts)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """One generated token: the `text` that became printable with it, which may be empty, and the counters so far.
+
+    `finish` is None on every step but the last: `stop` (end token or stop string), `length` (`max_new_tokens`) or
+    `context` (the KV cache is full).
+    """
+
+    text: str
+    token: int
+    stats: GenerationStats
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to pick tokens and when to end; checked when built, raising `InputError` with one line.
+
+    Temperature 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 each switch that filter off.
+    `seed` None draws a new one per answer. The text from the first `stop` string on is not shown.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            if not rule.accepts(value):
+                raise InputError(f"{name} is {value!r}, expected {rule.expected}")
+
+    @property
+    def greedy(self) -> bool:
+        """True when the most likely token is always taken, so that the other filters and the seed do not matter."""
+        return self.temperature == 0
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The settings that `with_value` takes, in the order they are declared."""
+        return tuple(item.name for item in fields(cls))
+
+    def with_value(self, name: str, text: str) -> SamplingSettings:
+        """A copy with the setting `name` parsed from `text`, as a user types it.
+
+        `seed` and `stop` take `none`; `stop` takes one string as it stands, or a JSON list of strings.
+        Raises `InputError` for an unknown name, or a value that does not parse or is out of range.
+        """
+        if name not in _RULES:
+            raise InputError(f"unknown setting {name!r}, expected one of: {', '.join(self.names())}")
+        rule = _RULES[name]
+        try:
+            value = rule.parse(text.strip())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{name} is {text.strip()!r}, expected {rule.expected}") from error
+        return replace(self, **{name: value})
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How one setting is read from a user's text, which values it may have, and how an error says so."""
+
+    parse: Callable[[str], Any]
+    accepts: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    # The seed and the counts go into 64-bit fields further down.
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_stop(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+
+
+def _parse_seed(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def _parse_stop(text: str) -> tuple[str, ...]:
+    if text.lower() == "none":
+        return ()
+    return tuple(json.loads(text)) if text.startswith("[") else (text,)
+
+
+_RULES = {
+    "temperature": _Rule(float, lambda v: _is_number(v) and 0 <= v <= 100, "a number from 0 (greedy) to 100"),
+    "top_k": _Rule(int, lambda v: _is_integer(v, 0), "an integer, 0 (off) or more"),
+    "top_p": _Rule(float, lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1 (off)"),
+    "min_p": _Rule(float, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (off) to below 1"),
+    "repetition_penalty": _Rule(float, lambda v: _is_number(v) and 0 < v <= 100, "a number above 0 to 100; 1 is off"),
+    "seed": _Rule(_parse_seed, lambda v: v is None or _is_integer(v, 0), "none, or an integer, 0 or more"),
+    "max_new_tokens": _Rule(int, lambda v: _is_integer(v, 1), "an integer, 1 or more"),
+    "stop": _Rule(_parse_stop, _is_stop, 'none, a string, or a JSON list of strings such as ["\\n\\n"]'),
+}

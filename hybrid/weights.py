@@ -1,0 +1,124 @@
+"""Reading a model's safetensors: one file or many shards, memory-mapped, checked, and fingerprinted.
+
+The fingerprint hashes the configuration, every tensor's name, type and shape, and 12 KiB of each tensor's bytes
+(its start, middle and end), so that a fine-tuned copy has another one and a 100 GB model takes under a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hybrid.config import read_json
+from hybrid.errors import ModelError
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: file, type name as safetensors has it, shape, and first and last byte in the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Checkpoint:
+    """The tensors of a model folder by name. Opening reads headers only; `tensor` maps one tensor's bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `ModelError` when no safetensors are there, a shard is missing, or a file is truncated."""
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        for path in _shards(folder):
+            self.infos.update(_read_header(path))
+        self._open: dict[Path, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.infos
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor `name`, in its stored type. Raises `ModelError` when missing or not of `shape`."""
+        info = self.infos.get(name)
+        if info is None:
+            raise ModelError(f"{self.folder} has no tensor '{name}'; the checkpoint is incomplete for its config.json")
+        if info.shape != shape:
+            raise ModelError(
+                f"{info.path}: tensor '{name}' has shape {list(info.shape)}, config.json asks for {list(shape)}"
+            )
+        if info.dtype not in DTYPES:
+            raise ModelError(f"{info.path}: tensor '{name}' is {info.dtype}; supported are bf16, f16 and f32")
+        try:
+            if info.path not in self._open:
+                self._open[info.path] = safe_open(info.path, framework="pt")
+            return self._open[info.path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{info.path} is corrupt ({error}); fetch the model again") from error
+
+    def fingerprint(self, config: Mapping[str, Any]) -> str:
+        """16 hex digits that identify these weights under this configuration (see the module's docstring)."""
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self.infos):
+            info = self.infos[name]
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            size = info.end - info.start
+            with info.path.open("rb") as file:
+                for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+                    file.seek(info.start + offset)
+                    digest.update(file.read(min(_SAMPLE, size)))
+        return digest.hexdigest()[:16]
+
+
+def _shards(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ModelError(f"model folder {folder} does not exist; give the path of a Hugging Face model folder")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index} has no 'weight_map'; fetch the model again")
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+        for path in paths:
+            if not path.is_file():
+                raise ModelError(f"shard {path.name} is missing from {folder}; {index.name} lists it, fetch it again")
+        return paths
+    if single.is_file():
+        return [single]
+    if list(folder.glob("*.bin")):
+        raise ModelError(f"{folder} holds .bin weights only; save the model as safetensors and try again")
+    raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; no weights to load")
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Tensor table of one safetensors file, checked against the file's size."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"its header wants {length} bytes of a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        base = 8 + length
+        infos = {
+            name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), *(base + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    last = max((info.end for info in infos.values()), default=base)
+    if last != size:
+        raise ModelError(f"{path} is truncated or padded: {size} bytes, its header says {last}; fetch it again")
+    return infos

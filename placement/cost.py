@@ -1,0 +1,197 @@
+"""Cost model: expected seconds of one decode step for any split of a model between CPU and GPU.
+
+Decoding one token is bound by memory, so a part takes the bytes that it reads over the bandwidth of the device
+that holds it, plus fixed costs. The hot and the cold neurons of a layer run at the same time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+
+from placement.plan import Choice, VramPlan
+from profiler.errors import InputError
+from profiler.hardware import HardwareProfile
+
+Strategy = Literal["dense", "exact", "learned"]
+
+ATTENTION_KERNELS = 4  # norm with QKV and RoPE, attention, output projection, norm before the FFN
+FFN_KERNELS = 2  # gate and up with the activation, then down
+_HANDOFF_VECTORS = 2  # FFN input to the CPU, partial sum back, f32
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Expected seconds of one decode step, by part.
+
+    `ffn` counts the slower device of each layer; a head on the CPU includes the hand-off that reaches it.
+    """
+
+    attention: float
+    predictor: float
+    ffn: float
+    handoff: float
+    head: float
+
+    @property
+    def seconds(self) -> float:
+        return self.attention + self.predictor + self.ffn + self.handoff + self.head
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1.0 / self.seconds
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """Expected decode time of `plan.spec` on `hardware`; raises `InputError` when the inputs do not fit together.
+
+    firing: float64 [n_layers, d_ff], activation frequency of each neuron in 0..1.
+    strategy: `dense` reads every row of a neuron. `exact` reads the first row (gate, or up where there is no gate)
+    of every neuron and the others when it fires. `learned` reads the first row of the neurons predicted to fire,
+    which are `predicted_ratio` times those that fire, and the others when it fires.
+    group_size: neurons of similar frequency that are placed together.
+
+    The time of a layer is max(expected GPU time, expected CPU time), a little below the expectation of the maximum.
+    """
+
+    plan: VramPlan
+    hardware: HardwareProfile
+    firing: np.ndarray
+    strategy: Strategy
+    predicted_ratio: float = 1.0
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        spec = self.plan.spec
+        if self.firing.shape != (spec.n_layers, spec.d_ff):
+            raise InputError(f"frequencies are {self.firing.shape}, this model has {(spec.n_layers, spec.d_ff)}")
+        if not ((self.firing >= 0) & (self.firing <= 1)).all():
+            raise InputError("activation frequencies must lie in 0..1; run: hybrid profile")
+        if self.strategy not in get_args(Strategy):
+            raise InputError(f"strategy is {self.strategy!r}, expected one of {', '.join(get_args(Strategy))}")
+        if not self.predicted_ratio > 0 or self.group_size < 1:
+            raise InputError("predicted_ratio must be above 0 and group_size at least 1")
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Neuron ids int32 [n_layers, d_ff], most often firing first; equal frequencies keep their order."""
+        return np.argsort(-self.firing, axis=1, kind="stable").astype(np.int32)
+
+    @cached_property
+    def group_counts(self) -> np.ndarray:
+        """Hot neurons int64 [n_groups + 1] when the first 0, 1, ... groups of a layer are hot."""
+        d_ff = self.plan.spec.d_ff
+        return np.append(np.arange(0, d_ff, self.group_size), d_ff)
+
+    @cached_property
+    def _read_bytes(self) -> np.ndarray:
+        """Expected bytes [n_layers, d_ff + 1] read per token from the first 0, 1, ... neurons of `order`."""
+        spec = self.plan.spec
+        fires = np.take_along_axis(self.firing, self.order, axis=1)
+        first = (spec.d_model + spec.ffn_bias) * spec.element_bytes
+        if self.strategy == "dense":
+            per_neuron = np.full_like(fires, spec.neuron_bytes)
+        elif self.strategy == "exact":
+            per_neuron = first + (spec.neuron_bytes - first) * fires
+        else:
+            predicted = np.minimum(1.0, fires * self.predicted_ratio)
+            per_neuron = first * predicted + (spec.neuron_bytes - first) * fires
+        return np.pad(np.cumsum(per_neuron, axis=1), ((0, 0), (1, 0)))
+
+    @cached_property
+    def _attention_bytes(self) -> np.ndarray:
+        """Bytes [n_layers] read by attention at the planned context; a sliding window bounds the keys read."""
+        spec, context = self.plan.spec, self.plan.context
+        tokens = np.full(spec.n_layers, context)
+        if spec.sliding_window is not None:
+            tokens[np.array(spec.sliding_layers, dtype=bool)] = min(context, spec.sliding_window)
+        return spec.layer_dense_bytes + tokens * spec.kv_bytes_per_layer(1, self.plan.kv_element_bytes)
+
+    @property
+    def handoff_seconds(self) -> float:
+        """One hand-off with its two vectors; 0 without a GPU."""
+        if not self.hardware.has_gpu:
+            return 0.0
+        vectors = _HANDOFF_VECTORS * self.plan.spec.d_model * 4
+        return self.hardware.handoff_seconds + vectors / self.hardware.pcie_bandwidth
+
+    def _read_by_first(self, hot: np.ndarray) -> np.ndarray:
+        """Bytes [n_layers, n] read from the first `hot` neurons (int64 [n_layers or 1, n])."""
+        return np.take_along_axis(
+            self._read_bytes, np.broadcast_to(hot, (self.plan.spec.n_layers, hot.shape[1])), axis=1
+        )
+
+    def _cold_seconds(self, hot: np.ndarray) -> np.ndarray:
+        """CPU time [n_layers, n] of the neurons after the first `hot`."""
+        read = self._read_bytes[:, -1:] - self._read_by_first(hot)
+        seconds = self.hardware.cpu_layer_seconds + read / self.hardware.cpu_read_bandwidth
+        return np.where(hot < self.plan.spec.d_ff, seconds, 0.0)
+
+    def _hot_seconds(self, hot: np.ndarray) -> np.ndarray:
+        """GPU time [n_layers, n] of the first `hot` neurons."""
+        read = self._read_by_first(hot)
+        seconds = FFN_KERNELS * self.hardware.gpu_launch_seconds + read / self.hardware.gpu_read_bandwidth
+        return np.where(hot > 0, seconds, 0.0)
+
+    def _layers_on_gpu(self, hot: np.ndarray) -> np.ndarray:
+        """Attention, predictor, FFN and hand-off seconds, stacked as [4, n_layers, n], for `hot` counts [.., n]."""
+        hardware, predictor_bytes = self.hardware, np.array(self.plan.predictor_bytes)
+        launches = ATTENTION_KERNELS * hardware.gpu_launch_seconds
+        attention = launches + self._attention_bytes / hardware.gpu_read_bandwidth
+        predictor = predictor_bytes / hardware.gpu_read_bandwidth + hardware.gpu_launch_seconds * (predictor_bytes > 0)
+        ffn = np.maximum(self._hot_seconds(hot), self._cold_seconds(hot))
+        handoff = np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
+        parts = (attention[:, None], predictor[:, None], ffn, handoff)
+        return np.stack([np.broadcast_to(part, ffn.shape) for part in parts])
+
+    def _layers_on_cpu(self, handoff: float) -> np.ndarray:
+        """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
+        bandwidth = self.hardware.cpu_read_bandwidth
+        attention = self._attention_bytes / bandwidth
+        predictor = np.array(self.plan.predictor_bytes) / bandwidth
+        ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
+        return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
+
+    def _head_seconds(self, handoff: float) -> tuple[float, float]:
+        """Head on the CPU, entered through `handoff` seconds, and head on the GPU."""
+        read, hardware = self.plan.spec.head_bytes, self.hardware
+        on_cpu = handoff + read / hardware.cpu_read_bandwidth
+        if not hardware.has_gpu:
+            return on_cpu, np.inf
+        return on_cpu, hardware.gpu_launch_seconds + read / hardware.gpu_read_bandwidth
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds float64 and bytes int64, both [n_layers + 1, n_groups + 2], of every option when the GPU is used.
+
+        Option 0 is the CPU; option 1 + k of a layer is the GPU with k hot groups. The last row is the head, whose
+        option 1 is the GPU; options that it lacks cost infinity. Raises `InputError` on hardware without a GPU.
+        """
+        self._require_gpu()
+        plan, counts = self.plan, self.group_counts[None, :]
+        shape = (plan.spec.n_layers + 1, counts.shape[1] + 1)
+        seconds, sizes = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+        seconds[:-1, :1] = self._layers_on_cpu(self.handoff_seconds).sum(axis=0)
+        seconds[:-1, 1:] = self._layers_on_gpu(counts).sum(axis=0)
+        sizes[:-1, 1:] = plan.layer_bytes[:, None] + plan.hot_bytes(counts)
+        seconds[-1, :2] = self._head_seconds(self.handoff_seconds)
+        sizes[-1, 1] = plan.head_bytes
+        return seconds, sizes
+
+    def evaluate(self, choice: Choice) -> StepTime:
+        """Expected time of one decode step under `choice`; with nothing on the GPU there is no hand-off."""
+        handoff = self.handoff_seconds if choice.uses_gpu else 0.0
+        parts = self._layers_on_cpu(handoff)[:, :, 0]
+        if choice.uses_gpu:
+            self._require_gpu()
+            parts = np.where(choice.layer_on_gpu, self._layers_on_gpu(choice.hot[:, None])[:, :, 0], parts)
+        attention, predictor, ffn, layer_handoff = (float(part) for part in parts.sum(axis=1))
+        head = self._head_seconds(handoff)[choice.head_on_gpu]
+        return StepTime(attention, predictor, ffn, layer_handoff, head)
+
+    def _require_gpu(self) -> None:
+        if not self.hardware.has_gpu:
+            raise InputError(f"hardware profile {self.hardware.name} has no GPU; use a budget of 0 or another profile")

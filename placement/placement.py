@@ -1,0 +1,220 @@
+"""`Placement`: the artefact that says which neurons, layers and head live on the GPU, and `place`, which makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from placement.cost import CostModel, Strategy
+from placement.plan import UNLIMITED, Choice, VramPlan
+from placement.solve import Solution, solve_greedy, solve_milp
+from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.errors import ArtifactError, BudgetError, InputError
+from profiler.hardware import HardwareProfile
+from profiler.spec import ModelSpec
+
+KIND = "placement"
+REPAIR = "hybrid place"
+_DTYPES = {"order": np.int32, "hot": np.int32, "layer_on_gpu": np.bool_, "head_on_gpu": np.bool_}
+
+Solver = Literal["milp", "greedy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where every part of a model lives.
+
+    order: int32 [n_layers, d_ff], neuron ids of each layer; the first `hot[layer]` are on the GPU ("hot").
+    hot: int32 [n_layers]. layer_on_gpu: bool [n_layers], where attention, KV cache and predictor of a layer are.
+    made_from: budget, solver, prediction and whatever else the placement was made from.
+    """
+
+    order: np.ndarray
+    hot: np.ndarray
+    layer_on_gpu: np.ndarray
+    head_on_gpu: bool
+    model_fingerprint: str
+    made_from: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def all_hot(cls, spec: ModelSpec) -> Placement:
+        """Everything on the GPU."""
+        return cls._uniform(spec, spec.d_ff, True)
+
+    @classmethod
+    def all_cold(cls, spec: ModelSpec) -> Placement:
+        """Everything on the CPU."""
+        return cls._uniform(spec, 0, False)
+
+    @classmethod
+    def random(cls, spec: ModelSpec, share: float, seed: int) -> Placement:
+        """`share` of each layer's neurons hot, chosen at random; attention and head on the GPU."""
+        order = np.random.default_rng(seed).permuted(cls.all_hot(spec).order, axis=1)
+        hot = np.full(spec.n_layers, round(share * spec.d_ff), dtype=np.int32)
+        return cls(order, hot, np.ones(spec.n_layers, dtype=bool), True, spec.fingerprint)
+
+    @classmethod
+    def _uniform(cls, spec: ModelSpec, hot: int, on_gpu: bool) -> Placement:
+        order = np.tile(np.arange(spec.d_ff, dtype=np.int32), (spec.n_layers, 1))
+        hot_counts = np.full(spec.n_layers, hot, dtype=np.int32)
+        return cls(order, hot_counts, np.full(spec.n_layers, on_gpu), on_gpu, spec.fingerprint)
+
+    @property
+    def choice(self) -> Choice:
+        """The same decision as the plan and the cost model take it."""
+        return Choice(self.hot.astype(np.int64), self.layer_on_gpu, self.head_on_gpu)
+
+    def hot_neurons(self, layer: int) -> np.ndarray:
+        """Ids int32 of the neurons of `layer` on the GPU."""
+        return self.order[layer, : self.hot[layer]]
+
+    def cold_neurons(self, layer: int) -> np.ndarray:
+        """Ids int32 of the neurons of `layer` on the CPU."""
+        return self.order[layer, self.hot[layer] :]
+
+    def hot_firing_share(self, firing: np.ndarray) -> float:
+        """Share of all firings that hot neurons serve, given frequencies [n_layers, d_ff]; 0 when nothing fires."""
+        in_order = np.take_along_axis(firing, self.order.astype(np.int64), axis=1)
+        is_hot = np.arange(firing.shape[1]) < self.hot[:, None]
+        total = float(in_order.sum())
+        return float(in_order[is_hot].sum()) / total if total else 0.0
+
+    def save(self, path: Path) -> None:
+        """Write the artefact, atomically; raises `ArtifactError` when it cannot be written."""
+        header = ArtifactHeader(KIND, self.model_fingerprint, self.made_from)
+        tensors = {
+            "order": self.order,
+            "hot": self.hot,
+            "layer_on_gpu": self.layer_on_gpu,
+            "head_on_gpu": np.array([self.head_on_gpu]),
+        }
+        write_tensors(path, header, tensors)
+
+    @classmethod
+    def load(cls, path: Path, spec: ModelSpec) -> Placement:
+        """Read the artefact of the model `spec`.
+
+        Raises `ArtifactError` when it is missing, corrupt or contradicts itself, `ArtifactMismatchError` when it
+        belongs to another model.
+        """
+        header, tensors = read_tensors(path, KIND, spec.fingerprint, REPAIR)
+        if problem := _problem(tensors, spec):
+            raise ArtifactError(f"{path} is corrupt: {problem}; rebuild it with: {REPAIR}")
+        head_on_gpu = bool(tensors.pop("head_on_gpu")[0])
+        return cls(
+            **tensors, head_on_gpu=head_on_gpu, model_fingerprint=spec.fingerprint, made_from=dict(header.made_from)
+        )
+
+
+def _problem(tensors: Mapping[str, np.ndarray], spec: ModelSpec) -> str | None:
+    """What is wrong with the tensors of a placement of `spec`, or None."""
+    layers = spec.n_layers
+    shapes = {"order": (layers, spec.d_ff), "hot": (layers,), "layer_on_gpu": (layers,), "head_on_gpu": (1,)}
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    if found != {name: (shape, np.dtype(_DTYPES[name])) for name, shape in shapes.items()}:
+        return f"its tensors are not those of {layers} layers of {spec.d_ff} neurons"
+    hot, on_gpu = tensors["hot"], tensors["layer_on_gpu"]
+    if (np.sort(tensors["order"], axis=1) != np.arange(spec.d_ff)).any():
+        return "a layer's neuron order is not a permutation"
+    if ((hot < 0) | (hot > spec.d_ff)).any():
+        return f"a layer's count of hot neurons is not in 0..{spec.d_ff}"
+    if (hot[~on_gpu] > 0).any():
+        return "a layer on the CPU has hot neurons"
+    return None
+
+
+@dataclass(frozen=True)
+class PlacementSettings:
+    """What to place for; `InputError` or `BudgetError` when a value makes no sense.
+
+    vram_budget: bytes, `UNLIMITED` for all that the GPU has. context: tokens that the KV cache holds.
+    strategy, predicted_ratio, group_size: see `CostModel`. kv_element_bytes, prefill_chunk: see `VramPlan`.
+    time_limit: seconds for the MILP solver.
+    """
+
+    vram_budget: int
+    context: int
+    strategy: Strategy = "exact"
+    solver: Solver = "milp"
+    predicted_ratio: float = 1.0
+    kv_element_bytes: int = 4
+    prefill_chunk: int = 256
+    group_size: int = 64
+    time_limit: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.vram_budget <= UNLIMITED:
+            raise BudgetError(f"VRAM budget is {self.vram_budget} bytes, expected 0 to 1 PiB; choose another")
+        if self.solver not in get_args(Solver):
+            raise InputError(f"solver is {self.solver!r}, expected one of {', '.join(get_args(Solver))}")
+        if not (math.isfinite(self.time_limit) and self.time_limit > 0):
+            raise InputError(f"time limit is {self.time_limit} s, expected a positive number")
+
+    def planned_bytes(self, hardware: HardwareProfile) -> int:
+        """The budget on `hardware`; `BudgetError` when it asks for more memory than the GPU has."""
+        if self.vram_budget == UNLIMITED:
+            return hardware.vram_bytes
+        if self.vram_budget > hardware.vram_bytes:
+            raise BudgetError(
+                f"VRAM budget is {self.vram_budget} bytes, {hardware.name} has {hardware.vram_bytes}; "
+                "ask for less, for unlimited, or plan with another hardware profile"
+            )
+        return self.vram_budget
+
+
+@dataclass(frozen=True, eq=False)
+class PlacementResult:
+    """A placement with the memory plan (name, bytes) and the solver's report behind it."""
+
+    placement: Placement
+    rows: list[tuple[str, int]]
+    solution: Solution
+
+
+def place(
+    spec: ModelSpec,
+    hardware: HardwareProfile,
+    firing: np.ndarray,
+    predictor_bytes: tuple[int, ...],
+    settings: PlacementSettings,
+    provenance: Mapping[str, Any] | None = None,
+) -> PlacementResult:
+    """Choose what goes to the GPU.
+
+    firing: activation frequencies float64 [n_layers, d_ff]. predictor_bytes: per layer, zeros without predictors.
+    provenance: recorded in the placement beside the settings and the prediction, such as the profile's hash.
+    Raises `BudgetError`, `ContextError` or `InputError` when the inputs do not fit the model or the hardware.
+    """
+    budget = settings.planned_bytes(hardware)
+    plan = VramPlan(spec, settings.context, predictor_bytes, settings.kv_element_bytes, settings.prefill_chunk)
+    model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
+    if settings.solver == "milp":
+        solution = solve_milp(model, budget, settings.time_limit)
+    else:
+        solution = solve_greedy(model, budget)
+    made_from = dict(provenance or {}) | _summary(settings, hardware, solution)
+    choice = solution.choice
+    hot = choice.hot.astype(np.int32)
+    placement = Placement(model.order, hot, choice.layer_on_gpu, choice.head_on_gpu, spec.fingerprint, made_from)
+    return PlacementResult(placement, plan.rows(choice), solution)
+
+
+def _summary(settings: PlacementSettings, hardware: HardwareProfile, solution: Solution) -> dict[str, Any]:
+    """What the artefact records of its making."""
+    return {
+        "vram_budget": settings.vram_budget,
+        "context": settings.context,
+        "strategy": settings.strategy,
+        "hardware": hardware.name,
+        "solver": solution.solver,
+        "status": solution.status,
+        "gap": solution.gap,
+        "solver_seconds": solution.solver_seconds,
+        "predicted_seconds_per_token": solution.seconds,
+        "predicted_tokens_per_second": 1.0 / solution.seconds,
+    }

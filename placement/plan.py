@@ -1,0 +1,164 @@
+"""Byte-exact plan of GPU memory: sizes as a person writes them, and what each part of a model takes.
+
+The plan is the only place that knows how many bytes a part takes; cost model, solvers and the engine ask it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+
+from profiler.errors import BudgetError, ContextError, InputError
+from profiler.spec import ModelSpec
+
+ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
+UNLIMITED = 2**50
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_ACTIVATION_BYTES = 4  # activations are f32 whatever the weights are
+_SIZE_HINT = "expected a size such as 8GiB, 8GB or 512MiB, or 0, or unlimited"
+
+Bytes = TypeVar("Bytes", int, np.ndarray)
+
+
+def parse_size(text: str) -> int:
+    """Bytes named by `text`: a number with B, KB, MB, GB, TB or KiB, MiB, GiB, TiB; or `0`; or `unlimited`.
+
+    Raises `BudgetError` for anything else, a negative size, or one beyond 1 PiB.
+    """
+    stripped = text.strip()
+    if stripped.lower() == "unlimited":
+        return UNLIMITED
+    match = re.fullmatch(r"(-?)([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", stripped)
+    if match is None or match[3].upper() not in {"", *_UNITS}:
+        raise BudgetError(f"{text!r} is not a size; {_SIZE_HINT}")
+    number, unit = Decimal(match[2]), match[3].upper()
+    if match[1]:
+        raise BudgetError(f"size {stripped} is negative; {_SIZE_HINT}")
+    if not unit and number:
+        raise BudgetError(f"size {stripped} has no unit (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB); {_SIZE_HINT}")
+    size = number * _UNITS.get(unit, 1)
+    if size > UNLIMITED:
+        raise BudgetError(f"size {stripped} is beyond 1 PiB; {_SIZE_HINT}")
+    return int(size)
+
+
+def aligned(size: Bytes) -> Bytes:
+    """`size` rounded up to the allocator's granularity, for a number or an array of bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is on the GPU: `hot` int64 [n_layers] hottest neurons, `layer_on_gpu` bool [n_layers], and the head.
+
+    A layer on the CPU has its attention, KV cache, predictor and every neuron there, so its `hot` is 0.
+    """
+
+    hot: np.ndarray
+    layer_on_gpu: np.ndarray
+    head_on_gpu: bool
+
+    @classmethod
+    def all_cpu(cls, n_layers: int) -> Choice:
+        return cls(np.zeros(n_layers, dtype=np.int64), np.zeros(n_layers, dtype=bool), False)
+
+    @property
+    def uses_gpu(self) -> bool:
+        return self.head_on_gpu or bool(self.layer_on_gpu.any())
+
+
+@dataclass(frozen=True, eq=False)
+class VramPlan:
+    """Bytes on the GPU for `spec` with a KV cache of `context` tokens; `ContextError` when the model has fewer.
+
+    Each part of a layer (dense weights, predictor, KV cache, hot neurons) is one allocation. The input embedding
+    stays in host memory, of which a token reads one row. The CUDA context itself is not counted.
+    predictor_bytes: per layer, all 0 where no predictor is used. kv_element_bytes: of one key or value element.
+    prefill_chunk: the most tokens that go through a layer at once.
+    """
+
+    spec: ModelSpec
+    context: int
+    predictor_bytes: tuple[int, ...]
+    kv_element_bytes: int = 4
+    prefill_chunk: int = 256
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context <= self.spec.max_context:
+            raise ContextError(
+                f"context {self.context} is out of range, this model takes 1 to {self.spec.max_context} tokens; "
+                "choose another --context"
+            )
+        if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
+            raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
+        if self.kv_element_bytes < 1 or self.prefill_chunk < 1:
+            raise InputError("kv_element_bytes and prefill_chunk must be at least 1")
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache of one layer."""
+        return aligned(self.spec.kv_bytes_per_layer(self.context, self.kv_element_bytes))
+
+    @cached_property
+    def layer_bytes(self) -> np.ndarray:
+        """Bytes int64 [n_layers] of each layer on the GPU before its first hot neuron."""
+        predictors = aligned(np.array(self.predictor_bytes, dtype=np.int64))
+        return aligned(self.spec.layer_dense_bytes) + predictors + self.kv_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the output projection and the final norm."""
+        return aligned(self.spec.head_bytes)
+
+    def hot_bytes(self, counts: np.ndarray) -> np.ndarray:
+        """Bytes of `counts` hot neurons of one layer, elementwise."""
+        return aligned(counts.astype(np.int64) * self.spec.neuron_bytes)
+
+    def workspace_rows(self) -> list[tuple[str, int]]:
+        """Scratch that all layers share once anything runs on the GPU, for a chunk of N = prefill_chunk tokens.
+
+        Attention keeps running maxima and sums, not a matrix of scores; logits are of the last token only.
+        """
+        spec, tokens = self.spec, self.prefill_chunk
+        # Residual stream, its norm and the block's result; then queries, attention result, keys and values.
+        width = 3 * spec.d_model + 2 * spec.head_dim * (spec.n_heads + spec.n_kv_heads)
+        # One value per neuron and projection into d_ff, and the compacted list of active neurons (int32).
+        ffn = tokens * spec.d_ff * (spec.rows_per_neuron - 1) * _ACTIVATION_BYTES + spec.d_ff * 4
+        return [
+            ("workspace: activations", aligned(tokens * width * _ACTIVATION_BYTES)),
+            ("workspace: FFN scratch", aligned(ffn)),
+            ("workspace: logits", aligned(spec.vocab_size * _ACTIVATION_BYTES)),
+            # The FFN input that goes to the CPU and the partial sum that comes back.
+            ("workspace: mailbox", 2 * aligned(tokens * spec.d_model * _ACTIVATION_BYTES)),
+        ]
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(size for _, size in self.workspace_rows())
+
+    def rows(self, choice: Choice) -> list[tuple[str, int]]:
+        """What `choice` puts on the GPU as (name, bytes); the bytes add up to `total_bytes`."""
+        on_gpu = choice.layer_on_gpu
+        n_layers = int(on_gpu.sum())
+        predictors = aligned(np.array(self.predictor_bytes, dtype=np.int64))[on_gpu].sum()
+        workspace = self.workspace_rows()
+        if not choice.uses_gpu:
+            workspace = [(name, 0) for name, _ in workspace]
+        return [
+            ("dense weights", n_layers * aligned(self.spec.layer_dense_bytes)),
+            ("predictors", int(predictors)),
+            ("KV cache", n_layers * self.kv_bytes),
+            ("hot neurons", int(self.hot_bytes(choice.hot).sum())),
+            ("head and final norm", self.head_bytes if choice.head_on_gpu else 0),
+            *workspace,
+        ]
+
+    def total_bytes(self, choice: Choice) -> int:
+        """Bytes on the GPU for `choice`; 0 when nothing is there."""
+        return sum(size for _, size in self.rows(choice))

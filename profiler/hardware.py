@@ -1,0 +1,131 @@
+"""`HardwareProfile`: what the cost model needs to know of a machine, as a small JSON file.
+
+A profile is measured on the machine that will run the model, or written by hand for one that is not here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from profiler.artifact import atomic_write
+from profiler.errors import InputError
+
+DEFAULT_PROFILE = Path(__file__).with_name("default_hardware.json")
+
+# Past the last-level cache of any server CPU on sale, small enough to fill and read several times in a second.
+_PROBE_BYTES = 512 * 2**20
+_PROBE_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """Bandwidths in bytes/s, times in seconds, sizes in bytes; `InputError` when a value makes no sense.
+
+    name: shown to the user and recorded in the placement.
+    source: `measured` on this machine, or `default` when the numbers are taken from data sheets.
+    cpu_threads: worker threads that reached `cpu_read_bandwidth`.
+    cpu_read_bandwidth: weights read from host memory by all threads together.
+    gpu_read_bandwidth: weights read from GPU memory by one kernel; 0 means that there is no GPU.
+    pcie_bandwidth: pinned host memory to GPU memory, one direction.
+    handoff_seconds: handing a layer's FFN from the GPU to the CPU workers and back, with nothing to compute.
+    gpu_launch_seconds: one more small kernel inside a CUDA graph.
+    cpu_layer_seconds: waking and joining the CPU workers for one layer.
+    vram_bytes: memory of the GPU.
+    """
+
+    name: str
+    source: Literal["default", "measured"]
+    cpu_threads: int
+    cpu_read_bandwidth: float
+    gpu_read_bandwidth: float
+    pcie_bandwidth: float
+    handoff_seconds: float
+    gpu_launch_seconds: float
+    cpu_layer_seconds: float
+    vram_bytes: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"hardware profile: name is {self.name!r}, expected a text; correct it")
+        if self.source not in ("default", "measured"):
+            raise InputError(f"hardware profile: source is {self.source!r}, expected default or measured; correct it")
+        above_zero = {"cpu_threads", "cpu_read_bandwidth"}
+        if self.has_gpu:
+            above_zero |= {"pcie_bandwidth", "vram_bytes"}
+        for field in fields(self)[2:]:
+            whole = field.name in ("cpu_threads", "vram_bytes")
+            self._check_number(field.name, whole, above_zero=field.name in above_zero)
+        if self.vram_bytes and not self.has_gpu:
+            raise InputError("hardware profile: vram_bytes without gpu_read_bandwidth; give both, or 0 for no GPU")
+
+    def _check_number(self, name: str, whole: bool, above_zero: bool) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+            expected = f"{'a whole' if whole else 'a'} number {'above 0' if above_zero else 'of at least 0'}"
+            raise InputError(f"hardware profile: {name} is {value!r}, expected {expected}; correct it")
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.gpu_read_bandwidth != 0
+
+    @classmethod
+    def load(cls, path: Path = DEFAULT_PROFILE) -> HardwareProfile:
+        """Read a profile; without a path, the one shipped here: a 24 GB card on PCIe 4 beside 8 CPU threads.
+
+        Raises `InputError` when the file is missing, is not JSON, or has a missing, unknown or senseless field.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read hardware profile {path}: {reason}; expected a JSON file") from error
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict):
+            raise InputError(f"{path} holds a {type(values).__name__}, expected an object with: {', '.join(known)}")
+        for problem, names in (("lacks", set(known) - set(values)), ("has unknown", set(values) - set(known))):
+            if names:
+                raise InputError(f"{path} {problem} {', '.join(sorted(names))}; expected exactly: {', '.join(known)}")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the profile as JSON, atomically; raises `ArtifactError` when the folder cannot be written."""
+        with atomic_write(path) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def measure_cpu() -> HardwareProfile:
+    """Measure how fast torch's threads read host memory (about a second, 512 MiB); the profile has no GPU.
+
+    The fastest of several sums over the buffer is taken: other programs can only slow one down.
+    """
+    buffer = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
+    fastest = math.inf
+    end = time.perf_counter() + _PROBE_SECONDS
+    while math.isinf(fastest) or time.perf_counter() < end:
+        start = time.perf_counter()
+        buffer.sum()
+        fastest = min(fastest, time.perf_counter() - start)
+    return HardwareProfile(
+        name=platform.processor() or platform.machine() or "CPU",
+        source="measured",
+        cpu_threads=torch.get_num_threads(),
+        cpu_read_bandwidth=_PROBE_BYTES / fastest,
+        gpu_read_bandwidth=0.0,
+        pcie_bandwidth=0.0,
+        handoff_seconds=0.0,
+        gpu_launch_seconds=0.0,
+        cpu_layer_seconds=HardwareProfile.load().cpu_layer_seconds,
+        vram_bytes=0,
+    )

@@ -1,0 +1,138 @@
+"""Cost model: times worked out by hand, and what must hold for any model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from placement_cases import NO_GPU, ROUND_HARDWARE, random_model, small_spec
+
+from placement import Choice, CostModel, VramPlan
+from profiler.errors import InputError
+
+FIRING = np.array([[0.25, 1.0, 0.5]])  # order of the neurons: 1, 2, 0
+HANDOFF = 1e-3 + 32 / 1e6  # two vectors of 4 f32
+# Dense weights: 4 x 4 x 4 + 2 norms of 4, in f32; keys and values of 8 tokens.
+ATTENTION_BYTES = 288 + 256
+HEAD_BYTES = 176
+
+
+def small_model(strategy="exact", predictor_bytes=0, hardware=ROUND_HARDWARE, **changes):
+    plan = VramPlan(small_spec(**changes), 8, (predictor_bytes,))
+    return CostModel(plan, hardware, FIRING, strategy, predicted_ratio=1.6, group_size=1)
+
+
+def on_gpu(hot, head=True):
+    return Choice(np.array([hot]), np.array([True]), head)
+
+
+def test_split_layer_by_hand():
+    # exact reads 16 + 32 f bytes of a neuron: 48 of the hot one, 32 + 24 of the cold ones.
+    time = small_model(predictor_bytes=40).evaluate(on_gpu(1))
+    assert time.attention == pytest.approx(4e-5 + ATTENTION_BYTES / 1e7)
+    assert time.predictor == pytest.approx(1e-5 + 40 / 1e7)
+    assert time.ffn == pytest.approx(1e-4 + 56 / 1e6)
+    assert time.handoff == pytest.approx(HANDOFF)
+    assert time.head == pytest.approx(1e-5 + HEAD_BYTES / 1e7)
+    parts = time.attention + time.predictor + time.ffn + time.handoff + time.head
+    assert time.seconds == pytest.approx(parts) and time.tokens_per_second == pytest.approx(1 / parts)
+
+
+def test_slower_device_counts():
+    slow_gpu = replace(ROUND_HARDWARE, gpu_read_bandwidth=1e4)
+    assert small_model(hardware=slow_gpu).evaluate(on_gpu(1)).ffn == pytest.approx(2e-5 + 48 / 1e4)
+
+
+def test_all_hot_has_no_handoff_and_all_cold_has_one():
+    model = small_model()
+    assert model.evaluate(on_gpu(3)).handoff == 0
+    assert model.evaluate(on_gpu(3)).ffn == pytest.approx(2e-5 + 104 / 1e7)
+    assert model.evaluate(on_gpu(0)).handoff == pytest.approx(HANDOFF)
+    assert model.evaluate(on_gpu(0)).ffn == pytest.approx(1e-4 + 104 / 1e6)
+
+
+@pytest.mark.parametrize("hardware", [ROUND_HARDWARE, NO_GPU])
+def test_everything_on_the_cpu_has_no_handoff(hardware):
+    time = small_model(predictor_bytes=40, hardware=hardware).evaluate(Choice.all_cpu(1))
+    assert time.handoff == 0
+    assert time.attention == pytest.approx(ATTENTION_BYTES / 1e6)
+    assert time.predictor == pytest.approx(40 / 1e6)
+    assert time.head == pytest.approx(HEAD_BYTES / 1e6)
+
+
+def test_head_or_layer_alone_on_the_cpu_costs_one_handoff():
+    model = small_model()
+    layer_on_cpu = Choice(np.array([0]), np.array([False]), True)
+    assert model.evaluate(layer_on_cpu).handoff == pytest.approx(HANDOFF)
+    assert model.evaluate(on_gpu(3, head=False)).head == pytest.approx(HANDOFF + HEAD_BYTES / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "gated", "expected"),
+    [
+        ("dense", True, 3 * 48),
+        ("exact", True, 3 * 16 + 32 * 1.75),
+        ("learned", True, 16 * (1.0 + 0.8 + 0.4) + 32 * 1.75),
+        ("dense", False, 3 * 32),
+        ("exact", False, 3 * 16 + 16 * 1.75),
+        ("learned", False, 16 * (1.0 + 0.8 + 0.4) + 16 * 1.75),
+    ],
+)
+def test_bytes_read_by_strategy(strategy, gated, expected):
+    time = small_model(strategy, gated=gated).evaluate(Choice.all_cpu(1))
+    assert time.ffn == pytest.approx(1e-4 + expected / 1e6)
+
+
+def test_sliding_window_bounds_the_keys_read():
+    full = small_model().evaluate(Choice.all_cpu(1)).attention
+    windowed = small_model(sliding_window=3, sliding_layers=(True,)).evaluate(Choice.all_cpu(1)).attention
+    assert full - windowed == pytest.approx(5 * 32 / 1e6)
+
+
+def test_order_is_by_frequency_and_stable():
+    plan = VramPlan(small_spec(d_ff=5), 8, (0,))
+    model = CostModel(plan, ROUND_HARDWARE, np.array([[0.5, 0.0, 1.0, 0.5, 0.5]]), "exact", group_size=2)
+    np.testing.assert_array_equal(model.order, [[2, 0, 3, 4, 1]])
+    assert model.order.dtype == np.int32
+    np.testing.assert_array_equal(model.group_counts, [0, 2, 4, 5])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_columns_agree_with_evaluate_and_plan(seed):
+    model = random_model(seed)
+    seconds, sizes = model.columns()
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, seconds.shape[1], len(seconds) - 1)
+    picks[0] = max(picks[0], 1)  # something on the GPU, as the columns take it
+    head = int(rng.integers(2))
+    choice = Choice(model.group_counts[np.maximum(picks - 1, 0)], picks > 0, bool(head))
+    rows = np.arange(len(picks))
+    total = seconds[rows, picks].sum() + seconds[-1, head]
+    assert model.evaluate(choice).seconds == pytest.approx(total, rel=1e-12)
+    size = int(sizes[rows, picks].sum() + sizes[-1, head])
+    assert model.plan.total_bytes(choice) == size + model.plan.workspace_bytes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"firing": np.zeros((1, 4))},
+        {"firing": np.array([[0.0, np.nan, 0.0]])},
+        {"firing": np.array([[0.0, 1.1, 0.0]])},
+        {"firing": np.array([[0.0, -0.1, 0.0]])},
+        {"strategy": "oracle"},
+        {"predicted_ratio": 0.0},
+        {"predicted_ratio": float("nan")},
+        {"group_size": 0},
+    ],
+)
+def test_inputs_that_do_not_fit(changes):
+    with pytest.raises(InputError):
+        replace(small_model(), **changes)
+
+
+def test_gpu_choice_without_a_gpu_is_refused():
+    model = small_model(hardware=NO_GPU)
+    with pytest.raises(InputError, match="no GPU"):
+        model.evaluate(on_gpu(1))
+    with pytest.raises(InputError, match="no GPU"):
+        model.columns()

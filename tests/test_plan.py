@@ -1,0 +1,102 @@
+"""Sizes as people write them, and the byte-exact plan of GPU memory."""
+
+import numpy as np
+import pytest
+from placement_cases import small_spec
+
+from placement.plan import UNLIMITED, Choice, VramPlan, aligned, parse_size
+from profiler.errors import BudgetError, ContextError, InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("0.0", 0),
+        ("0GiB", 0),
+        ("1B", 1),
+        ("8GiB", 8 * 2**30),
+        ("8gib", 8 * 2**30),
+        (" 8 GiB ", 8 * 2**30),
+        ("8GB", 8_000_000_000),
+        ("512MiB", 512 * 2**20),
+        ("1.5KiB", 1536),
+        ("0.3KB", 300),
+        ("1024TiB", 2**50),
+        ("unlimited", UNLIMITED),
+        ("Unlimited", UNLIMITED),
+    ],
+)
+def test_sizes(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not a size"),
+        ("  ", "not a size"),
+        ("GiB", "not a size"),
+        ("nan", "not a size"),
+        ("inf", "not a size"),
+        ("nanGiB", "not a size"),
+        ("1e3GiB", "not a size"),
+        ("8XiB", "not a size"),
+        ("8G", "not a size"),
+        ("8GiB4", "not a size"),
+        ("٨GiB", "not a size"),
+        ("-1GiB", "negative"),
+        ("8", "GiB"),
+        ("1025TiB", "beyond 1 PiB"),
+        ("9" * 400 + "B", "beyond 1 PiB"),
+    ],
+)
+def test_what_is_not_a_size(text, reason):
+    with pytest.raises(BudgetError, match=reason) as caught:
+        parse_size(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 0), (1, 512), (512, 512), (513, 1024), (2**40 + 1, 2**40 + 512)])
+def test_alignment(size, expected):
+    assert aligned(size) == expected
+    np.testing.assert_array_equal(aligned(np.array([size])), [expected])
+
+
+def test_rows_by_hand():
+    # d_model 32, f32: a neuron is 3 x 128 = 384 bytes; dense 4 x 32 x 32 + 2 norms of 32 = 16640 bytes -> 16896.
+    spec = small_spec(n_layers=3, d_model=32, d_ff=10, n_heads=4, n_kv_heads=4, head_dim=8, vocab_size=100)
+    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), kv_element_bytes=2, prefill_chunk=3)
+    choice = Choice(np.array([0, 0, 5]), np.array([False, True, True]), True)
+    expected = {
+        "dense weights": 2 * 16896,
+        "predictors": 512 + 1024,
+        "KV cache": 2 * 1024,  # 2 x 7 x 32 x 2 = 896
+        "hot neurons": 2048,  # 1920
+        "head and final norm": 13312,  # 101 x 128 = 12928
+        "workspace: activations": 3072,  # 3 tokens x (3 x 32 + 2 x 8 x 8) x 4 = 2688
+        "workspace: FFN scratch": 512,  # 3 x 10 x 2 x 4 + 10 x 4 = 280
+        "workspace: logits": 512,  # 400
+        "workspace: mailbox": 2 * 512,  # 3 x 32 x 4 = 384
+    }
+    assert dict(plan.rows(choice)) == expected
+    assert plan.total_bytes(choice) == sum(expected.values())
+    np.testing.assert_array_equal(plan.layer_bytes, [17920, 18432, 18944])
+
+
+def test_nothing_on_the_gpu_takes_nothing_there():
+    plan = VramPlan(small_spec(n_layers=2), 8, (9, 9))
+    assert plan.total_bytes(Choice.all_cpu(2)) == 0
+    assert {size for _, size in plan.rows(Choice.all_cpu(2))} == {0}
+
+
+@pytest.mark.parametrize("context", [0, -1, 65])
+def test_context_out_of_range(context):
+    with pytest.raises(ContextError, match="1 to 64"):
+        VramPlan(small_spec(), context, (0,))
+
+
+@pytest.mark.parametrize("predictor_bytes", [(), (0, 0), (-1,)])
+def test_predictor_bytes_must_fit_the_layers(predictor_bytes):
+    with pytest.raises(InputError, match="1 layers"):
+        VramPlan(small_spec(), 8, predictor_bytes)
