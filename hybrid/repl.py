@@ -23,9 +23,11 @@ Style = Literal["info", "notice", "error"]
 
 
 class ChatModel(Protocol):
-    """What the loop needs of a model. `context` is the number of tokens that the KV cache holds."""
+    """What the loop needs of a model."""
 
-    context: int
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
 
     def reply(
         self, messages: list[dict[str, str]], settings: SamplingSettings

@@ -238,10 +238,10 @@ def losses(model: Callable[..., Any], ids: Tensor) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def evaluate(model: TinyLlama, held_out: Mapping[str, Tensor], config: TrainConfig) -> dict[str, tuple[float, list]]:
     """Per stream: cross-entropy (nats) and firing share per layer over at most 128 held-out windows."""
-    result = {}
+    result, size = {}, config.seq + 1
     for name, stream in held_out.items():
-        size = config.seq + 1
-        count = min(len(stream) // size, 128)
+        # never more windows than were trained on, so that a trial of a few steps stays short
+        count = min(len(stream) // size, 128, config.steps * config.batch)
         entropy, _, firing = losses(model, stream[: count * size].view(count, size).long())
         result[name] = (round(entropy.item(), 4), [round(share, 3) for share in firing.tolist()])
     return result
@@ -339,6 +339,7 @@ def save_model(model: TinyLlama, tokenizer: Path, log: Mapping[str, Any], out: P
     weights = {f"model.{name}": value.bfloat16().cpu().contiguous() for name, value in model.state_dict().items()}
     with new_folder(out) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)
         for name, content in (("config.json", config), ("train_log.json", log)):
             (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         for name in TOKENIZER_FILES:

@@ -15,13 +15,16 @@ def test_outside_an_allowed_block_an_interrupt_does_not_raise():
 
 
 def test_inside_an_allowed_block_only_the_first_raises():
+    cleaned_up = False
     with InterruptGuard() as guard:
         with pytest.raises(KeyboardInterrupt), guard.allowed():
             try:
                 signal.raise_signal(signal.SIGINT)
             finally:
                 signal.raise_signal(signal.SIGINT)
+                cleaned_up = True
         assert guard.pressed
+    assert cleaned_up
 
 
 def test_a_swallowed_interrupt_is_still_seen_and_the_next_block_starts_afresh():

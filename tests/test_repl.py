@@ -4,7 +4,6 @@ import json
 import signal
 
 import pytest
-
 from fake_chat import FakeModel, ScriptedTerminal
 
 from hybrid.generation import SamplingSettings

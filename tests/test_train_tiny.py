@@ -5,6 +5,7 @@ import json
 import lzma
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     """The script as a module; `scripts` is a folder of programs, not a package."""
     spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
     assert spec is not None and spec.loader is not None
@@ -45,8 +46,10 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(script: ModuleType, data: Path, tmp_path: Path):
+def run(script: ModuleType, data: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Train a small model and return its folder; keywords go to `TrainConfig`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these matrices are too small to share out
 
     def train(**settings) -> Path:
         config = script.TrainConfig(**({"steps": 3, "batch": 4, "seq": 12} | settings))
@@ -54,7 +57,8 @@ def run(script: ModuleType, data: Path, tmp_path: Path):
         script.make_model(data, script.EMBEDDED_MODEL, out, config, "cpu", script.ModelConfig(**SHAPE))
         return out
 
-    return train
+    yield train
+    torch.set_num_threads(threads)
 
 
 def test_folder_is_complete_and_reads_as_llama(script, run):

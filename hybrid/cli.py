@@ -1,0 +1,242 @@
+"""The `hybrid` command: parses, builds and prints. The work is in the package whose name a command bears.
+
+Exit codes: 0 done, 2 bad usage or input, 1 a failure while running, 130 Ctrl-C. Errors are one line on stderr;
+`hybrid --debug COMMAND` shows the traceback. Command bodies import what they use, so that help and mistakes in usage
+answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from hybrid.errors import HybridError
+from profiler.artifact import package_version
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MODEL = click.argument("model", required=False, type=click.Path(path_type=Path))
+_BUNDLE = click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Folder of the artefacts  [default: MODEL/hybrid]"
+)
+_CORPUS = click.option(
+    "--corpus",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE...",
+    help="Text files, .jsonl files or folders. The embedded model has its own.",
+)
+_THREADS = click.option("--threads", type=int, help="CPU threads  [default: all that this process may use]")
+_SPARSITY = click.option("--sparsity", default="auto", show_default=True, help="dense, exact, learned or auto.")
+_CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
+_HARDWARE = click.option(
+    "--hardware", type=click.Path(path_type=Path), help="Hardware profile to plan for  [default: a 24 GB GPU]"
+)
+_BUDGET = click.option(
+    "--vram-budget", default="unlimited", show_default=True, help="Such as 8GiB; unlimited takes what the GPU has."
+)
+_SOLVER = click.option("--solver", type=click.Choice(["milp", "greedy"]), default="milp", show_default=True)
+_TARGET = click.option(
+    "--target", default="0.5%", show_default=True, help="Perplexity increase that the predictors may cost."
+)
+
+
+_TOKENS = click.option("--tokens", type=int, default=100_000, show_default=True, help="Calibration tokens.")
+_SEED = click.option("--seed", type=int, default=0, show_default=True)
+
+
+def _sampling_options(command: Command) -> Command:
+    for name in ("max_new_tokens", "seed", "repetition_penalty", "min_p", "top_p", "top_k", "temperature"):
+        command = click.option(f"--{name.replace('_', '-')}", name, type=str, help="Default: the model's own.")(command)
+    return click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")(command)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_version(), prog_name="hybrid")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Run language models whose FFN neurons fire sparsely, hot neurons on the GPU and cold ones on the CPU.
+
+    MODEL is a Hugging Face model folder; without one, the small embedded model is used.
+    """
+
+
+@cli.command()
+@_MODEL
+@_CORPUS
+@_TOKENS
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per calibration window.")
+@_SEED
+@_TARGET
+@_BUDGET
+@_SOLVER
+@_CONTEXT
+@_HARDWARE
+@_BUNDLE
+@_THREADS
+def prepare(model: Path | None, **options: Any) -> None:
+    """Profile, train and place in turn, each skipped when its artefact is present and matches."""
+    from hybrid import commands
+
+    commands.prepare(model, options)
+
+
+@cli.command()
+@_MODEL
+@_CORPUS
+@_TOKENS
+@click.option("--context", "window", type=int, default=512, show_default=True, help="Tokens per calibration window.")
+@_SEED
+@_BUNDLE
+@_THREADS
+def profile(model: Path | None, **options: Any) -> None:
+    """Record over a corpus how often each neuron fires. Goes on where an interrupted run ended."""
+    from hybrid import commands
+
+    commands.profile(model, options)
+
+
+@cli.command()
+@_MODEL
+@_TARGET
+@_BUNDLE
+@_THREADS
+@_SEED
+def train(model: Path | None, **options: Any) -> None:
+    """Train the predictors of which neurons will fire."""
+    from hybrid import commands
+
+    commands.train(model, options)
+
+
+@cli.command()
+@_MODEL
+@_BUDGET
+@_SOLVER
+@_CONTEXT
+@_HARDWARE
+@click.option("--sparsity", type=click.Choice(["exact", "learned"]), default="learned", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@_BUNDLE
+def place(model: Path | None, **options: Any) -> None:
+    """Solve which neurons are hot within a VRAM budget, and print the plan."""
+    from hybrid import commands
+
+    commands.place(model, options)
+
+
+@cli.command()
+@_MODEL
+@_SPARSITY
+@_CONTEXT
+@_THREADS
+@_BUNDLE
+@_sampling_options
+@click.option("--system", help="System prompt.")
+def chat(model: Path | None, system: str | None, **options: Any) -> None:
+    """Chat in the terminal; with piped input, answer each line and end."""
+    from hybrid import commands
+
+    commands.chat(model, system, options)
+
+
+@cli.command()
+@_MODEL
+@click.option("-p", "--prompt", help="Text to continue.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a file; - is stdin.")
+@_SPARSITY
+@_CONTEXT
+@_THREADS
+@_BUNDLE
+@_sampling_options
+def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, **options: Any) -> None:
+    """Continue a text. Only the text goes to stdout, statistics go to stderr."""
+    from hybrid import commands
+
+    if (prompt is None) == (prompt_file is None):
+        raise click.UsageError("give either --prompt or --prompt-file")
+    commands.generate(model, prompt, prompt_file, options)
+
+
+@cli.command(name="eval")
+@_MODEL
+@_CORPUS
+@click.option("--tokens", type=int, default=16_384, show_default=True, help="Tokens to evaluate.")
+@click.option("--context", "window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
+@_THREADS
+@_BUNDLE
+def evaluate(model: Path | None, **options: Any) -> None:
+    """Perplexity, KL and top-1 agreement of each strategy, held against dense."""
+    from hybrid import commands
+
+    commands.evaluate(model, options)
+
+
+@cli.command()
+@_MODEL
+@_BUNDLE
+def inspect(model: Path | None, bundle: Path | None) -> None:
+    """Show the model, its artefacts, budgets and where each came from."""
+    from hybrid import reports
+
+    reports.inspect(model, bundle)
+
+
+@cli.command()
+def doctor() -> None:
+    """Show CPU features, threads, GPU and versions, and what would be used and why."""
+    from hybrid import reports
+
+    reports.doctor()
+
+
+def repeat_corpus(arguments: list[str]) -> list[str]:
+    """`--corpus a b` as `--corpus a --corpus b`, so that a shell's wildcard can follow the option."""
+    expanded: list[str] = []
+    in_corpus = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_corpus = argument == "--corpus"
+        elif in_corpus and expanded[-1] != "--corpus":
+            expanded.append("--corpus")
+        expanded.append(argument)
+    return expanded
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `hybrid` command; always ends by `SystemExit`."""
+    arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments[:1]
+    try:
+        cli.main(args=arguments, prog_name="hybrid", standalone_mode=False)
+        sys.stdout.flush()
+        code = 0
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Exit as leave:
+        code = leave.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `hybrid generate ... | head`; nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except HybridError as error:
+        if debug:
+            raise
+        click.echo(f"hybrid: {error}", err=True)
+        code = error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback, exit code 1
+        if debug:
+            raise
+        click.echo(f"hybrid: {type(error).__name__}: {error}; `hybrid --debug ...` shows where", err=True)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,49 @@
+"""What commands print: tables, sizes and progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+
+import click
+from tqdm import tqdm
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: `1.5 GiB`, `512 B`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.2f} GiB"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Text columns: the first aligned left, the others right."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *rest = (cell.ljust(w) if at == 0 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str = "token") -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left; where stderr is no terminal, a line at the start and one at the end."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
+            yield lambda count: (bar.update(count), None)[1]
+        return
+    start = monotonic()
+    click.echo(f"{label}: {total:,} {unit}s", err=True)
+    yield lambda count: None
+    click.echo(f"{label}: done in {monotonic() - start:.0f} s", err=True)

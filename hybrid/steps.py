@@ -1,0 +1,142 @@
+"""The offline steps over one model: profile, train, place. Each writes its own artefact and nothing else.
+
+A step's result is current when its artefact says that it was made from what would be used now; `prepare` then skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpu_kernels.worker_pool import WorkerPool
+from hybrid.bundle import Bundle
+from hybrid.errors import ArtifactError, ContextError, InputError
+from hybrid.evaluate import perplexity
+from hybrid.ffn import FFNRuntime
+from hybrid.loader import ModelFolder
+from hybrid.model import Transformer
+from hybrid.text import TextCodec
+from placement.placement import Placement, PlacementResult, PlacementSettings, place
+from predictor.bank import PredictorBank
+from predictor.report import PredictorReport
+from predictor.train import FFNWeights, PredictorTarget, train_predictors
+from profiler import profile as neuron_profile
+from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
+from profiler.hardware import HardwareProfile
+from profiler.profile import NeuronProfile
+from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built."""
+
+    corpus: tuple[Path, ...]
+    tokens: int = 100_000
+    window: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.corpus:
+            raise InputError("no corpus given; name text files with --corpus FILE...")
+        if self.window < 2:
+            raise InputError(f"a calibration window has {self.window} tokens, expected at least 2")
+        if self.tokens < self.window:
+            raise InputError(f"--tokens {self.tokens} is less than one window of {self.window} tokens; raise it")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, expected 0 or more")
+
+
+class Project:
+    """One model folder with its bundle, and the steps that fill the bundle."""
+
+    def __init__(self, model: Path, bundle: Path | None, threads: int | None, progress: Progress) -> None:
+        """Raises `ModelError` when the folder is not a model that can be loaded."""
+        self.folder = ModelFolder.open(model)
+        self.spec = self.folder.spec
+        self.bundle = Bundle(bundle) if bundle else Bundle.default_for(model, self.spec)
+        self._threads, self._progress = threads, progress
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        return TextCodec(self.folder.path, self.spec.vocab_size)
+
+    @cached_property
+    def runtime(self) -> FFNRuntime:
+        pool = WorkerPool(self._threads)
+        torch.set_num_threads(pool.threads)
+        return FFNRuntime("dense", pool, self.spec.d_model)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The model with every neuron in the checkpoint's order and no predictors: dense."""
+        return self.folder.build(self.runtime, None, None)
+
+    def encode(self, document: Document) -> list[int]:
+        """Token ids of a corpus document, as the model meets such text."""
+        if document.messages:
+            return self.codec.encode_chat(document.messages, add_generation_prompt=False) + self.codec.eos_tokens()
+        return self.codec.encode_document(document.text)
+
+    def windows(self, request: ProfileRequest) -> TokenWindows:
+        """The token windows of `request`. Raises `CorpusError` or `ContextError`."""
+        if request.window > self.spec.max_context:
+            raise ContextError(f"windows of {request.window} tokens do not fit this model's {self.spec.max_context}")
+        documents = read_documents(request.corpus)
+        return token_windows(documents, self.encode, request.window, request.tokens, request.seed)
+
+    def require_sparse(self) -> None:
+        """Raise `InputError` unless neurons of this model fire sparsely."""
+        if not self.spec.fires_sparsely:
+            raise InputError(
+                f"{self.spec.activation} fires densely, so there are no hot and cold neurons to tell apart; "
+                "the model runs dense without preparation"
+            )
+
+    # Profile
+
+    def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
+        """What a profile made by `request` says of its making."""
+        settings = ProfileSettings(seed=request.seed)
+        return {
+            "corpus": corpus_hash(request.corpus),
+            "corpus_files": [path.name for path in corpus_files(request.corpus)],
+            "tokens": request.tokens,
+            "window": request.window,
+            "seed": request.seed,
+            "sample_tokens": settings.sample_tokens,
+        }
+
+    def profile(self, request: ProfileRequest) -> NeuronProfile:
+        """Run the model over the corpus, and write and return the profile."""
+        self.require_sparse()
+        header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
+        windows = self.windows(request)
+        ffns = self.model.ffns
+        recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
+        settings = ProfileSettings(seed=request.seed)
+        with self._progress("profile", windows.tokens.size) as progress:
+            partial = self.bundle.partial_profile
+            found = record_profile(self.model, recorder, windows, settings, header, partial, progress)
+        found.save(self.bundle.profile)
+        return found
+
+    def current_profile(self, request: ProfileRequest) -> NeuronProfile | None:
+        """The stored profile if `request` would make the same again."""
+        try:
+            found = self.load_profile()
+        except ArtifactError:
+            return None
+        return found if found.header.made_from == self.profile_origin(request) else None
+
+    def load_profile(self) -> NeuronProfile:
+        return NeuronProfile.load(self.bundle.profile, self.spec)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Chat with the embedded model: set up .venv, prepare the model (profile, train, place) and open the chat.
+# What is already done is skipped.  Usage: scripts/chat.sh [OPTION of `hybrid chat`]...
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+"$root/scripts/setup.sh"
+# Standard input and output belong to the chat alone.
+"$root/.venv/bin/hybrid" prepare </dev/null >&2
+exec "$root/.venv/bin/hybrid" chat "$@"

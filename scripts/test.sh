@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up .venv with the test dependencies and run the tests.
+# Usage: scripts/test.sh [ARGUMENT of pytest]...   (paths are relative to the project's folder)
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+"$root/scripts/setup.sh" test
+cd "$root"
+exec .venv/bin/python -m pytest "$@"
