@@ -140,3 +140,27 @@ class Project:
 
     def load_profile(self) -> NeuronProfile:
         return NeuronProfile.load(self.bundle.profile, self.spec)
+
+    # Train
+
+    def train_origin(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> dict[str, Any]:
+        """What predictors trained on `found` say of their making."""
+        return {"profile": found.header.key, "target": asdict(target), "seed": seed}
+
+    def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> tuple[PredictorBank, PredictorReport]:
+        """Train, write and return predictors and their report."""
+        self.require_sparse()
+        origin = self.train_origin(found, target, seed)
+        with self._progress("train", self.spec.n_layers) as progress:
+            bank, report = train_predictors(
+                self.spec,
+                [self._ffn_weights(layer) for layer in range(self.spec.n_layers)],
+                found.inputs,
+                found.documents,
+                target,
+                seed=seed,
+                perplexity_of=lambda bank: self.validation_perplexity(found, bank),
+                progress=progress,
+            )
+        bank.save(self.bundle.predictors, self.spec, origin, report)
+        return bank, report
