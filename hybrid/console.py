@@ -36,6 +36,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def details(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A title and under it names with what they are, both aligned left."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str = "token") -> Iterator[Callable[[int], None]]:
     """A bar on stderr with rate and time left; where stderr is no terminal, a line at the start and one at the end."""

@@ -1,12 +1,13 @@
 """`Engine`: a loaded model that answers. Prefill, decode, the KV cache across calls, stop conditions, statistics.
 
-Everything runs on the calling thread but the kernels, which share the engine's `WorkerPool`. An engine serves one
-answer at a time; a generator that is closed early leaves it ready for the next.
+Everything runs on the calling thread but the kernels, which share the engine's `WorkerPool`, and torch's own threads in
+prefill, whose number the engine sets for the whole process. An engine serves one answer at a time; a generator that is
+closed early leaves it ready for the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -88,7 +89,6 @@ class Engine:
             placement, notice = _stored_placement(bundle, folder, strategy, notice)
         codec = TextCodec(folder.path, spec.vocab_size)
         runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model)
-        torch.set_num_threads(runtime.pool.threads)
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, ends = generation_defaults(folder.path)
         engine.end_tokens = frozenset(ends or codec.eos_tokens())
@@ -105,7 +105,7 @@ class Engine:
         prompt: str | Sequence[int],
         settings: SamplingSettings | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[GenerationStep]:
+    ) -> Generator[GenerationStep, None, None]:
         """Continue `prompt`, text or token ids, one step per token; `progress(done, total)` follows a long prefill.
 
         Raises `ContextError` when the prompt leaves no room in the context.
@@ -113,7 +113,7 @@ class Engine:
         tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return self._stream(tokens, settings or self.settings, progress)
 
-    def reply(self, messages: Sequence[Message], settings: SamplingSettings | None = None) -> Iterator[GenerationStep]:
+    def reply(self, messages: Sequence[Message], settings: SamplingSettings | None = None) -> Generator[GenerationStep, None, None]:
         """Answer a conversation. Keys and values of what it shares with the last call are reused."""
         return self._stream(self.codec.encode_chat(messages), settings or self.settings, None)
 
@@ -143,7 +143,7 @@ class Engine:
 
     def _stream(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
-    ) -> Iterator[GenerationStep]:
+    ) -> Generator[GenerationStep, None, None]:
         self._check_prompt(tokens)
         return self._decode(tokens, settings, progress or (lambda done, total: None))
 
@@ -161,7 +161,7 @@ class Engine:
 
     def _decode(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
-    ) -> Iterator[GenerationStep]:
+    ) -> Generator[GenerationStep, None, None]:
         start = perf_counter()
         sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop)
         logits, reused = self._prefill(tokens, progress)
@@ -207,6 +207,8 @@ class Engine:
         return logits, reused
 
     def _forward(self, tokens: list[int]) -> torch.Tensor:
+        # One token's torch operations are too small to share: on busy cores, waiting for a second thread cost 8 ms each.
+        torch.set_num_threads(self.runtime.pool.threads if len(tokens) > 1 else 1)
         hidden = self.model(torch.tensor(tokens), self._cache)
         self._cached_tokens += tokens
         return self.model.logits(hidden[-1:])[0]

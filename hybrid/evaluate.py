@@ -21,7 +21,10 @@ _LOGIT_ROWS = 256  # logits held at a time: 256 x 32000 x 4 bytes are 33 MB
 
 @dataclass(frozen=True)
 class StrategyQuality:
-    """One strategy over a corpus; `kl` is in nats per token, dense first; shares are of all FFN neurons."""
+    """One strategy over a corpus; `kl` is in nats per token, dense first; shares are of all FFN neurons.
+
+    `fired_share` is None for dense, which does not count.
+    """
 
     strategy: Strategy
     tokens: int
@@ -29,14 +32,17 @@ class StrategyQuality:
     kl: float
     top1_agreement: float
     computed_share: float
-    fired_share: float
+    fired_share: float | None
 
 
 @contextmanager
 def as_decode(runtime: FFNRuntime, strategy: Strategy) -> Iterator[None]:
-    """Inside, every token is treated as in decode with `strategy`; what was set before is put back after."""
+    """Inside, every token is treated as in decode with `strategy`; what was set before is put back after.
+
+    Dense is the same for one token and for many, so it takes the faster way, that of prefill.
+    """
     before = runtime.strategy, runtime.token_by_token
-    runtime.strategy, runtime.token_by_token = strategy, True
+    runtime.strategy, runtime.token_by_token = strategy, strategy != "dense"
     try:
         yield
     finally:
@@ -110,6 +116,6 @@ class _Sums:
             exp(self.loss / n),
             self.kl / n,
             self.agreed / n,
-            self.computed / neurons,
-            self.fired / neurons,
+            self.computed / neurons if self.neurons else 1.0,
+            self.fired / neurons if self.neurons else None,
         )

@@ -95,7 +95,7 @@ class HybridFFN(nn.Module):
         runtime: FFNRuntime,
     ) -> None:
         super().__init__()
-        self.tensors, self.hot, self.predictor, self.runtime = tensors, hot, predictor, runtime
+        self.tensors, self.hot, self.runtime = tensors, hot, runtime
         self.act = Activation(activation)
         self.view = FFNView.of(
             tensors.gate, tensors.up, tensors.down, tensors.gate_bias, tensors.up_bias, activation
@@ -103,6 +103,11 @@ class HybridFFN(nn.Module):
         neurons = tensors.up.shape[0]
         self._all = np.arange(neurons, dtype=np.int32)
         self._rows = np.empty(neurons, np.int32)
+        self.set_predictor(predictor)
+
+    def set_predictor(self, predictor: LowRankPredictor | None) -> None:
+        """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
+        self.predictor = predictor
         if predictor is not None:
             self._fc = [kernel_view(t) for t in (predictor.fc1, predictor.b1, predictor.fc2, predictor.b2)]
             self._hidden = np.empty(predictor.b1.shape[0], np.float32)

@@ -5,9 +5,9 @@ A step's result is current when its artefact says that it was made from what wou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,7 @@ from hybrid.model import Transformer
 from hybrid.text import TextCodec
 from placement.placement import Placement, PlacementResult, PlacementSettings, place
 from predictor.bank import PredictorBank
-from predictor.report import PredictorReport
-from predictor.train import FFNWeights, PredictorTarget, train_predictors
-from profiler import profile as neuron_profile
+from predictor.train import FFNWeights, PredictorTarget, TrainSettings, train_predictors, train_units
 from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
@@ -89,10 +87,19 @@ class Project:
 
     def windows(self, request: ProfileRequest) -> TokenWindows:
         """The token windows of `request`. Raises `CorpusError` or `ContextError`."""
-        if request.window > self.spec.max_context:
-            raise ContextError(f"windows of {request.window} tokens do not fit this model's {self.spec.max_context}")
+        self.check_context(request.window)
         documents = read_documents(request.corpus)
         return token_windows(documents, self.encode, request.window, request.tokens, request.seed)
+
+    def use_predictors(self, bank: PredictorBank | None) -> None:
+        """Make the model's `learned` strategy use `bank`, or have none."""
+        for layer, ffn in enumerate(self.model.ffns):
+            ffn.set_predictor(bank.predictors[layer] if bank else None)
+
+    def check_context(self, context: int) -> None:
+        """Raise `ContextError` unless the model takes `context` tokens."""
+        if not 1 <= context <= self.spec.max_context:
+            raise ContextError(f"context {context} is out of range: this model takes 1 to {self.spec.max_context} tokens")
 
     def require_sparse(self) -> None:
         """Raise `InputError` unless neurons of this model fire sparsely."""
@@ -126,9 +133,13 @@ class Project:
         settings = ProfileSettings(seed=request.seed)
         with self._progress("profile", windows.tokens.size) as progress:
             partial = self.bundle.partial_profile
-            found = record_profile(self.model, recorder, windows, settings, header, partial, progress)
+            found = record_profile(self._run_dense, recorder, windows, settings, header, partial, progress)
         found.save(self.bundle.profile)
         return found
+
+    def _run_dense(self, tokens: torch.Tensor) -> object:
+        self.runtime.token_by_token = False
+        return self.model(tokens)
 
     def current_profile(self, request: ProfileRequest) -> NeuronProfile | None:
         """The stored profile if `request` would make the same again."""
@@ -143,24 +154,85 @@ class Project:
 
     # Train
 
-    def train_origin(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> dict[str, Any]:
+    def train_origin(self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings) -> dict[str, Any]:
         """What predictors trained on `found` say of their making."""
-        return {"profile": found.header.key, "target": asdict(target), "seed": seed}
+        return {"profile": found.header.key, "target": asdict(target), "settings": asdict(settings)}
 
-    def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> tuple[PredictorBank, PredictorReport]:
-        """Train, write and return predictors and their report."""
+    def train(self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings) -> PredictorBank:
+        """Train, write and return predictors; their report is with them."""
         self.require_sparse()
-        origin = self.train_origin(found, target, seed)
-        with self._progress("train", self.spec.n_layers) as progress:
-            bank, report = train_predictors(
+        with self._progress("train", train_units(self.spec, settings)) as progress:
+            bank = train_predictors(
                 self.spec,
-                [self._ffn_weights(layer) for layer in range(self.spec.n_layers)],
+                self._ffn_weights,
                 found.inputs,
                 found.documents,
                 target,
-                seed=seed,
-                perplexity_of=lambda bank: self.validation_perplexity(found, bank),
-                progress=progress,
+                settings,
+                self.train_origin(found, target, settings),
+                lambda bank: self._validation_perplexity(found, bank),
+                progress,
             )
-        bank.save(self.bundle.predictors, self.spec, origin, report)
-        return bank, report
+        bank.save(self.bundle.predictors)
+        return bank
+
+    def current_predictors(
+        self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings
+    ) -> PredictorBank | None:
+        """The stored predictors if training now would make the same again."""
+        try:
+            bank = self.load_predictors()
+        except ArtifactError:
+            return None
+        return bank if bank.header.made_from == self.train_origin(found, target, settings) else None
+
+    def load_predictors(self) -> PredictorBank:
+        return PredictorBank.load(self.bundle.predictors, self.spec)
+
+    def _ffn_weights(self, layer: int) -> FFNWeights:
+        t = self.folder.ffn_tensors(layer)
+        return FFNWeights(t.gate, t.up, t.down, t.gate_bias, t.up_bias, self.spec.activation)
+
+    def _validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
+        """Perplexity on the profile's validation windows, with `bank` as decode would use it; None is dense."""
+        windows = TokenWindows(found.validation.astype(np.int64), np.zeros_like(found.validation))
+        self.use_predictors(bank)
+        return perplexity(self.model, self.runtime, "learned" if bank else "dense", windows)
+
+    # Place
+
+    def place_origin(self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile) -> dict[str, Any]:
+        """What a placement says of its making, beside its settings and its prediction."""
+        return {
+            "profile": found.header.key,
+            "predictors": bank.header.key if bank else None,
+            "hardware_profile": asdict(hardware),
+        }
+
+    def place(
+        self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile, settings: PlacementSettings
+    ) -> PlacementResult:
+        """Solve the placement; `write_placement` keeps it."""
+        report = bank.report if bank else None
+        if report is not None:
+            settings = replace(settings, predicted_ratio=max(1.0, report.predicted_share / max(report.true_share, 1e-9)))
+        sizes = bank.bytes_per_layer if bank else (0,) * self.spec.n_layers
+        origin = self.place_origin(found, bank, hardware)
+        return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
+
+    def write_placement(self, placement: Placement) -> None:
+        placement.save(self.bundle.placement)
+
+    def current_placement(self, origin: dict[str, Any], settings: PlacementSettings) -> Placement | None:
+        """The stored placement if solving now would make the same again."""
+        try:
+            found = Placement.load(self.bundle.placement, self.spec)
+        except ArtifactError:
+            return None
+        wanted = origin | {
+            "vram_budget": settings.vram_budget,
+            "context": settings.context,
+            "strategy": settings.strategy,
+            "solver": settings.solver,
+        }
+        return found if all(found.made_from.get(name) == value for name, value in wanted.items()) else None

@@ -12,6 +12,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
+_TOTAL = 1e4
+
 
 @dataclass(frozen=True, eq=False)
 class Knapsack:
@@ -117,9 +119,9 @@ def solve_reduced(
     """
     rows, options = np.nonzero(keep)
     cost, size = problem.cost[rows, options], problem.size[rows, options]
-    # HiGHS has absolute tolerances of 1e-6: about a million units of either kind put them far below what matters.
-    cost_unit = max(float(np.where(keep, problem.cost, 0.0).max()), 1e-300) / 1e6
-    size_unit = max(problem.capacity, 1) / 2**20
+    # HiGHS has absolute tolerances of 1e-6: totals of about 1e4 make them 1e-10 of the cost and of the capacity.
+    cost_unit = float(np.where(keep, problem.cost, 0.0).max(axis=1).sum()) / _TOTAL
+    size_unit = max(problem.capacity, 1) / _TOTAL
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(keep), len(rows)))
     lower = np.append(np.ones(len(keep)), -np.inf)
     upper = np.append(np.ones(len(keep)), problem.capacity / size_unit)

@@ -14,7 +14,7 @@ import numpy as np
 
 from placement.cost import CostModel
 from placement.knapsack import Knapsack, Relaxation, fill, relax, round_relaxation, solve_reduced
-from placement.plan import Choice
+from placement.plan import ALIGNMENT, Choice
 
 Status = Literal["optimal", "time limit", "greedy"]
 
@@ -90,9 +90,10 @@ def solve_milp(model: CostModel, budget: int, time_limit: float = 8.0, relative_
 def _knapsack(model: CostModel, budget: int) -> Knapsack | None:
     """The knapsack over layers and head, or None when the GPU cannot be used at all."""
     capacity = budget - model.plan.workspace_bytes
-    if not model.hardware.has_gpu or capacity <= 0:
+    if not model.hardware.has_gpu or capacity < ALIGNMENT:
         return None
-    return Knapsack(*model.columns(), capacity)
+    # All sizes are multiples of the alignment: rounding down loses nothing and helps the solver's bounds.
+    return Knapsack(*model.columns(), capacity // ALIGNMENT * ALIGNMENT)
 
 
 def _could_improve(problem: Knapsack, relaxation: Relaxation, best: np.ndarray) -> np.ndarray:

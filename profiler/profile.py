@@ -22,7 +22,8 @@ class NeuronProfile:
 
     counts: int64 [n_layers, d_ff], tokens on which each neuron fired; tokens: how many were seen; inputs: f16
     [n_layers, s, d_model], what the FFN read (after its norm) at s sampled tokens; documents: int32 [s], the document of
-    each sample. `header` says which model and which corpus.
+    each sample; validation: int32 [n, window], token windows of documents that were not sampled, to measure quality on.
+    `header` says which model and which corpus.
     """
 
     header: ArtifactHeader
@@ -30,6 +31,7 @@ class NeuronProfile:
     tokens: int
     inputs: np.ndarray
     documents: np.ndarray
+    validation: np.ndarray
 
     def frequency(self) -> np.ndarray:
         """Activation frequency of every neuron: float64 [n_layers, d_ff], 0 to 1."""
@@ -53,6 +55,7 @@ class NeuronProfile:
     def save(self, path: Path) -> None:
         """Write the profile, atomically; raises `ArtifactError` when it cannot be written."""
         tensors = {"counts": self.counts, "inputs": self.inputs, "documents": self.documents}
+        tensors["validation"] = self.validation
         write_tensors(path, self.header, tensors | {"tokens": np.array([self.tokens])})
 
     @classmethod
@@ -60,9 +63,8 @@ class NeuronProfile:
         """Read a profile and check that it is of `spec`. Raises `ArtifactError` or `ArtifactMismatchError`."""
         header, tensors = read_tensors(path, KIND, spec.fingerprint if spec else None, REPAIR)
         try:
-            profile = cls(
-                header, tensors["counts"], int(tensors["tokens"][0]), tensors["inputs"], tensors["documents"]
-            )
+            names = ("inputs", "documents", "validation")
+            profile = cls(header, tensors["counts"], int(tensors["tokens"][0]), *(tensors[name] for name in names))
             shapes_fit = len(profile.counts) == len(profile.inputs) and profile.inputs.shape[1] == len(profile.documents)
         except (KeyError, IndexError) as error:
             raise ArtifactError(f"{path} lacks {error}; rebuild it with: {REPAIR}") from error

@@ -23,8 +23,10 @@ from profiler.profile import REPAIR, NeuronProfile
 from profiler.spec import ModelSpec
 
 _PARTIAL_KIND = "partial neuron profile"
-# 512 MiB of inputs: 87,000 tokens of the embedded model, 2,000 tokens of a 7B one. Predictors want thousands.
+# Predictors of the embedded model overfit 16,384 samples and no longer 49,152 (LOG.md); a 7B model keeps 2,000 in this.
+SAMPLE_TOKENS = 49_152
 SAMPLE_BYTES = 512 << 20
+_VALIDATION_WINDOWS = 16
 _SAVE_SECONDS = 300.0  # what a killed run loses at most
 
 
@@ -32,7 +34,7 @@ _SAVE_SECONDS = 300.0  # what a killed run loses at most
 class ProfileSettings:
     """How much to record: `sample_tokens` inputs are kept, but no more than `sample_bytes` allow."""
 
-    sample_tokens: int = 16384
+    sample_tokens: int = SAMPLE_TOKENS
     sample_bytes: int = SAMPLE_BYTES
     seed: int = 0
 
@@ -109,7 +111,8 @@ def record_profile(
     if windows.count == 0:
         raise CorpusError("there is no window of tokens to profile; give a corpus with text in it")
     context = windows.tokens.shape[1]
-    chosen = _sample_positions(windows, settings.samples(recorder.spec, windows.tokens.size), settings.seed)
+    held = min(_VALIDATION_WINDOWS, windows.count // 4)
+    chosen = _sample_positions(windows, held, settings, recorder.spec)
     inputs = np.zeros((recorder.spec.n_layers, sum(map(len, chosen)), recorder.spec.d_model), np.float16)
     done = _resume(partial, header, recorder.counts, inputs)
     progress(done * context)
@@ -137,12 +140,18 @@ def record_profile(
             raise
     partial.unlink(missing_ok=True)
     documents = np.concatenate([windows.documents[index, at] for index, at in enumerate(chosen)])
-    return NeuronProfile(header, recorder.counts, windows.tokens.size, inputs, documents)
+    validation = windows.tokens[windows.count - held :].astype(np.int32)
+    return NeuronProfile(header, recorder.counts, windows.tokens.size, inputs, documents, validation)
 
 
-def _sample_positions(windows: TokenWindows, total: int, seed: int) -> list[np.ndarray]:
-    """Which positions of each window to keep: `total` in all, drawn at random from the whole corpus."""
-    flat = np.sort(np.random.default_rng(seed).choice(windows.tokens.size, total, replace=False))
+def _sample_positions(
+    windows: TokenWindows, held: int, settings: ProfileSettings, spec: ModelSpec
+) -> list[np.ndarray]:
+    """Which positions of each window to keep, drawn at random; none of a document in the last `held` windows."""
+    first_held = windows.count - held
+    free = np.flatnonzero(~np.isin(windows.documents, windows.documents[first_held:]))
+    total = min(len(free), settings.samples(spec, windows.tokens.size))
+    flat = np.sort(np.random.default_rng(settings.seed).choice(free, total, replace=False))
     context = windows.tokens.shape[1]
     return [flat[flat // context == index] % context for index in range(windows.count)]
 

@@ -94,6 +94,9 @@ def test_order_is_by_frequency_and_stable():
     np.testing.assert_array_equal(model.order, [[2, 0, 3, 4, 1]])
     assert model.order.dtype == np.int32
     np.testing.assert_array_equal(model.group_counts, [0, 2, 4, 5])
+    levels = np.random.default_rng(0).integers(0, 3, (1, 999)) / 2  # long runs of ties
+    model = CostModel(VramPlan(small_spec(d_ff=999), 8, (0,)), ROUND_HARDWARE, levels, "exact")
+    np.testing.assert_array_equal(model.order[0], sorted(range(999), key=lambda neuron: -levels[0, neuron]))
 
 
 @pytest.mark.parametrize("seed", range(20))

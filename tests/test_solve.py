@@ -140,7 +140,7 @@ def largest_model():
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.97])
 def test_largest_model_has_a_small_gap(largest_model, share):
     budget = int(share * largest_model.plan.spec.model_bytes)
-    milp = solve_milp(largest_model, budget)
+    milp = solve_milp(largest_model, budget, time_limit=2.0)
     assert milp.gap < 1e-3
     assert milp.seconds <= solve_greedy(largest_model, budget).seconds
     assert largest_model.plan.total_bytes(milp.choice) <= budget

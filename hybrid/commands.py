@@ -1,0 +1,290 @@
+"""What each command does: build from options, call the step, print. One function per command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hybrid.console import percent, progress, size, table
+from hybrid.engine import EMBEDDED_MODEL, Engine, EngineConfig
+from hybrid.errors import InputError
+from hybrid.evaluate import StrategyQuality
+from hybrid.evaluate import evaluate as evaluate_strategies
+from hybrid.generation import SamplingSettings
+from hybrid.repl import run_repl
+from hybrid.steps import ProfileRequest, Project
+from hybrid.terminal import open_terminal
+from placement.placement import PlacementResult, PlacementSettings
+from placement.plan import parse_size
+from predictor.bank import PredictorBank
+from predictor.train import PredictorTarget, TrainSettings
+from profiler.hardware import DEFAULT_PROFILE, HardwareProfile
+from profiler.profile import NeuronProfile
+
+Options = Mapping[str, Any]
+EMBEDDED_CORPUS = EMBEDDED_MODEL.parent / "corpus"
+
+
+def prepare(model: Path | None, options: Options) -> None:
+    """Profile, train, place; each skipped when what it would make is there."""
+    project = _project(model, options)
+    if not project.spec.fires_sparsely:
+        click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
+        return
+    request, target = _profile_request(model, options), _target(options)
+    train_settings, hardware = TrainSettings(seed=options["seed"]), _hardware(options)
+    settings = _placement_settings(project, options, "learned")
+    settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
+    found = project.current_profile(request)
+    click.echo("profile: present and current" if found else "profile: recording", err=True)
+    found = found or project.profile(request)
+    bank = project.current_predictors(found, target, train_settings)
+    click.echo("train: present and current" if bank else "train: training", err=True)
+    bank = bank or project.train(found, target, train_settings)
+    if project.current_placement(project.place_origin(found, bank, hardware), settings):
+        click.echo("place: present and current", err=True)
+        return
+    result = project.place(found, bank, hardware, settings)
+    project.write_placement(result.placement)
+    click.echo(f"place: {_placement_summary(result, found)}", err=True)
+
+
+def profile(model: Path | None, options: Options) -> None:
+    """Record and print a profile."""
+    project = _project(model, options)
+    found = project.profile(_profile_request(model, options))
+    click.echo(profile_report(found))
+    click.echo(f"wrote {project.bundle.profile}", err=True)
+
+
+def profile_report(found: NeuronProfile) -> str:
+    """Share firing and coverage by the hottest neurons, per layer and for the whole model."""
+    shares = (0.1, 0.2, 0.4)
+    layers = zip(found.share_firing(), *(found.layer_coverage(share) for share in shares), strict=True)
+    rows = [[str(number), *map(percent, values)] for number, values in enumerate(layers)]
+    rows.append(["all", percent(float(found.share_firing().mean())), *(percent(found.coverage(s)) for s in shares)])
+    header = ["layer", "firing", *(f"hottest {share:.0%} cover" for share in shares)]
+    return f"{table(header, rows)}\n{found.tokens:,} tokens, {found.inputs.shape[1]:,} FFN inputs kept per layer"
+
+
+def train(model: Path | None, options: Options) -> None:
+    """Train predictors on the stored profile and print their report."""
+    project = _project(model, options)
+    project.require_sparse()
+    bank = project.train(project.load_profile(), _target(options), TrainSettings(seed=options["seed"]))
+    click.echo(table(bank.report.header(), bank.report.rows()))
+    click.echo(f"wrote {project.bundle.predictors}", err=True)
+
+
+def place(model: Path | None, options: Options) -> None:
+    """Solve, print and write a placement."""
+    project = _project(model, options)
+    project.require_sparse()
+    hardware = _hardware(options)
+    settings = _placement_settings(project, options, options["sparsity"])
+    found = project.load_profile()
+    bank = project.load_predictors() if settings.strategy == "learned" else None
+    result = project.place(found, bank, hardware, settings)
+    click.echo(placement_report(result, found, settings.planned_bytes(hardware), hardware))
+    if options["dry_run"]:
+        click.echo("dry run: nothing written", err=True)
+        return
+    project.write_placement(result.placement)
+    click.echo(f"wrote {project.bundle.placement}", err=True)
+
+
+def placement_report(result: PlacementResult, found: NeuronProfile, budget: int, hardware: HardwareProfile) -> str:
+    """The plan in bytes, hot neurons per layer, what is expected of it, and how the solver ended."""
+    total = sum(count for _, count in result.rows)
+    plan = table(
+        ["on the GPU", "bytes", ""],
+        [[name, f"{count:,}", size(count)] for name, count in [*result.rows, ("total", total), ("budget", budget)]],
+    )
+    neurons = found.counts.shape[1]
+    placement = result.placement
+    where = ["GPU" if on_gpu else "CPU" for on_gpu in placement.layer_on_gpu]
+    layers = [
+        [str(layer), where[layer], f"{hot:,}", f"{neurons - hot:,}"] for layer, hot in enumerate(placement.hot.tolist())
+    ]
+    hot = table(["layer", "attention", "hot neurons", "cold neurons"], layers)
+    solution = result.solution
+    return (
+        f"{plan}\n\n{hot}\n\nplanned for: {hardware.name} ({hardware.source} hardware profile)\n"
+        f"{_placement_summary(result, found)}\n"
+        f"solver: {solution.solver}, {solution.status}, gap {solution.gap:.4%}, {solution.solver_seconds:.2f} s, "
+        f"{solution.columns:,} options"
+    )
+
+
+def chat(model: Path | None, system: str | None, options: Options) -> None:
+    """Open the REPL, or answer piped lines."""
+    terminal = open_terminal()
+    with closing(_engine(model, options)) as engine:
+        settings = _sampling(engine.settings, options)
+        if not engine.codec.has_chat_template:
+            raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
+        name = str(model or "embedded model")
+        run_repl(engine, terminal, settings, system, header=_chat_header(engine, name), model_name=name)
+
+
+def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, options: Options) -> None:
+    """Stream the continuation to stdout; statistics to stderr."""
+    text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
+    with closing(_engine(model, options)) as engine:
+        if engine.notice:
+            click.echo(f"note: {engine.notice}", err=True)
+        stats = None
+        for step in engine.generate(text, _sampling(engine.settings, options), _prefill_progress()):
+            click.echo(step.text, nl=False)
+            stats = step.stats
+        click.echo()
+        if stats is not None:
+            click.echo(stats.summary(), err=True)
+
+
+def evaluate(model: Path | None, options: Options) -> None:
+    """Print the quality of each strategy, and with `curve` that of the predictors over a sweep of thresholds."""
+    project = _project(model, options)
+    corpus = options["corpus"] or ((EMBEDDED_CORPUS / "heldout.jsonl",) if model is None else ())
+    windows = project.windows(ProfileRequest(tuple(corpus), options["tokens"], options["window"]))
+    strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
+    bank = project.load_predictors() if "learned" in strategies else None
+    project.use_predictors(bank)
+    with progress("eval", windows.tokens.size * len(strategies)) as advance:
+        found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance)
+    click.echo(quality_report(found))
+    if options["curve"] and bank:
+        points = bank.report.curve
+        rows = []
+        with progress("curve", windows.tokens.size * len(points)) as advance:
+            for point in points:
+                project.use_predictors(bank.with_threshold(point["threshold"]))
+                (quality,) = evaluate_strategies(project.model, project.runtime, ["learned"], windows, advance)
+                rows.append(_curve_row(point, quality, found[0].perplexity))
+        header = ["threshold", "predicted", "ratio", "recall", "precision", "missed mass", "perplexity", "vs dense"]
+        click.echo("\n" + table(header, rows))
+
+
+def quality_report(found: list[StrategyQuality]) -> str:
+    """One row per strategy, the first of which is what the others are held against."""
+    dense = found[0].perplexity
+    rows = [
+        [
+            q.strategy,
+            f"{q.perplexity:.4f}",
+            f"{q.perplexity / dense - 1:+.3%}",
+            f"{q.kl:.5f}",
+            f"{q.top1_agreement:.2%}",
+            percent(q.computed_share),
+            percent(q.fired_share),
+        ]
+        for q in found
+    ]
+    header = ["strategy", "perplexity", "vs dense", "KL (nats)", "top-1 agree", "computed", "fired"]
+    return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"
+
+
+def _curve_row(point: Mapping[str, float], quality: StrategyQuality, dense: float) -> list[str]:
+    ratio = quality.computed_share / max(quality.fired_share or 0.0, 1e-9)
+    return [
+        f"{point['threshold']:.2f}",
+        percent(quality.computed_share),
+        f"{point['predicted_share'] / point['true_share']:.2f}",
+        percent(point["recall"]),
+        percent(point["precision"]),
+        f"{point['missed_mass']:.2%}",
+        f"{quality.perplexity:.3f}",
+        f"{quality.perplexity / dense - 1:+.2%}",
+    ]
+
+
+def _project(model: Path | None, options: Options) -> Project:
+    threads = EngineConfig(threads=options.get("threads")).threads
+    return Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
+
+
+def _profile_request(model: Path | None, options: Options) -> ProfileRequest:
+    corpus = options["corpus"] or ((EMBEDDED_CORPUS / "calibration.jsonl",) if model is None else ())
+    return ProfileRequest(tuple(corpus), options["tokens"], options["window"], options["seed"])
+
+
+def _target(options: Options) -> PredictorTarget:
+    text = options["target"].strip()
+    try:
+        increase = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise InputError(f"--target is {text!r}, expected a share such as 0.5% or 0.005") from error
+    return PredictorTarget(max_perplexity_increase=increase)
+
+
+def _hardware(options: Options) -> HardwareProfile:
+    return HardwareProfile.load(options["hardware"] or DEFAULT_PROFILE)
+
+
+def _placement_settings(project: Project, options: Options, strategy: Any) -> PlacementSettings:
+    budget, context = parse_size(options["vram_budget"]), options["context"] or project.spec.max_context
+    settings = PlacementSettings(budget, context, strategy, options["solver"])
+    project.check_context(context)
+    return settings
+
+
+def _placement_summary(result: PlacementResult, found: NeuronProfile) -> str:
+    share = result.placement.hot_firing_share(found.frequency())
+    return (
+        f"share of firings served hot: {percent(share)}; predicted {1 / result.solution.seconds:,.1f} tokens/s "
+        f"({result.placement.made_from['strategy']})"
+    )
+
+
+def _engine(model: Path | None, options: Options) -> Engine:
+    names = ("sparsity", "context", "threads", "bundle")
+    return Engine.load(model or EMBEDDED_MODEL, EngineConfig(**{name: options[name] for name in names}))
+
+
+def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:
+    settings = defaults
+    for name in SamplingSettings.names():
+        value = options.get(name)
+        if name == "stop" and value:
+            settings = SamplingSettings(**{**_fields(settings), "stop": tuple(value)})
+        elif value is not None and name != "stop":
+            settings = settings.with_value(name, value)
+    return settings
+
+
+def _fields(settings: SamplingSettings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in SamplingSettings.names()}
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompt from {path}: {error}; expected a UTF-8 text file") from error
+
+
+def _chat_header(engine: Engine, name: str) -> str:
+    spec = engine.model.spec
+    hot = int(engine.placement.hot.sum()) / (spec.n_layers * spec.d_ff)
+    lines = [
+        f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {engine.runtime.strategy}; "
+        f"{percent(hot)} of neurons hot; context {engine.context}; {engine.runtime.pool.threads} threads. /help for commands."
+    ]
+    return "\n".join([*lines, *([f"note: {engine.notice}"] if engine.notice else [])])
+
+
+def _prefill_progress() -> Callable[[int, int], None]:
+    """Shows how far a long prompt has been read, on a terminal only; short prompts show nothing."""
+
+    def show(done: int, total: int) -> None:
+        if total > 512 and sys.stderr.isatty():
+            end = "\r\x1b[K" if done == total else ""
+            click.echo(f"\rreading the prompt: {done:,} of {total:,} tokens{end}", nl=False, err=True)
+
+    return show

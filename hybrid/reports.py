@@ -1,0 +1,154 @@
+"""`hybrid inspect` and `hybrid doctor`: what is there, and what would be used and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from llvmlite import binding
+
+from cpu_kernels.worker_pool import available_cpus
+from hybrid.bundle import Bundle
+from hybrid.commands import profile_report
+from hybrid.console import details, percent, size, table
+from hybrid.engine import EMBEDDED_MODEL
+from hybrid.errors import ArtifactError
+from hybrid.loader import ModelFolder
+from placement.placement import Placement
+from placement.plan import UNLIMITED
+from predictor.bank import PredictorBank
+from profiler.artifact import package_version
+from profiler.hardware import HardwareProfile, measure_cpu
+from profiler.profile import NeuronProfile
+from profiler.spec import ModelSpec
+
+_CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16")
+_PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "safetensors", "tokenizers", "triton")
+
+
+def inspect(model: Path | None, bundle: Path | None) -> None:
+    """Print the model's shape and each artefact with where it came from, whatever state it is in."""
+    folder = ModelFolder.open(model or EMBEDDED_MODEL)
+    spec = folder.spec
+    files = Bundle(bundle) if bundle else Bundle.default_for(folder.path, spec)
+    click.echo(details(f"model {model or '(embedded)'}", _model_rows(spec)))
+    for title, show in (
+        ("profile", lambda: _show_profile(files.profile, spec)),
+        ("predictors", lambda: _show_predictors(files.predictors, spec)),
+        ("placement", lambda: _show_placement(files.placement, spec)),
+    ):
+        click.echo(f"\n{title}\n{_or_reason(show)}")
+
+
+def doctor() -> None:
+    """Print the machine, the versions and the choices that follow from them."""
+    rows = [*_cpu_rows(), *_gpu_rows(), *_version_rows(), *_choice_rows()]
+    click.echo(details(f"hybrid {package_version()}", rows))
+
+
+def _or_reason(show: Callable[[], str]) -> str:
+    try:
+        return show()
+    except ArtifactError as error:
+        return str(error)
+
+
+def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
+    attention = f"{spec.n_heads} heads, {spec.n_kv_heads} for keys and values, {spec.head_dim} wide"
+    ffn = f"{spec.d_ff:,} neurons per layer, {spec.activation}, {'gated' if spec.gated else 'not gated'}"
+    return [
+        ("family", spec.family),
+        ("fingerprint", spec.fingerprint),
+        ("layers", str(spec.n_layers)),
+        ("width", str(spec.d_model)),
+        ("attention", attention),
+        ("FFN", ffn),
+        ("fires sparsely", "yes" if spec.fires_sparsely else "no: runs dense"),
+        ("vocabulary", f"{spec.vocab_size:,}"),
+        ("context", f"{spec.max_context:,} tokens"),
+        ("weights", f"{spec.dtype}, {size(spec.model_bytes)}"),
+        ("of which FFN", size(spec.n_layers * spec.layer_ffn_bytes)),
+        ("KV cache at full context", size(spec.n_layers * spec.kv_bytes_per_layer(spec.max_context))),
+    ]
+
+
+def _show_profile(path: Path, spec: ModelSpec) -> str:
+    found = NeuronProfile.load(path, spec)
+    made = found.header.made_from
+    origin = f"{', '.join(made['corpus_files'][:3])} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
+    return f"{_file_line(path)}\nfrom {origin}\n{profile_report(found)}"
+
+
+def _show_predictors(path: Path, spec: ModelSpec) -> str:
+    bank = PredictorBank.load(path, spec)
+    origin = f"profile {bank.header.made_from['profile']}, target {bank.header.made_from['target']}"
+    return f"{_file_line(path)}\nfrom {origin}\n{table(bank.report.header(), bank.report.rows())}"
+
+
+def _show_placement(path: Path, spec: ModelSpec) -> str:
+    made: dict[str, Any] = Placement.load(path, spec).made_from
+    placement = Placement.load(path, spec)
+    budget = "unlimited" if made["vram_budget"] == UNLIMITED else size(made["vram_budget"])
+    rows = [
+        ("VRAM budget", budget),
+        ("context", f"{made['context']:,} tokens"),
+        ("planned for", made["hardware"]),
+        ("solver", f"{made['solver']}, {made['status']}, gap {made['gap']:.4%}"),
+        ("predicted", f"{made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']})"),
+        ("hot neurons", percent(float(placement.hot.sum()) / (spec.n_layers * spec.d_ff))),
+        ("from profile", made["profile"]),
+        ("from predictors", str(made["predictors"])),
+    ]
+    return f"{_file_line(path)}\n{details('', rows).lstrip()}"
+
+
+def _file_line(path: Path) -> str:
+    return f"{path}, {size(path.stat().st_size)}"
+
+
+def _cpu_rows() -> list[tuple[str, str]]:
+    features = binding.get_host_cpu_features()
+    found = [name for name in _CPU_FEATURES if features.get(name)]
+    measured = measure_cpu()
+    return [
+        ("CPU", f"{platform.machine()}, {binding.get_host_cpu_name()}"),
+        ("vector features", ", ".join(found) or "none of those used"),
+        ("cores", f"{os.cpu_count()} in the machine, {available_cpus()} for this process"),
+        ("memory read", f"{measured.cpu_read_bandwidth / 1e9:.1f} GB/s by {measured.cpu_threads} threads"),
+    ]
+
+
+def _gpu_rows() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no GPU"
+        return [("GPU", f"none usable: {why}")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {size(free)} free of {size(total)}"))
+    return rows
+
+
+def _version_rows() -> list[tuple[str, str]]:
+    rows = [("Python", platform.python_version())]
+    for name in _PACKAGES:
+        try:
+            rows.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            rows.append((name, "not installed" + (" (needed on a GPU only)" if name == "triton" else "")))
+    return rows
+
+
+def _choice_rows() -> list[tuple[str, str]]:
+    return [
+        ("would run on", f"the CPU with {available_cpus()} threads; this build has no GPU runtime yet"),
+        ("hot and cold neurons", "both on the CPU, computed apart and merged, as a GPU would"),
+        ("kernels", "Numba, compiled for this CPU on first use and cached"),
+        ("placement", f"planned for: {HardwareProfile.load().name} (default profile; --hardware FILE for another)"),
+    ]
