@@ -3,8 +3,8 @@
     out[t] = sum over i in rows(t) of  act(gate[i].x[t] + gb[i]) * (up[i].x[t] + ub[i]) * down[i]      gated
     out[t] = sum over i in rows(t) of  act(up[i].x[t] + ub[i]) * down[i]                               not gated
 
-Weights are neuron-major: row i of gate, up and (transposed) down belong to neuron i. With
-`skip_zeros`, a neuron whose activation comes out 0 is left there and its other rows are never read; the sum is the same.
+Weights are neuron-major: row i of gate, up and (transposed) down belong to neuron i. With `skip_zeros`, a neuron whose
+activation comes out 0 is left there and its other rows are never read; the sum is the same.
 
 Threads: with one token, workers share its chunks of rows; with several, each worker takes whole tokens. Chunks depend
 on the number of rows alone and are added in order, so the answer is the same, bit for bit, for any number of
@@ -53,7 +53,7 @@ class FFNView:
         up_bias: torch.Tensor | None,
         activation: str,
     ) -> FFNView:
-        """View contiguous CPU tensors, without a copy. Raises `ValueError` when shapes differ or the activation is unknown."""
+        """View contiguous CPU tensors, without a copy. Raises `ValueError` for a misfit or an unknown activation."""
         if activation not in ACTIVATION_CODES:
             raise ValueError(f"unknown activation {activation!r}, known are {', '.join(ACTIVATION_CODES)}")
         f, d = up.shape
@@ -197,7 +197,9 @@ def sparse_ffn_ref(ffn: FFNView, x: np.ndarray, rows: np.ndarray, offsets: np.nd
         mine = rows[offsets[t] : offsets[t + 1]]
         token = torch.from_numpy(x[t]).double()
 
-        def project(weight: np.ndarray, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token) -> torch.Tensor:
+        def project(
+            weight: np.ndarray, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token
+        ) -> torch.Tensor:
             z = torch.from_numpy(widen_ref(weight[ids])).double() @ v
             return z + torch.from_numpy(bias[ids]) if bias.size else z
 

@@ -6,15 +6,10 @@ placement its profile and predictors. `*_key` is that identity, so a step is ski
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hybrid.errors import ArtifactError, ArtifactMismatchError
-from placement.placement import Placement
-from predictor.bank import PredictorBank
-from profiler.profile import NeuronProfile
 from profiler.spec import ModelSpec
 
 

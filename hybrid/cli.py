@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         click.echo(f"hybrid: {error}", err=True)
         code = error.exit_code
-    except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback, exit code 1
+    except Exception as error:
         if debug:
             raise
         click.echo(f"hybrid: {type(error).__name__}: {error}; `hybrid --debug ...` shows where", err=True)

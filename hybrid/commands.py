@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from hybrid.terminal import open_terminal
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
-from predictor.train import PredictorTarget, TrainSettings
+from predictor.report import CurvePoint
+from predictor.sizing import PredictorTarget
+from profiler.corpus import TokenWindows
 from profiler.hardware import DEFAULT_PROFILE, HardwareProfile
 from profiler.profile import NeuronProfile
 
@@ -37,15 +39,15 @@ def prepare(model: Path | None, options: Options) -> None:
         click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
         return
     request, target = _profile_request(model, options), _target(options)
-    train_settings, hardware = TrainSettings(seed=options["seed"]), _hardware(options)
+    seed, hardware = options["seed"], _hardware(options)
     settings = _placement_settings(project, options, "learned")
     settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
     found = project.current_profile(request)
     click.echo("profile: present and current" if found else "profile: recording", err=True)
     found = found or project.profile(request)
-    bank = project.current_predictors(found, target, train_settings)
+    bank = project.current_predictors(found, target, seed)
     click.echo("train: present and current" if bank else "train: training", err=True)
-    bank = bank or project.train(found, target, train_settings)
+    bank = bank or project.train(found, target, seed)
     if project.current_placement(project.place_origin(found, bank, hardware), settings):
         click.echo("place: present and current", err=True)
         return
@@ -76,9 +78,35 @@ def train(model: Path | None, options: Options) -> None:
     """Train predictors on the stored profile and print their report."""
     project = _project(model, options)
     project.require_sparse()
-    bank = project.train(project.load_profile(), _target(options), TrainSettings(seed=options["seed"]))
-    click.echo(table(bank.report.header(), bank.report.rows()))
+    bank = project.train(project.load_profile(), _target(options), options["seed"])
+    click.echo(predictor_report(bank))
     click.echo(f"wrote {project.bundle.predictors}", err=True)
+
+
+def predictor_report(bank: PredictorBank) -> str:
+    """Size and quality of the predictors, per layer and overall, and where they miss their target."""
+    report = bank.report
+    if report is None:
+        return "no report"
+    header = ["layer", "rank", "size", "recall", "precision", "predicted", "fired", "ratio", "missed mass"]
+    rows = [
+        [
+            q.layer,
+            str(q.rank),
+            size(q.bytes),
+            percent(q.recall),
+            percent(q.precision),
+            percent(q.predicted_share),
+            percent(q.fired_share),
+            f"{q.active_ratio:.2f}",
+            f"{q.missed_mass:.2%}",
+        ]
+        for q in (*report.layers, report.overall)
+    ]
+    increase = report.perplexity_increase
+    measured = "not measured" if increase is None else f"{increase:+.2%}"
+    lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
+    return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])
 
 
 def place(model: Path | None, options: Options) -> None:
@@ -158,16 +186,32 @@ def evaluate(model: Path | None, options: Options) -> None:
     with progress("eval", windows.tokens.size * len(strategies)) as advance:
         found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance)
     click.echo(quality_report(found))
-    if options["curve"] and bank:
-        points = bank.report.curve
-        rows = []
-        with progress("curve", windows.tokens.size * len(points)) as advance:
-            for point in points:
-                project.use_predictors(bank.with_threshold(point["threshold"]))
-                (quality,) = evaluate_strategies(project.model, project.runtime, ["learned"], windows, advance)
-                rows.append(_curve_row(point, quality, found[0].perplexity))
-        header = ["threshold", "predicted", "ratio", "recall", "precision", "missed mass", "perplexity", "vs dense"]
-        click.echo("\n" + table(header, rows))
+    if options["curve"] and bank and bank.report:
+        click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity))
+
+
+def _curve(
+    project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float
+) -> str:
+    """Perplexity along the report's curve; recall and precision are those of the report's validation text."""
+    rows = []
+    with progress("curve", windows.tokens.size * len(points)) as advance:
+        for point in points:
+            project.use_predictors(bank.with_thresholds(point.thresholds))
+            (quality,) = evaluate_strategies(project.model, project.runtime, ["learned"], windows, advance)
+            rows.append(
+                [
+                    percent(quality.computed_share),
+                    f"{point.active_ratio:.2f}",
+                    percent(point.recall),
+                    percent(point.precision),
+                    f"{point.level:.2%}",
+                    f"{quality.perplexity:.3f}",
+                    f"{quality.perplexity / dense - 1:+.2%}",
+                ]
+            )
+    header = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
+    return table(header, rows)
 
 
 def quality_report(found: list[StrategyQuality]) -> str:
@@ -189,20 +233,6 @@ def quality_report(found: list[StrategyQuality]) -> str:
     return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"
 
 
-def _curve_row(point: Mapping[str, float], quality: StrategyQuality, dense: float) -> list[str]:
-    ratio = quality.computed_share / max(quality.fired_share or 0.0, 1e-9)
-    return [
-        f"{point['threshold']:.2f}",
-        percent(quality.computed_share),
-        f"{point['predicted_share'] / point['true_share']:.2f}",
-        percent(point["recall"]),
-        percent(point["precision"]),
-        f"{point['missed_mass']:.2%}",
-        f"{quality.perplexity:.3f}",
-        f"{quality.perplexity / dense - 1:+.2%}",
-    ]
-
-
 def _project(model: Path | None, options: Options) -> Project:
     threads = EngineConfig(threads=options.get("threads")).threads
     return Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
@@ -214,12 +244,7 @@ def _profile_request(model: Path | None, options: Options) -> ProfileRequest:
 
 
 def _target(options: Options) -> PredictorTarget:
-    text = options["target"].strip()
-    try:
-        increase = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError as error:
-        raise InputError(f"--target is {text!r}, expected a share such as 0.5% or 0.005") from error
-    return PredictorTarget(max_perplexity_increase=increase)
+    return PredictorTarget.parse(options["target"])
 
 
 def _hardware(options: Options) -> HardwareProfile:
@@ -274,7 +299,8 @@ def _chat_header(engine: Engine, name: str) -> str:
     hot = int(engine.placement.hot.sum()) / (spec.n_layers * spec.d_ff)
     lines = [
         f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {engine.runtime.strategy}; "
-        f"{percent(hot)} of neurons hot; context {engine.context}; {engine.runtime.pool.threads} threads. /help for commands."
+        f"{percent(hot)} of neurons hot; context {engine.context}; {engine.runtime.pool.threads} threads. "
+        "/help for commands."
     ]
     return "\n".join([*lines, *([f"note: {engine.notice}"] if engine.notice else [])])
 

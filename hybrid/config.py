@@ -226,8 +226,8 @@ def _rope(config: Mapping[str, Any], where: str) -> RopeSpec:
         elif kind == "llama3":
             names = ("factor", "low_freq_factor", "high_freq_factor")
             known |= {*names, "original_max_position_embeddings"}
-            numbers = [float(scaling[name]) for name in names]
-            spec = RopeSpec(theta, "llama3", *numbers, int(scaling["original_max_position_embeddings"]))
+            factor, low, high = (float(scaling[name]) for name in names)
+            spec = RopeSpec(theta, "llama3", factor, low, high, int(scaling["original_max_position_embeddings"]))
         else:
             raise ModelError(f"{where}: unknown RoPE type '{kind}'; known are default, linear, llama3")
     except KeyError as error:

@@ -113,7 +113,9 @@ class Engine:
         tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         return self._stream(tokens, settings or self.settings, progress)
 
-    def reply(self, messages: Sequence[Message], settings: SamplingSettings | None = None) -> Generator[GenerationStep, None, None]:
+    def reply(
+        self, messages: Sequence[Message], settings: SamplingSettings | None = None
+    ) -> Generator[GenerationStep, None, None]:
         """Answer a conversation. Keys and values of what it shares with the last call are reused."""
         return self._stream(self.codec.encode_chat(messages), settings or self.settings, None)
 
@@ -172,7 +174,10 @@ class Engine:
             seen.append(token)
             now = perf_counter()
             first = first or now
-            piece, finish = text.push(token, ended=token in self.end_tokens), self._finish(text, token, seen, count, settings)
+            piece, finish = (
+                text.push(token, ended=token in self.end_tokens),
+                self._finish(text, token, seen, count, settings),
+            )
             if finish:
                 piece += text.rest(finish)
             stats = self._stats(len(tokens), reused, count, first - start, now - first)
@@ -207,7 +212,7 @@ class Engine:
         return logits, reused
 
     def _forward(self, tokens: list[int]) -> torch.Tensor:
-        # One token's torch operations are too small to share: on busy cores, waiting for a second thread cost 8 ms each.
+        # One token's torch operations are too small to share (waiting for a second thread cost 8 ms on busy cores).
         torch.set_num_threads(self.runtime.pool.threads if len(tokens) > 1 else 1)
         hidden = self.model(torch.tensor(tokens), self._cache)
         self._cached_tokens += tokens
@@ -277,4 +282,3 @@ def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, n
         return Placement.load(bundle.placement, folder.spec), notice
     reason = "no placement yet (`hybrid place` makes one): all neurons are cold"
     return Placement.all_cold(folder.spec), f"{notice}; {reason}" if notice else reason
-

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.lanes import kernel_view
-from cpu_kernels.low_rank import predict_rows
+from cpu_kernels.low_rank import PredictorView, predict_rows
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from predictor.low_rank import LowRankPredictor
@@ -97,9 +96,7 @@ class HybridFFN(nn.Module):
         super().__init__()
         self.tensors, self.hot, self.runtime = tensors, hot, runtime
         self.act = Activation(activation)
-        self.view = FFNView.of(
-            tensors.gate, tensors.up, tensors.down, tensors.gate_bias, tensors.up_bias, activation
-        )
+        self.view = FFNView.of(tensors.gate, tensors.up, tensors.down, tensors.gate_bias, tensors.up_bias, activation)
         neurons = tensors.up.shape[0]
         self._all = np.arange(neurons, dtype=np.int32)
         self._rows = np.empty(neurons, np.int32)
@@ -109,8 +106,11 @@ class HybridFFN(nn.Module):
         """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
         self.predictor = predictor
         if predictor is not None:
-            self._fc = [kernel_view(t) for t in (predictor.fc1, predictor.b1, predictor.fc2, predictor.b2)]
-            self._hidden = np.empty(predictor.b1.shape[0], np.float32)
+            self._predictor_view = PredictorView.of(
+                *(predictor.fc1, predictor.fc1_scale, predictor.b1),
+                *(predictor.fc2, predictor.fc2_scale, predictor.b2),
+                predictor.threshold,
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
@@ -136,7 +136,7 @@ class HybridFFN(nn.Module):
         if self.predictor is None:
             raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
         if tokens == 1:
-            count = predict_rows(x.numpy()[0], *self._fc, self.predictor.threshold, self._hidden, self._rows)
+            count = predict_rows(self._predictor_view, x.numpy()[0], self._rows, self.runtime.pool)
             return self._rows[:count], np.array([0, count], np.int64)
         mask = self.predictor.mask(x).numpy()
         return np.nonzero(mask)[1].astype(np.int32), np.concatenate(([0], mask.sum(1).cumsum())).astype(np.int64)

@@ -130,7 +130,9 @@ class _Reader:
     def attention(self, layer: int, runtime: FFNRuntime) -> Attention:
         spec = self._spec
         qkv = torch.cat([self._projection(part, layer) for part in self._qkv])
-        biases = [self.tensor(part, (rows,), layer, "bias") for part, rows in self._qkv.items()] if spec.qkv_bias else []
+        biases = (
+            [self.tensor(part, (rows,), layer, "bias") for part, rows in self._qkv.items()] if spec.qkv_bias else []
+        )
         width = spec.n_heads * spec.head_dim
         out_bias = self.tensor("out", (spec.d_model,), layer, "bias") if spec.out_bias else None
         q_norm = self.norm("q_norm", layer, spec.head_dim) if spec.qk_norm else None

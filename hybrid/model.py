@@ -64,9 +64,7 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
     # Llama 3: long wavelengths are divided by the factor, short ones kept, those between blended.
     wavelength = 2 * math.pi / base
     low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
-    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blended = (1 - blend) * base / rope.factor + blend * base
     scaled = torch.where(wavelength > low, base / rope.factor, base)
     return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
@@ -157,12 +155,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec, self.embedding, self.positions = spec, embedding, positions
         self.layers = nn.ModuleList(blocks)
+        self.ffns = [block.ffn for block in blocks]
         self.final_norm, self.head = final_norm, head
         self._frequencies = rope_frequencies(spec.rope, spec.head_dim) if spec.rope else None
-
-    @property
-    def ffns(self) -> list[HybridFFN]:
-        return [layer.ffn for layer in self.layers]
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:

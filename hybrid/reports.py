@@ -15,8 +15,8 @@ from llvmlite import binding
 
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.bundle import Bundle
-from hybrid.commands import profile_report
-from hybrid.console import details, percent, size, table
+from hybrid.commands import predictor_report, profile_report
+from hybrid.console import details, percent, size
 from hybrid.engine import EMBEDDED_MODEL
 from hybrid.errors import ArtifactError
 from hybrid.loader import ModelFolder
@@ -81,14 +81,17 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
 def _show_profile(path: Path, spec: ModelSpec) -> str:
     found = NeuronProfile.load(path, spec)
     made = found.header.made_from
-    origin = f"{', '.join(made['corpus_files'][:3])} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
+    names = ", ".join(made["corpus_files"][:3])
+    origin = f"{names} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
     return f"{_file_line(path)}\nfrom {origin}\n{profile_report(found)}"
 
 
 def _show_predictors(path: Path, spec: ModelSpec) -> str:
     bank = PredictorBank.load(path, spec)
-    origin = f"profile {bank.header.made_from['profile']}, target {bank.header.made_from['target']}"
-    return f"{_file_line(path)}\nfrom {origin}\n{table(bank.report.header(), bank.report.rows())}"
+    made = bank.header.made_from if bank.header else {}
+    return (
+        f"{_file_line(path)}\nfrom profile {made.get('profile')}, target {made.get('target')}\n{predictor_report(bank)}"
+    )
 
 
 def _show_placement(path: Path, spec: ModelSpec) -> str:

@@ -25,13 +25,15 @@ from hybrid.model import Transformer
 from hybrid.text import TextCodec
 from placement.placement import Placement, PlacementResult, PlacementSettings, place
 from predictor.bank import PredictorBank
-from predictor.train import FFNWeights, PredictorTarget, TrainSettings, train_predictors, train_units
+from predictor.samples import FFNWeights
+from predictor.sizing import PredictorTarget
+from predictor.train import train_predictors
 from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
 from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Project:
     def check_context(self, context: int) -> None:
         """Raise `ContextError` unless the model takes `context` tokens."""
         if not 1 <= context <= self.spec.max_context:
-            raise ContextError(f"context {context} is out of range: this model takes 1 to {self.spec.max_context} tokens")
+            raise ContextError(
+                f"context {context} is out of range: this model takes 1 to {self.spec.max_context} tokens"
+            )
 
     def require_sparse(self) -> None:
         """Raise `InputError` unless neurons of this model fire sparsely."""
@@ -131,7 +135,7 @@ class Project:
         ffns = self.model.ffns
         recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
         settings = ProfileSettings(seed=request.seed)
-        with self._progress("profile", windows.tokens.size) as progress:
+        with self._progress("profile", windows.tokens.size, "token") as progress:
             partial = self.bundle.partial_profile
             found = record_profile(self._run_dense, recorder, windows, settings, header, partial, progress)
         found.save(self.bundle.profile)
@@ -154,44 +158,44 @@ class Project:
 
     # Train
 
-    def train_origin(self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings) -> dict[str, Any]:
+    def train_origin(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> dict[str, Any]:
         """What predictors trained on `found` say of their making."""
-        return {"profile": found.header.key, "target": asdict(target), "settings": asdict(settings)}
+        return {"profile": found.header.key, "target": asdict(target), "seed": seed}
 
-    def train(self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings) -> PredictorBank:
+    def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
         """Train, write and return predictors; their report is with them."""
         self.require_sparse()
-        with self._progress("train", train_units(self.spec, settings)) as progress:
-            bank = train_predictors(
+        layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
+        with self._progress("train", self.spec.n_layers, "layer") as progress:
+            bank, report = train_predictors(
                 self.spec,
-                self._ffn_weights,
+                layers,
                 found.inputs,
                 found.documents,
                 target,
-                settings,
-                self.train_origin(found, target, settings),
-                lambda bank: self._validation_perplexity(found, bank),
-                progress,
+                seed=seed,
+                perplexity_of=(lambda bank: self._validation_perplexity(found, bank))
+                if len(found.validation)
+                else None,
+                progress=progress,
             )
-        bank.save(self.bundle.predictors)
-        return bank
+        bank.save(self.bundle.predictors, self.spec, self.train_origin(found, target, seed), report)
+        return self.load_predictors()
 
-    def current_predictors(
-        self, found: NeuronProfile, target: PredictorTarget, settings: TrainSettings
-    ) -> PredictorBank | None:
+    def current_predictors(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank | None:
         """The stored predictors if training now would make the same again."""
         try:
             bank = self.load_predictors()
         except ArtifactError:
             return None
-        return bank if bank.header.made_from == self.train_origin(found, target, settings) else None
+        return bank if bank.header and bank.header.made_from == self.train_origin(found, target, seed) else None
 
     def load_predictors(self) -> PredictorBank:
         return PredictorBank.load(self.bundle.predictors, self.spec)
 
     def _ffn_weights(self, layer: int) -> FFNWeights:
         t = self.folder.ffn_tensors(layer)
-        return FFNWeights(t.gate, t.up, t.down, t.gate_bias, t.up_bias, self.spec.activation)
+        return FFNWeights(t.gate, t.up, t.down, self.spec.activation, t.gate_bias, t.up_bias)
 
     def _validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
         """Perplexity on the profile's validation windows, with `bank` as decode would use it; None is dense."""
@@ -201,11 +205,13 @@ class Project:
 
     # Place
 
-    def place_origin(self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile) -> dict[str, Any]:
+    def place_origin(
+        self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile
+    ) -> dict[str, Any]:
         """What a placement says of its making, beside its settings and its prediction."""
         return {
             "profile": found.header.key,
-            "predictors": bank.header.key if bank else None,
+            "predictors": bank.header.key if bank and bank.header else None,
             "hardware_profile": asdict(hardware),
         }
 
@@ -213,9 +219,8 @@ class Project:
         self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile, settings: PlacementSettings
     ) -> PlacementResult:
         """Solve the placement; `write_placement` keeps it."""
-        report = bank.report if bank else None
-        if report is not None:
-            settings = replace(settings, predicted_ratio=max(1.0, report.predicted_share / max(report.true_share, 1e-9)))
+        if bank is not None and bank.report is not None:
+            settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
         sizes = bank.bytes_per_layer if bank else (0,) * self.spec.n_layers
         origin = self.place_origin(found, bank, hardware)
         return place(self.spec, hardware, found.frequency(), sizes, settings, origin)

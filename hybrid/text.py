@@ -29,7 +29,7 @@ class TextCodec:
             raise ModelError(f"{path} is missing; convert the tokenizer with transformers' save_pretrained")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
+        except Exception as error:
             raise ModelError(f"{path} is not a tokenizer ({error}); fetch it again") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

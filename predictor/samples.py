@@ -84,9 +84,9 @@ def split_documents(documents: np.ndarray, seed: int) -> tuple[np.ndarray, np.nd
             f"{MIN_TOKENS} of 2; run hybrid profile with more text"
         )
     order = np.random.default_rng(seed).permutation(len(names))
-    taken_before = np.cumsum(tokens[order]) - tokens[order]
-    held = taken_before < VALIDATION_SHARE * len(documents)
-    held[-1] = False  # a corpus that is nearly one document still leaves something to train on
+    held = np.cumsum(tokens[order]) <= VALIDATION_SHARE * len(documents)
+    if not held.any():
+        held = order == np.argmin(tokens)  # a few long documents: the shortest
     validation = np.isin(documents, names[order[held]])
     return np.nonzero(~validation)[0], np.nonzero(validation)[0]
 

@@ -1,9 +1,9 @@
 """Training the predictors of a whole model: ranks, start, Adam, rounding, thresholds, report.
 
-Per layer the MLP starts as the best linear stand-in for the gate and is then trained with binary cross-entropy, a firing
-counting by its output mass. Its logits thus order neurons by the mass at stake, not by the chance of firing alone:
-what costs perplexity is to miss a neuron that would have added much. Thresholds come last, on validation documents
-and with the rounded weights, so that what is measured is what runs.
+Per layer the MLP starts as the best linear stand-in for the gate and is then trained with binary cross-entropy, where
+a firing counts by its output mass. Its logits thus order neurons by the mass at stake, not by the chance of firing
+alone: what costs perplexity is to miss a neuron that would have added much. Thresholds come last, on validation
+documents and with the rounded weights, so that what is measured is what runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from profiler.spec import ModelSpec
 
 CURVE_LEVELS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.04, 0.08)
 
-_PASSES = 2
+# Embedded model, 16384 tokens, 1% missed mass: 0, 1, 2, 4 passes predict 1.54, 1.52, 1.51, 1.51 times what fires.
+_PASSES = 1
 _MIN_STEPS = 32  # below this many batches, batches get smaller instead
 _WARMUP = 20
 # 1e-3 at d=384; Adam moves every weight by about this, and a hidden unit sums d of them.

@@ -100,7 +100,8 @@ def token_windows(
     count = min(len(tokens), wanted) // context
     if count == 0:
         raise CorpusError(
-            f"corpus too short: {len(tokens)} tokens, expected at least one window of {context}; add text or lower --context"
+            f"corpus too short: {len(tokens)} tokens, expected at least one window of {context}; "
+            "add text or lower --context"
         )
     shape, used = (count, context), count * context
     return TokenWindows(np.array(tokens[:used]).reshape(shape), np.array(owners[:used], np.int32).reshape(shape))

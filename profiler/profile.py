@@ -21,9 +21,9 @@ class NeuronProfile:
     """Firing counts and sampled inputs of every FFN layer.
 
     counts: int64 [n_layers, d_ff], tokens on which each neuron fired; tokens: how many were seen; inputs: f16
-    [n_layers, s, d_model], what the FFN read (after its norm) at s sampled tokens; documents: int32 [s], the document of
-    each sample; validation: int32 [n, window], token windows of documents that were not sampled, to measure quality on.
-    `header` says which model and which corpus.
+    [n_layers, s, d_model], what the FFN read (after its norm) at s sampled tokens; documents: int32 [s], which document
+    each came from; validation: int32 [n, window], windows of other documents' tokens, to measure quality on. `header`
+    says which model and which corpus.
     """
 
     header: ArtifactHeader
@@ -65,7 +65,9 @@ class NeuronProfile:
         try:
             names = ("inputs", "documents", "validation")
             profile = cls(header, tensors["counts"], int(tensors["tokens"][0]), *(tensors[name] for name in names))
-            shapes_fit = len(profile.counts) == len(profile.inputs) and profile.inputs.shape[1] == len(profile.documents)
+            shapes_fit = len(profile.counts) == len(profile.inputs) and profile.inputs.shape[1] == len(
+                profile.documents
+            )
         except (KeyError, IndexError) as error:
             raise ArtifactError(f"{path} lacks {error}; rebuild it with: {REPAIR}") from error
         if not shapes_fit or (spec and profile.counts.shape != (spec.n_layers, spec.d_ff)):

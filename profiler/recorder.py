@@ -106,7 +106,7 @@ def record_profile(
     """Run `forward` over every window and return the profile.
 
     When interrupted, what was recorded so far is kept in the file `partial`, and a later call with the same header goes
-    on from there; the file is removed at the end. `progress` is called with the number of tokens done since its last call.
+    on from there; the file is removed at the end. `progress` is called with tokens done since its last call.
     """
     if windows.count == 0:
         raise CorpusError("there is no window of tokens to profile; give a corpus with text in it")
@@ -144,9 +144,7 @@ def record_profile(
     return NeuronProfile(header, recorder.counts, windows.tokens.size, inputs, documents, validation)
 
 
-def _sample_positions(
-    windows: TokenWindows, held: int, settings: ProfileSettings, spec: ModelSpec
-) -> list[np.ndarray]:
+def _sample_positions(windows: TokenWindows, held: int, settings: ProfileSettings, spec: ModelSpec) -> list[np.ndarray]:
     """Which positions of each window to keep, drawn at random; none of a document in the last `held` windows."""
     first_held = windows.count - held
     free = np.flatnonzero(~np.isin(windows.documents, windows.documents[first_held:]))

@@ -107,5 +107,5 @@ class ModelSpec:
         return self.n_layers * per_layer + self.head_bytes + self.embedding_bytes
 
     def kv_bytes_per_layer(self, context: int, element_bytes: int = 4) -> int:
-        """Bytes of keys and values of one layer for `context` tokens (f32 by default, as the CPU runtime keeps them)."""
+        """Bytes of keys and values of one layer for `context` tokens; f32 as the CPU runtime keeps them."""
         return 2 * context * self.n_kv_heads * self.head_dim * element_bytes

@@ -42,7 +42,9 @@ def test_same_bits_for_any_number_of_workers():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_widening_is_exact_for_every_finite_value(dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
-    weight = bits.view(dtype) if dtype != torch.float32 else torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    weight = (
+        bits.view(dtype) if dtype != torch.float32 else torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    )
     weight = weight[weight.isfinite()][:, None].contiguous()
     out = np.empty(len(weight), np.float32)
     gemv(kernel_view(weight), np.ones(1, np.float32), np.empty(0, np.float32), out, WorkerPool(1))

@@ -71,7 +71,14 @@ def test_same_bits_for_any_threads_and_alone_or_among_others(skip):
     for threads in (2, 3, 7):
         assert (run(view, x, rows, offsets, threads, skip)[0] == together).all()
         alone = [
-            run(view, x[t : t + 1], rows[offsets[t] : offsets[t + 1]], np.array([0, offsets[t + 1] - offsets[t]]), threads, skip)
+            run(
+                view,
+                x[t : t + 1],
+                rows[offsets[t] : offsets[t + 1]],
+                np.array([0, offsets[t + 1] - offsets[t]]),
+                threads,
+                skip,
+            )
             for t in range(3)
         ]
         assert (np.concatenate([out for out, _ in alone]) == together).all()
