@@ -30,6 +30,7 @@ from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]
 EMBEDDED_CORPUS = EMBEDDED_MODEL.parent / "corpus"
+_CURRENT = "present and current"
 
 
 def prepare(model: Path | None, options: Options) -> None:
@@ -42,16 +43,17 @@ def prepare(model: Path | None, options: Options) -> None:
     seed, hardware = options["seed"], _hardware(options)
     settings = _placement_settings(project, options, "learned")
     settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
-    found = project.current_profile(request)
-    click.echo("profile: present and current" if found else "profile: recording", err=True)
-    found = found or project.profile(request)
-    bank = project.current_predictors(found, target, seed)
-    click.echo("train: present and current" if bank else "train: training", err=True)
-    bank = bank or project.train(found, target, seed)
-    if project.current_placement(project.place_origin(found, bank, hardware), settings):
-        click.echo("place: present and current", err=True)
+    profile_header = project.current_profile(request)
+    click.echo(f"profile: {_CURRENT if profile_header else 'recording'}", err=True)
+    profile_header = profile_header or project.profile(request).header
+    predictors = project.current_predictors(profile_header, target, seed)
+    click.echo(f"train: {_CURRENT if predictors else 'training'}", err=True)
+    predictors = predictors or project.train(project.load_profile(), target, seed).header
+    if project.placement_is_current(project.place_origin(profile_header, predictors, hardware), settings):
+        click.echo(f"place: {_CURRENT}", err=True)
         return
-    result = project.place(found, bank, hardware, settings)
+    found = project.load_profile()
+    result = project.place(found, project.load_predictors(), hardware, settings)
     project.write_placement(result.placement)
     click.echo(f"place: {_placement_summary(result, found)}", err=True)
 

@@ -114,7 +114,7 @@ class _Sums:
             strategy,
             self.tokens,
             exp(self.loss / n),
-            self.kl / n,
+            max(0.0, self.kl / n),  # below 0 by rounding only
             self.agreed / n,
             self.computed / neurons if self.neurons else 1.0,
             self.fired / neurons if self.neurons else None,

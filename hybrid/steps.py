@@ -23,11 +23,15 @@ from hybrid.ffn import FFNRuntime
 from hybrid.loader import ModelFolder
 from hybrid.model import Transformer
 from hybrid.text import TextCodec
+from placement import placement as placement_file
 from placement.placement import Placement, PlacementResult, PlacementSettings, place
+from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
 from predictor.samples import FFNWeights
 from predictor.sizing import PredictorTarget
 from predictor.train import train_predictors
+from profiler import profile as neuron_profile
+from profiler.artifact import ArtifactHeader, atomic_write, read_header
 from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
@@ -145,22 +149,18 @@ class Project:
         self.runtime.token_by_token = False
         return self.model(tokens)
 
-    def current_profile(self, request: ProfileRequest) -> NeuronProfile | None:
-        """The stored profile if `request` would make the same again."""
-        try:
-            found = self.load_profile()
-        except ArtifactError:
-            return None
-        return found if found.header.made_from == self.profile_origin(request) else None
+    def current_profile(self, request: ProfileRequest) -> ArtifactHeader | None:
+        """The header of the stored profile if `request` would make the same again."""
+        return self._current(self.bundle.profile, neuron_profile.KIND, self.profile_origin(request))
 
     def load_profile(self) -> NeuronProfile:
         return NeuronProfile.load(self.bundle.profile, self.spec)
 
     # Train
 
-    def train_origin(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> dict[str, Any]:
-        """What predictors trained on `found` say of their making."""
-        return {"profile": found.header.key, "target": asdict(target), "seed": seed}
+    def train_origin(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> dict[str, Any]:
+        """What predictors trained on a profile say of their making."""
+        return {"profile": profile.key, "target": asdict(target), "seed": seed}
 
     def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
         """Train, write and return predictors; their report is with them."""
@@ -179,16 +179,14 @@ class Project:
                 else None,
                 progress=progress,
             )
-        bank.save(self.bundle.predictors, self.spec, self.train_origin(found, target, seed), report)
+        bank.save(self.bundle.predictors, self.spec, self.train_origin(found.header, target, seed), report)
+        with atomic_write(self.bundle.report) as file:
+            file.write(report.to_json().encode())
         return self.load_predictors()
 
-    def current_predictors(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank | None:
-        """The stored predictors if training now would make the same again."""
-        try:
-            bank = self.load_predictors()
-        except ArtifactError:
-            return None
-        return bank if bank.header and bank.header.made_from == self.train_origin(found, target, seed) else None
+    def current_predictors(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> ArtifactHeader | None:
+        """The header of the stored predictors if training now would make the same again."""
+        return self._current(self.bundle.predictors, predictor_bank.KIND, self.train_origin(profile, target, seed))
 
     def load_predictors(self) -> PredictorBank:
         return PredictorBank.load(self.bundle.predictors, self.spec)
@@ -206,12 +204,12 @@ class Project:
     # Place
 
     def place_origin(
-        self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile
+        self, profile: ArtifactHeader, predictors: ArtifactHeader | None, hardware: HardwareProfile
     ) -> dict[str, Any]:
         """What a placement says of its making, beside its settings and its prediction."""
         return {
-            "profile": found.header.key,
-            "predictors": bank.header.key if bank and bank.header else None,
+            "profile": profile.key,
+            "predictors": predictors.key if predictors else None,
             "hardware_profile": asdict(hardware),
         }
 
@@ -222,22 +220,26 @@ class Project:
         if bank is not None and bank.report is not None:
             settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
         sizes = bank.bytes_per_layer if bank else (0,) * self.spec.n_layers
-        origin = self.place_origin(found, bank, hardware)
+        origin = self.place_origin(found.header, bank.header if bank else None, hardware)
         return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
 
     def write_placement(self, placement: Placement) -> None:
         placement.save(self.bundle.placement)
 
-    def current_placement(self, origin: dict[str, Any], settings: PlacementSettings) -> Placement | None:
-        """The stored placement if solving now would make the same again."""
-        try:
-            found = Placement.load(self.bundle.placement, self.spec)
-        except ArtifactError:
-            return None
+    def placement_is_current(self, origin: dict[str, Any], settings: PlacementSettings) -> bool:
+        """Whether solving now, from `origin` with `settings`, would make the stored placement again."""
         wanted = origin | {
             "vram_budget": settings.vram_budget,
             "context": settings.context,
             "strategy": settings.strategy,
             "solver": settings.solver,
         }
-        return found if all(found.made_from.get(name) == value for name, value in wanted.items()) else None
+        return self._current(self.bundle.placement, placement_file.KIND, wanted) is not None
+
+    def _current(self, path: Path, kind: str, wanted: dict[str, Any]) -> ArtifactHeader | None:
+        """The header of the artefact at `path` if it is whole, of this model, and was made from what is `wanted`."""
+        try:
+            header = read_header(path, kind, self.spec.fingerprint, "hybrid prepare")
+        except ArtifactError:
+            return None
+        return header if all(header.made_from.get(name) == value for name, value in wanted.items()) else None

@@ -125,7 +125,11 @@ def read_header(path: Path, kind: str, fingerprint: str | None, repair: str) -> 
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size:
                 raise ValueError("its header is longer than the file")
-            fields = json.loads(json.loads(file.read(length))["__metadata__"][_HEADER_KEY])
+            table = json.loads(file.read(length))
+            fields = json.loads(table.pop("__metadata__")[_HEADER_KEY])
+        end = 8 + length + max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        if end != path.stat().st_size:
+            raise ValueError(f"it has {path.stat().st_size} bytes, its header says {end}")
         header = ArtifactHeader(**{name: fields[name] for name in ArtifactHeader.__dataclass_fields__})
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise ArtifactError(f"{path} is not a {kind} of this program ({error}); rebuild it with: {repair}") from error

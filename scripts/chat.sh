@@ -6,5 +6,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 "$root/scripts/setup.sh"
 # Standard input and output belong to the chat alone.
-"$root/.venv/bin/hybrid" prepare </dev/null >&2
+# The budget is smaller than the model, so that hot and cold neurons are both at work.
+"$root/.venv/bin/hybrid" prepare --vram-budget 40MiB </dev/null >&2
 exec "$root/.venv/bin/hybrid" chat "$@"
