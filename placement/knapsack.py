@@ -6,11 +6,13 @@ the options that could still beat it (Kellerer, Pferschy and Pisinger, "Knapsack
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
 
 _TOTAL = 1e4
 
@@ -108,6 +110,20 @@ def round_relaxation(problem: Knapsack, relaxation: Relaxation) -> np.ndarray:
     return fill(problem, picks)
 
 
+@contextlib.contextmanager
+def _native_output_discarded() -> Iterator[None]:
+    """Keep what native code writes to stdout off it: HiGHS prints debug lines that no option of scipy switches off."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
 def solve_reduced(
     problem: Knapsack, keep: np.ndarray, time_limit: float, relative_gap: float
 ) -> tuple[np.ndarray | None, float]:
@@ -117,6 +133,10 @@ def solve_reduced(
     cost of any solution made of these options (infinity when there is none). HiGHS works in floating point, so the
     solution can be over the capacity by a few parts in a million: `fill` puts that right.
     """
+    # Imported here: it takes 0.4 s, and a chat that reads a placement solves nothing.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, vstack
+
     rows, options = np.nonzero(keep)
     cost, size = problem.cost[rows, options], problem.size[rows, options]
     # HiGHS has absolute tolerances of 1e-6: totals of about 1e4 make them 1e-10 of the cost and of the capacity.
@@ -125,13 +145,14 @@ def solve_reduced(
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(keep), len(rows)))
     lower = np.append(np.ones(len(keep)), -np.inf)
     upper = np.append(np.ones(len(keep)), problem.capacity / size_unit)
-    result = milp(
-        cost / cost_unit,
-        integrality=np.ones(len(rows)),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(vstack([one_each, csr_array(size[None, :] / size_unit)]), lower, upper),
-        options={"time_limit": time_limit, "mip_rel_gap": relative_gap},
-    )
+    with _native_output_discarded():
+        result = milp(
+            cost / cost_unit,
+            integrality=np.ones(len(rows)),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(vstack([one_each, csr_array(size[None, :] / size_unit)]), lower, upper),
+            options={"time_limit": time_limit, "mip_rel_gap": relative_gap},
+        )
     if result.status == 2:
         return None, np.inf
     bound = -np.inf if result.mip_dual_bound is None else result.mip_dual_bound * cost_unit

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.utils.extmath import randomized_svd
 
 from predictor.samples import FFNWeights, batches
 
@@ -77,6 +76,9 @@ def covariance(inputs: np.ndarray, rows: np.ndarray) -> tuple[torch.Tensor, torc
 
 def linear_start(weights: FFNWeights, inputs: np.ndarray, rows: np.ndarray, rank: int, seed: int) -> LinearStart:
     """Directions up to `rank` for f32 weights and inputs [n, d], of which only `rows` are read."""
+    # Imported here: it takes 0.8 s, and a chat that reads predictors trains none.
+    from sklearn.utils.extmath import randomized_svd
+
     mean64, cov = covariance(inputs, rows)
     root, mean, weight = torch.linalg.cholesky(cov).float(), mean64.float(), weights.firing_weight
     whitened = weight @ root
