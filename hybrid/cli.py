@@ -70,7 +70,7 @@ def cli(debug: bool) -> None:
 @_MODEL
 @_CORPUS
 @_TOKENS
-@click.option("--window", type=int, default=512, show_default=True, help="Tokens per calibration window.")
+@click.option("--window", type=int, help="Tokens per calibration window  [default: 512, or the model's context]")
 @_SEED
 @_TARGET
 @_BUDGET
@@ -90,7 +90,7 @@ def prepare(model: Path | None, **options: Any) -> None:
 @_MODEL
 @_CORPUS
 @_TOKENS
-@click.option("--context", "window", type=int, default=512, show_default=True, help="Tokens per calibration window.")
+@click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
 @_SEED
 @_BUNDLE
 @_THREADS
@@ -167,7 +167,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 @_MODEL
 @_CORPUS
 @click.option("--tokens", type=int, default=16_384, show_default=True, help="Tokens to evaluate.")
-@click.option("--context", "window", type=int, default=512, show_default=True, help="Tokens per window.")
+@click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
 @click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
 @_THREADS
 @_BUNDLE
@@ -214,7 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
-        cli.main(args=arguments, prog_name="hybrid", standalone_mode=False)
+        with cli.make_context("hybrid", arguments) as context:
+            cli.invoke(context)
         sys.stdout.flush()
         code = 0
     except click.ClickException as error:

@@ -39,7 +39,7 @@ def prepare(model: Path | None, options: Options) -> None:
     if not project.spec.fires_sparsely:
         click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
         return
-    request, target = _profile_request(model, options), _target(options)
+    request, target = _profile_request(project, model, options), _target(options)
     seed, hardware = options["seed"], _hardware(options)
     settings = _placement_settings(project, options, "learned")
     settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
@@ -61,7 +61,7 @@ def prepare(model: Path | None, options: Options) -> None:
 def profile(model: Path | None, options: Options) -> None:
     """Record and print a profile."""
     project = _project(model, options)
-    found = project.profile(_profile_request(model, options))
+    found = project.profile(_profile_request(project, model, options))
     click.echo(profile_report(found))
     click.echo(f"wrote {project.bundle.profile}", err=True)
 
@@ -181,7 +181,7 @@ def evaluate(model: Path | None, options: Options) -> None:
     """Print the quality of each strategy, and with `curve` that of the predictors over a sweep of thresholds."""
     project = _project(model, options)
     corpus = options["corpus"] or ((EMBEDDED_CORPUS / "heldout.jsonl",) if model is None else ())
-    windows = project.windows(ProfileRequest(tuple(corpus), options["tokens"], options["window"]))
+    windows = project.windows(ProfileRequest(tuple(corpus), options["tokens"], _window(project, options)))
     strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
@@ -240,9 +240,13 @@ def _project(model: Path | None, options: Options) -> Project:
     return Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
 
 
-def _profile_request(model: Path | None, options: Options) -> ProfileRequest:
+def _window(project: Project, options: Options) -> int:
+    return options["window"] if options["window"] is not None else min(512, project.spec.max_context)
+
+
+def _profile_request(project: Project, model: Path | None, options: Options) -> ProfileRequest:
     corpus = options["corpus"] or ((EMBEDDED_CORPUS / "calibration.jsonl",) if model is None else ())
-    return ProfileRequest(tuple(corpus), options["tokens"], options["window"], options["seed"])
+    return ProfileRequest(tuple(corpus), options["tokens"], _window(project, options), options["seed"])
 
 
 def _target(options: Options) -> PredictorTarget:

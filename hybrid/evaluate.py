@@ -70,12 +70,12 @@ def evaluate(
     sums = {strategy: _Sums() for strategy in strategies}
     for window in torch.from_numpy(windows.tokens):
         with as_decode(runtime, "dense"):
-            truth = model(window)
+            _, truth = _losses(model, model(window), window)
         for strategy in strategies:
             runtime.counters = FFNCounters()
             with as_decode(runtime, strategy):
-                hidden = model(window)
-            sums[strategy].add(model, truth, hidden, window, runtime.counters)
+                losses, logs = _losses(model, model(window), window)
+            sums[strategy].add(truth, losses, logs, runtime.counters)
             progress(len(window))
     return [sums[strategy].result(strategy) for strategy in strategies]
 
@@ -96,11 +96,8 @@ class _Sums:
     computed: int = 0
     fired: int = 0
 
-    def add(
-        self, model: Transformer, truth: torch.Tensor, hidden: torch.Tensor, window: torch.Tensor, c: FFNCounters
-    ) -> None:
-        losses, ours = _losses(model, hidden, window)
-        _, dense = _losses(model, truth, window)
+    def add(self, dense: torch.Tensor, losses: torch.Tensor, ours: torch.Tensor, c: FFNCounters) -> None:
+        """Count one window: log-probabilities [t, vocab] of dense and of a strategy, and the strategy's losses [t]."""
         self.tokens += len(losses)
         self.loss += float(losses.sum())
         self.kl += float((dense.exp() * (dense - ours)).sum())

@@ -1,0 +1,260 @@
+"""The command line as a user meets it: the whole loop on a small model; every mistake is one line and exit code 2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from model_cases import make_model
+
+from hybrid.cli import main, repeat_corpus
+
+pytest.importorskip("transformers")
+TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}<a>"
+QUICK = ["--tokens", "2000", "--window", "32"]
+
+
+def hybrid(capfd, *arguments):
+    """Run the command in this process: exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    out, err = capfd.readouterr()
+    return left.value.code or 0, out, err
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    make_model("llama-relu", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "the", "dog", "run", "far", "away", "over", "hills"]
+    lines = [" ".join(words[(n * k) % len(words)] for k in range(1, 25)) for n in range(60)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(original, corpus, tmp_path_factory):
+    folder = shutil.copytree(original, tmp_path_factory.mktemp("prepared") / "model")
+    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def model(prepared, tmp_path):
+    return shutil.copytree(prepared, tmp_path / "model")
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.smoke
+def test_the_whole_loop(original, corpus, tmp_path, capfd):
+    """Every command once, in the order of a new user."""
+    folder = shutil.copytree(original, tmp_path / "model")
+    prepare = ["prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    code, out, err = hybrid(capfd, *prepare)
+    assert code == 0 and out == "" and "place: share of firings served hot" in err
+    code, _, err = hybrid(capfd, *prepare)
+    assert code == 0 and err.count("present and current") == 3
+    code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
+    assert code == 0 and out.endswith("\n") and "5 tokens" in err and "tok/s" not in out
+    code, out, _ = hybrid(capfd, "eval", folder, "--corpus", corpus, "--tokens", "128", "--context", "32", "--curve")
+    assert code == 0 and all(name in out for name in ("dense", "exact", "learned", "KL", "missed mass"))
+    code, out, _ = hybrid(capfd, "inspect", folder)
+    assert code == 0 and all(name in out for name in ("fingerprint", "recall", "VRAM budget", "text.jsonl"))
+    code, out, _ = hybrid(capfd, "doctor")
+    assert code == 0 and all(name in out for name in ("CPU", "GPU", "torch", "would run on"))
+
+
+def test_each_step_by_hand(original, corpus, tmp_path, capfd):
+    folder = shutil.copytree(original, tmp_path / "model")
+    code, out, _ = hybrid(capfd, "profile", folder, "--corpus", corpus, "--tokens", "2000", "--context", "32")
+    assert code == 0 and "hottest 20% cover" in out
+    code, out, _ = hybrid(capfd, "train", folder, "--target", "50%")
+    assert code == 0 and "recall" in out
+    report = json.loads((folder / "hybrid" / "predictors.json").read_text())
+    assert len(report["layers"]) == 3 and 0 <= report["overall"]["recall"] <= 1
+    code, out, _ = hybrid(capfd, "place", folder, "--vram-budget", "1MiB", "--solver", "greedy", "--dry-run")
+    assert code == 0 and "budget" in out and not (folder / "hybrid" / "placement.safetensors").exists()
+    code, out, err = hybrid(capfd, "place", folder, "--vram-budget", "0")
+    assert code == 0 and "gap" in out and "tokens/s" in out and "wrote" in err
+
+
+def test_piped_chat(model):
+    command = [sys.executable, "-m", "hybrid", "chat", model, "--max-new-tokens", "6"]
+    done = subprocess.run(command, input="hello\n\nmore\n/placement\n", capture_output=True, text=True, check=True)
+    assert done.stderr.count("tok/s") == 2 and "hot neurons" in done.stdout
+
+
+def test_output_may_be_cut_off(model):
+    command = f"{sys.executable} -m hybrid generate {model} -p abc --max-new-tokens 40 | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def drop(path, name):
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
+
+
+MISTAKES = {
+    "missing folder": (lambda m: None, ["chat", "{m}/nowhere"], "does not exist"),
+    "truncated weights": (lambda m: truncate(m / "model.safetensors"), ["chat", "{m}"], "truncated"),
+    "no needed field": (lambda m: drop(m / "config.json", "hidden_size"), ["inspect", "{m}"], "no field 'hidden_size'"),
+    "unknown architecture": (lambda m: edit(m / "config.json", model_type="x"), ["chat", "{m}"], "architecture 'x'"),
+    "unknown activation": (lambda m: edit(m / "config.json", hidden_act="x"), ["chat", "{m}"], "activation 'x'"),
+    "other weights": (
+        lambda m: edit(m / "config.json", rms_norm_eps=1e-3),
+        ["generate", "{m}", "-p", "a"],
+        "was made for model",
+    ),
+    "no corpus": (lambda m: None, ["profile", "{m}"], "no corpus given"),
+    "missing corpus": (lambda m: None, ["profile", "{m}", "--corpus", "{m}/no.txt"], "does not exist"),
+    "empty corpus": (lambda m: (m / "c.txt").touch(), ["profile", "{m}", "--corpus", "{m}/c.txt"], "empty corpus"),
+    "binary corpus": (
+        lambda m: None,
+        ["profile", "{m}", "--corpus", "{m}/model.safetensors"],
+        "is binary, expected UTF-8",
+    ),
+    "short corpus": (
+        lambda m: (m / "c.txt").write_text("few words"),
+        ["prepare", "{m}", "--corpus", "{m}/c.txt", "--window", "32"],
+        "corpus too short",
+    ),
+    "negative budget": (lambda m: None, ["place", "{m}", "--vram-budget", "-1"], "-1"),
+    "negative size": (lambda m: None, ["place", "{m}", "--vram-budget", "-1GiB"], "negative"),
+    "absurd budget": (lambda m: None, ["place", "{m}", "--vram-budget", "9000TiB"], "beyond 1 PiB"),
+    "no size": (lambda m: None, ["place", "{m}", "--vram-budget", "lots"], "is not a size"),
+    "long context": (lambda m: None, ["chat", "{m}", "--context", "65"], "this model takes 1 to 64"),
+    "long context to place": (lambda m: None, ["place", "{m}", "--context", "65"], "1 to 64"),
+    "long prompt": (lambda m: None, ["generate", "{m}", "-p", "a" * 70], "leaves no room"),
+    "bad target": (lambda m: None, ["train", "{m}", "--target", "much"], "is not a perplexity increase"),
+    "bad setting": (lambda m: None, ["chat", "{m}", "--top-p", "2"], "top_p is 2.0"),
+    "bad threads": (lambda m: None, ["chat", "{m}", "--threads", "0"], "threads is 0"),
+    "corrupt predictors": (
+        lambda m: truncate(m / "hybrid" / "predictors.safetensors"),
+        ["chat", "{m}"],
+        "rebuild it with: hybrid train",
+    ),
+    "missing placement": (lambda m: (m / "hybrid" / "placement.safetensors").unlink(), ["chat", "{m}"], "hybrid place"),
+    "bad hardware": (
+        lambda m: (m / "h.json").write_text("{}"),
+        ["place", "{m}", "--hardware", "{m}/h.json"],
+        "lacks",
+    ),
+    "no prompt": (lambda m: None, ["generate", "{m}"], "--prompt"),
+    "prompt is binary": (lambda m: None, ["generate", "{m}", "--prompt-file", "{m}/model.safetensors"], "UTF-8"),
+    "unknown option": (lambda m: None, ["chat", "{m}", "--nope"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_and_lose_nothing(case, model, capfd):
+    damage, arguments, message = MISTAKES[case]
+    damage(model)
+    before = contents(model)
+    code, out, err = hybrid(capfd, *(argument.format(m=model) for argument in arguments))
+    assert code == 2, err
+    last = err.strip().splitlines()[-1]
+    assert message in last and "Traceback" not in err and out == ""
+    assert contents(model) == before
+
+
+def test_a_newer_format_is_refused(model, capfd):
+    path = model / "hybrid" / "predictors.safetensors"
+    data = path.read_bytes()
+    assert data.count(b'\\"format_version\\": 1') == 1
+    path.write_bytes(data.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 7'))
+    before = contents(model)
+    code, _, err = hybrid(capfd, "chat", model)
+    assert code == 2 and "format version 7, this build reads up to 1" in err and contents(model) == before
+
+
+def test_artefacts_of_another_model(model, original, tmp_path, capfd):
+    other = tmp_path / "other"
+    make_model("llama-mqa-head-dim", other)
+    shutil.copytree(model / "hybrid", other / "hybrid")
+    for command in (["train", other], ["place", other, "--vram-budget", "1MiB"], ["generate", other, "-p", "a"]):
+        before = contents(other)
+        code, _, err = hybrid(capfd, *command)
+        assert code == 2 and "was made for model" in err and contents(other) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small tmpfs")
+def test_a_full_disk_leaves_what_was_there(model, corpus, tmp_path, capfd):
+    bundle = tmp_path / "small"
+    bundle.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", bundle], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        (bundle / "profile.safetensors").write_bytes(b"what was there")
+        before = contents(bundle)
+        command = ["profile", model, "--corpus", corpus, "--bundle", bundle, "--tokens", "2000", "--context", "32"]
+        code, _, err = hybrid(capfd, *command)
+        assert code == 2 and "No space left on device" in err.strip().splitlines()[-1]
+        assert contents(bundle) == before
+    finally:
+        subprocess.run(["umount", bundle], check=True)
+
+
+def test_prepare_survives_being_killed_at_any_moment(original, corpus, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "model")
+    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    for seconds in (0.5, 2.0, 2.5, 3.0, 3.5):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    generate = [sys.executable, "-m", "hybrid", "generate", folder, "-p", "the", "--max-new-tokens", "3"]
+    subprocess.run(generate, check=True, capture_output=True)
+
+
+def test_ctrl_c_is_clean(original, corpus, tmp_path):
+    folder = shutil.copytree(original, tmp_path / "model")
+    command = [sys.executable, "-m", "hybrid", "profile", folder, "--corpus", corpus, "--context", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while "profile:" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (0, 130) and "Traceback" not in err
+    assert process.returncode == 0 or err.strip().endswith("interrupted")
+
+
+def test_a_model_that_fires_densely_needs_no_preparation(tmp_path, corpus, capfd):
+    make_model("mistral-full", tmp_path)
+    code, out, _ = hybrid(capfd, "prepare", tmp_path, "--corpus", corpus)
+    assert code == 0 and "runs dense" in out
+    code, _, err = hybrid(capfd, "profile", tmp_path, "--corpus", corpus)
+    assert code == 2 and "silu fires densely" in err
+    code, _, err = hybrid(capfd, "generate", tmp_path, "-p", "abc", "--max-new-tokens", "3")
+    assert code == 0 and "note: silu fires densely" in err
+
+
+def test_several_files_after_one_corpus_option():
+    assert repeat_corpus(["profile", "m", "--corpus", "a", "b", "--tokens", "5"]) == [
+        *("profile", "m", "--corpus", "a", "--corpus", "b", "--tokens", "5")
+    ]
+    assert repeat_corpus(["eval", "--corpus", "a", "--corpus", "b"]) == ["eval", "--corpus", "a", "--corpus", "b"]
+    assert repeat_corpus(["eval", "--corpus"]) == ["eval", "--corpus"]

@@ -1,0 +1,140 @@
+"""The shipped model: transformers' own tokens, answers that depend on nothing but weights and prompt, quality bars."""
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid.console import progress
+from hybrid.engine import EMBEDDED_MODEL, Engine, EngineConfig
+from hybrid.evaluate import evaluate, perplexity
+from hybrid.generation import SamplingSettings
+from hybrid.loader import ModelFolder
+from hybrid.steps import ProfileRequest, Project
+from hybrid.text import TextCodec
+from placement import Placement, PlacementSettings
+from predictor import PredictorTarget
+from profiler.hardware import HardwareProfile
+
+CORPUS = EMBEDDED_MODEL.parent / "corpus"
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=64)
+PROMPTS = [
+    "Once upon a time there was a little dog",
+    "The old man looked at the sea and",
+    "<|bos|><|user|>Hello! How are you today?<|assistant|>",
+    "<|bos|><|user|>Tell me a story about a boat.<|assistant|>",
+    "<|bos|><|user|>What is the capital of France?<|assistant|>",
+    "<|bos|><|user|>I had a bad day at work.<|assistant|>",
+    "<|bos|><|system|>Be brief.<|user|>Why is the sky blue?<|assistant|>",
+    "A cell is the smallest unit of",
+    "In the beginning God made the heaven and the earth.",
+    "She opened the door and saw",
+    "One day, Tom and Lily went to the park.",
+    "The king said to his daughter,",
+    "<|bos|><|user|>Do you like music?<|assistant|>Yes, I do.<|user|>What kind?<|assistant|>",
+    "There are 12 apples in a basket. If Tom takes 5,",
+    "It was a dark and stormy night",
+    "My favourite food is",
+    "The teacher asked the children to",
+    "<|bos|><|user|>Write a short poem about the moon.<|assistant|>",
+    "Alice was beginning to get very tired",
+    "Yes",
+]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The embedded model, profiled and trained on a third of what `prepare` takes."""
+    made = Project(EMBEDDED_MODEL, tmp_path_factory.mktemp("bundle"), 2, progress)
+    made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=32768))
+    made.train(made.load_profile(), PredictorTarget(), seed=0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def placements(project):
+    found, bank, spec = project.load_profile(), project.load_predictors(), project.spec
+    settings = PlacementSettings(40 << 20, spec.max_context, "learned")
+    return {
+        "solver's": project.place(found, bank, HardwareProfile.load(), settings).placement,
+        "all hot": Placement.all_hot(spec),
+        "all cold": Placement.all_cold(spec),
+        "random": Placement.random(spec, 0.37, seed=5),
+    }
+
+
+def answers(engine, prompts, settings=GREEDY):
+    """Tokens that follow each prompt, from a KV cache that starts empty, as the first answer's does."""
+    found = []
+    for prompt in prompts:
+        engine.reset()
+        found.append([step.token for step in engine.generate(engine.codec.encode(prompt, special=False), settings)])
+    return found
+
+
+def test_greedy_tokens_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    spec = ModelFolder.open(EMBEDDED_MODEL).spec
+    codec = TextCodec(EMBEDDED_MODEL, spec.vocab_size)
+    truth = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([codec.encode(prompt, special=False)])
+        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
+        truth.append(theirs[0, ids.shape[1] :].tolist())
+    for sparsity in ("dense", "exact"):
+        engine = Engine.load(config=EngineConfig(sparsity, threads=2), placement=Placement.random(spec, 0.3, 1))
+        assert answers(engine, PROMPTS) == truth, sparsity
+        engine.close()
+    assert len(truth) == 20 and sum(map(len, truth)) > 900
+
+
+@pytest.mark.parametrize("sparsity", ["dense", "exact", "learned"])
+def test_answers_depend_neither_on_placement_nor_on_threads(sparsity, project, placements):
+    bank = project.load_predictors()
+    found = {}
+    for name, placement in placements.items():
+        for threads in (1, 2, 3) if name == "solver's" else (2,):
+            engine = Engine.load(config=EngineConfig(sparsity, threads=threads), placement=placement, bank=bank)
+            found[name, threads] = answers(engine, PROMPTS[::4])
+            engine.close()
+    first = found["solver's", 1]
+    assert all(tokens == first for tokens in found.values()), sparsity
+    assert sum(map(len, first)) > 100
+
+
+def test_the_solvers_placement_serves_more_than_its_share(project, placements):
+    placement, frequency = placements["solver's"], project.load_profile().frequency()
+    share = placement.hot.sum() / frequency.size
+    assert 0.1 < share < 0.9 and placement.hot_firing_share(frequency) > 1.3 * share
+
+
+def heldout(project, tokens):
+    return project.windows(ProfileRequest((CORPUS / "heldout.jsonl",), tokens=tokens))
+
+
+def test_exact_loses_nothing(project):
+    windows = heldout(project, 2048)
+    dense, exact = (perplexity(project.model, project.runtime, s, windows) for s in ("dense", "exact"))
+    assert exact == pytest.approx(dense, rel=1e-6)
+
+
+def test_learned_meets_its_bars(project):
+    bank = project.load_predictors()
+    project.use_predictors(bank)
+    dense, exact, learned = evaluate(
+        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 6144), lambda count: None
+    )
+    assert learned.perplexity < 1.01 * dense.perplexity
+    assert learned.computed_share < 2 * exact.fired_share
+    assert sum(bank.bytes_per_layer) < 0.1 * project.spec.model_bytes
+    assert dense.kl == 0 and exact.kl < 1e-6 and exact.top1_agreement > 0.999
+    assert 0 < learned.kl < 0.02 and learned.fired_share < learned.computed_share
+
+
+def test_counts_of_the_profile_are_plausible(project):
+    found = project.load_profile()
+    assert found.tokens == 32768 and (found.counts <= found.tokens).all()
+    # The model's card: 7.6% of neurons fire on held-out text.
+    assert 0.06 < found.share_firing().mean() < 0.1
+    assert found.coverage(0.2) > 0.35
+    assert np.isfinite(found.inputs).all()
