@@ -93,6 +93,7 @@ class Engine:
         engine.settings, ends = generation_defaults(folder.path)
         engine.end_tokens = frozenset(ends or codec.eos_tokens())
         engine.notice = notice
+        engine._warm_up()
         return engine
 
     @property
@@ -148,6 +149,11 @@ class Engine:
     ) -> Generator[GenerationStep, None, None]:
         self._check_prompt(tokens)
         return self._decode(tokens, settings, progress or (lambda done, total: None))
+
+    def _warm_up(self) -> None:
+        """Decode one token, so that compiling kernels, or reading them from their cache, is no part of an answer."""
+        self._forward([0])
+        self.reset()
 
     def _check_prompt(self, tokens: list[int]) -> None:
         if not tokens:
