@@ -5,24 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from cpu_kernels.lanes import FAST_SUMS, widen, widen_ref
+from cpu_kernels.lanes import FAST_SUMS, dot, widen_ref
 from cpu_kernels.worker_pool import WorkerPool
-
-
-@njit(fastmath=FAST_SUMS, nogil=True, inline="always")
-def dot(row, x):  # type: ignore[no-untyped-def]
-    """row . x with the row widened to f32; fastmath lets LLVM keep several vector accumulators."""
-    total = np.float32(0)
-    for j in range(x.shape[0]):
-        total += widen(row[j]) * x[j]
-    return total
 
 
 @njit(fastmath=FAST_SUMS, nogil=True, cache=True)
 def _gemv(worker, workers, weight, x, bias, out):  # type: ignore[no-untyped-def]
     rows = weight.shape[0]
-    for i in range(rows * worker // workers, rows * (worker + 1) // workers):
-        out[i] = dot(weight[i], x)
+    last = rows * (worker + 1) // workers - 1
+    for i in range(rows * worker // workers, last + 1):
+        out[i] = dot(weight[i], x, weight[min(i + 1, last)])
         if bias.shape[0]:
             out[i] += bias[i]
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from cpu_kernels.gemv import dot
-from cpu_kernels.lanes import FAST_SUMS, kernel_view, widen_ref
+from cpu_kernels.lanes import FAST_SUMS, dot, kernel_view, widen_ref
 from cpu_kernels.worker_pool import WorkerPool
 
 
@@ -65,14 +64,14 @@ class PredictorView:
 def _hidden(worker, workers, x, fc1, s1, b1, hidden):  # type: ignore[no-untyped-def]
     r = fc1.shape[0]
     for k in range(r * worker // workers, r * (worker + 1) // workers):
-        hidden[k] = max(dot(fc1[k], x) * s1[k] + b1[k], np.float32(0))
+        hidden[k] = max(dot(fc1[k], x, fc1[min(k + 1, r - 1)]) * s1[k] + b1[k], np.float32(0))
 
 
 @njit(fastmath=FAST_SUMS, nogil=True, cache=True)
 def _flags(worker, workers, hidden, fc2, s2, b2, threshold, flags):  # type: ignore[no-untyped-def]
     f = fc2.shape[0]
     for i in range(f * worker // workers, f * (worker + 1) // workers):
-        flags[i] = dot(fc2[i], hidden) * s2[i] + b2[i] >= threshold
+        flags[i] = dot(fc2[i], hidden, fc2[min(i + 1, f - 1)]) * s2[i] + b2[i] >= threshold
 
 
 @njit(nogil=True, cache=True)

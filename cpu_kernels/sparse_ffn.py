@@ -20,8 +20,7 @@ import torch
 from numba import njit
 
 from cpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
-from cpu_kernels.gemv import dot
-from cpu_kernels.lanes import FAST_SUMS, kernel_view, widen, widen_ref
+from cpu_kernels.lanes import FAST_SUMS, add_scaled, dot, kernel_view, widen_ref
 from cpu_kernels.worker_pool import WorkerPool
 
 # A chunk costs one pass over a vector of length d; 64 rows of three such vectors make that under 1%.
@@ -82,33 +81,34 @@ class FFNView:
 
 
 @njit(fastmath=FAST_SUMS, nogil=True, cache=True)
-def _add_rows(gate, up, down, gate_bias, up_bias, code, skip, x, rows, out):  # type: ignore[no-untyped-def]
-    """Add the neurons `rows` of one token to out [d]; returns how many of them fired."""
-    fired = 0
-    for i in rows:
-        if gate.shape[0]:
-            z = dot(gate[i], x)
-            if gate_bias.shape[0]:
-                z += gate_bias[i]
-            h = activate(code, z)
-            fired += h != 0
-            if skip and h == 0:
-                continue
-            u = dot(up[i], x)
+def _add_rows(weights, code, skip, x, rows, ids, hidden, out):  # type: ignore[no-untyped-def]
+    """Add the neurons `rows` of one token to out [d]; returns how many of them fired.
+
+    Matrix by matrix, so that the next row to be read is always known; ids and hidden are scratch of a chunk's length.
+    """
+    gate, up, down, gate_bias, up_bias = weights
+    first, first_bias = (gate, gate_bias) if gate.shape[0] else (up, up_bias)
+    count = fired = 0
+    n = rows.shape[0]
+    for k in range(n):
+        i = rows[k]
+        z = dot(first[i], x, first[rows[min(k + 1, n - 1)]])
+        if first_bias.shape[0]:
+            z += first_bias[i]
+        h = activate(code, z)
+        fired += h != 0
+        if h != 0 or not skip:
+            ids[count], hidden[count] = i, h
+            count += 1
+    if gate.shape[0]:
+        for k in range(count):
+            i = ids[k]
+            u = dot(up[i], x, up[ids[min(k + 1, count - 1)]])
             if up_bias.shape[0]:
                 u += up_bias[i]
-            h *= u
-        else:
-            z = dot(up[i], x)
-            if up_bias.shape[0]:
-                z += up_bias[i]
-            h = activate(code, z)
-            fired += h != 0
-            if skip and h == 0:
-                continue
-        row = down[i]
-        for j in range(out.shape[0]):
-            out[j] += widen(row[j]) * h
+            hidden[k] *= u
+    for k in range(count):
+        add_scaled(down[ids[k]], hidden[k], out, down[ids[min(k + 1, count - 1)]])
     return fired
 
 
@@ -118,12 +118,12 @@ def _chunks(n):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _one_token(worker, workers, gate, up, down, gate_bias, up_bias, code, skip, x, rows, parts, fired):  # type: ignore[no-untyped-def]
+def _one_token(worker, workers, weights, code, skip, x, rows, ids, hidden, parts, fired):  # type: ignore[no-untyped-def]
     n, chunks = rows.shape[0], _chunks(rows.shape[0])
     for c in range(worker, chunks, workers):
         parts[c] = 0
         chunk = rows[n * c // chunks : n * (c + 1) // chunks]
-        fired[c] = _add_rows(gate, up, down, gate_bias, up_bias, code, skip, x, chunk, parts[c])
+        fired[c] = _add_rows(weights, code, skip, x, chunk, ids[worker], hidden[worker], parts[c])
 
 
 @njit(nogil=True, cache=True)
@@ -137,7 +137,7 @@ def _merge(parts, fired, chunks, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _many_tokens(worker, workers, gate, up, down, gate_bias, up_bias, code, skip, x, rows, offsets, part, out, fired):  # type: ignore[no-untyped-def]
+def _many_tokens(worker, workers, weights, code, skip, x, rows, offsets, ids, hidden, part, out, fired):  # type: ignore[no-untyped-def]
     for t in range(worker, x.shape[0], workers):
         mine = rows[offsets[t] : offsets[t + 1]]
         n, chunks = mine.shape[0], _chunks(mine.shape[0])
@@ -145,15 +145,17 @@ def _many_tokens(worker, workers, gate, up, down, gate_bias, up_bias, code, skip
         for c in range(chunks):
             part[worker] = 0
             chunk = mine[n * c // chunks : n * (c + 1) // chunks]
-            fired[t] += _add_rows(gate, up, down, gate_bias, up_bias, code, skip, x[t], chunk, part[worker])
+            fired[t] += _add_rows(weights, code, skip, x[t], chunk, ids[worker], hidden[worker], part[worker])
             for j in range(out.shape[1]):
                 out[t, j] += part[worker, j]
 
 
 class SparseFFNScratch:
-    """Buffers of `sparse_ffn` for width `d`, made once: chunk sums for one token, one row per worker for several."""
+    """Buffers of `sparse_ffn` for `f` neurons of width `d`, made once; what a worker needs alone has a row for each."""
 
-    def __init__(self, d: int, workers: int) -> None:
+    def __init__(self, d: int, f: int, workers: int) -> None:
+        self.ids = np.empty((workers, f), np.int32)
+        self.hidden = np.empty((workers, f), np.float32)
         self.parts = np.empty((max(MAX_CHUNKS, workers), d), np.float32)
         self.fired = np.empty(MAX_CHUNKS, np.int64)
 
@@ -178,15 +180,31 @@ def sparse_ffn(
         raise ValueError(f"sparse_ffn shapes do not fit: x {x.shape}, out {out.shape}, offsets {offsets.shape}")
     if x.dtype != np.float32 or out.dtype != np.float32 or rows.dtype != np.int32 or offsets.dtype != np.int64:
         raise ValueError(f"sparse_ffn wants f32 x and out, int32 rows, int64 offsets; got {x.dtype}, {rows.dtype}")
-    weights = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias, ACTIVATION_CODES[ffn.activation], skip_zeros)
+    weights, code = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias), ACTIVATION_CODES[ffn.activation]
+    scratch_rows = (scratch.ids, scratch.hidden)
     if not rows.size:
         return 0
     if tokens == 1:
         workers = pool.workers_for(rows.size * ffn.row_bytes)
-        pool.run(_one_token, workers, *weights, x[0], rows, scratch.parts, scratch.fired)
+        pool.run(
+            _one_token, workers, weights, code, skip_zeros, x[0], rows, *scratch_rows, scratch.parts, scratch.fired
+        )
         return _merge(scratch.parts, scratch.fired, max(1, min(MAX_CHUNKS, rows.size // _ROWS_PER_CHUNK)), out[0])
     fired = np.empty(tokens, np.int64)
-    pool.run(_many_tokens, pool.threads, *weights, x, rows, offsets, scratch.parts, out, fired)
+    pool.run(
+        _many_tokens,
+        pool.threads,
+        weights,
+        code,
+        skip_zeros,
+        x,
+        rows,
+        offsets,
+        *scratch_rows,
+        scratch.parts,
+        out,
+        fired,
+    )
     return int(fired.sum())
 
 

@@ -88,7 +88,7 @@ class Engine:
         if placement is None:
             placement, notice = _stored_placement(bundle, folder, strategy, notice)
         codec = TextCodec(folder.path, spec.vocab_size)
-        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model)
+        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff)
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, ends = generation_defaults(folder.path)
         engine.end_tokens = frozenset(ends or codec.eos_tokens())

@@ -52,11 +52,12 @@ class FFNRuntime:
     strategy: Strategy
     pool: WorkerPool
     d_model: int
+    d_ff: int
     token_by_token: bool = False
     counters: FFNCounters = field(default_factory=FFNCounters)
 
     def __post_init__(self) -> None:
-        self.scratch = SparseFFNScratch(self.d_model, self.pool.threads)
+        self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Project:
     def runtime(self) -> FFNRuntime:
         pool = WorkerPool(self._threads)
         torch.set_num_threads(pool.threads)
-        return FFNRuntime("dense", pool, self.spec.d_model)
+        return FFNRuntime("dense", pool, self.spec.d_model, self.spec.d_ff)
 
     @cached_property
     def model(self) -> Transformer:

@@ -15,7 +15,7 @@ TOLERANCE = 1e-4
 
 def build(folder, strategy="dense"):
     opened = ModelFolder.open(folder)
-    return opened.build(FFNRuntime(strategy, WorkerPool(1), opened.spec.d_model), None, None)
+    return opened.build(FFNRuntime(strategy, WorkerPool(1), opened.spec.d_model, opened.spec.d_ff), None, None)
 
 
 def relative_error(ours, truth):

@@ -28,7 +28,7 @@ def active(kind, f, tokens):
 
 def run(view, x, rows, offsets, threads=1, skip=True):
     out, pool = np.ones_like(x), WorkerPool(threads)
-    fired = sparse_ffn(view, x, rows, offsets, out, SparseFFNScratch(x.shape[1], threads), pool, skip)
+    fired = sparse_ffn(view, x, rows, offsets, out, SparseFFNScratch(x.shape[1], len(view.up), threads), pool, skip)
     pool.close()
     return out, fired
 

@@ -29,7 +29,7 @@ def folder(saved, tmp_path):
 def refusal(folder):
     with pytest.raises(ModelError) as caught:
         opened = ModelFolder.open(folder)
-        opened.build(FFNRuntime("dense", WorkerPool(1), opened.spec.d_model), None, None)
+        opened.build(FFNRuntime("dense", WorkerPool(1), opened.spec.d_model, opened.spec.d_ff), None, None)
     message = str(caught.value)
     assert "\n" not in message
     return message
