@@ -18,6 +18,8 @@ _HOMES = {"Engine": "engine", "EngineConfig": "engine"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("profiler.artifact").package_version()
     if name in __all__:
         return getattr(import_module(f"hybrid.{_HOMES.get(name, 'generation')}"), name)
     raise AttributeError(f"module 'hybrid' has no attribute {name!r}")

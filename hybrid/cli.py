@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,13 @@ _CORPUS = click.option(
     help="Text files, .jsonl files or folders. The embedded model has its own.",
 )
 _THREADS = click.option("--threads", type=int, help="CPU threads  [default: all that this process may use]")
-_SPARSITY = click.option("--sparsity", default="auto", show_default=True, help="dense, exact, learned or auto.")
+_SPARSITY = click.option(
+    "--sparsity",
+    type=click.Choice(["auto", "dense", "exact", "learned"]),
+    default="auto",
+    show_default=True,
+    help="auto is learned where the activation fires sparsely, else dense.",
+)
 _CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
 _HARDWARE = click.option(
     "--hardware", type=click.Path(path_type=Path), help="Hardware profile to plan for  [default: a 24 GB GPU]"
@@ -50,10 +57,22 @@ _TOKENS = click.option("--tokens", type=int, default=100_000, show_default=True,
 _SEED = click.option("--seed", type=int, default=0, show_default=True)
 
 
+_SAMPLING = {
+    "temperature": ("NUMBER", "0 always takes the most likely token."),
+    "top-k": ("COUNT", "Keep this many of the most likely tokens; 0 is off."),
+    "top-p": ("SHARE", "Keep the most likely tokens that make up this probability; 1 is off."),
+    "min-p": ("SHARE", "Drop tokens below this share of the likeliest one's probability; 0 is off."),
+    "repetition-penalty": ("NUMBER", "Above 1 makes tokens seen before less likely."),
+    "seed": ("INTEGER", "Makes sampled answers repeatable."),
+    "max-new-tokens": ("COUNT", "The longest answer."),
+}
+
+
 def _sampling_options(command: Command) -> Command:
-    for name in ("max_new_tokens", "seed", "repetition_penalty", "min_p", "top_p", "top_k", "temperature"):
-        command = click.option(f"--{name.replace('_', '-')}", name, type=str, help="Default: the model's own.")(command)
-    return click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")(command)
+    """Sampling options; each is read by `SamplingSettings`, and has the model's own value by default."""
+    for name, (metavar, text) in reversed(_SAMPLING.items()):
+        command = click.option(f"--{name}", metavar=metavar, help=text)(command)
+    return click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -218,13 +237,17 @@ def main(arguments: list[str] | None = None) -> None:
             cli.invoke(context)
         sys.stdout.flush()
         code = 0
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        code = error.exit_code
+    except click.ClickException as error:
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "hybrid"
+        click.echo(f"hybrid: {error.format_message()} (see {path} --help)", err=True)
         code = error.exit_code
     except click.exceptions.Exit as leave:
         code = leave.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        click.echo(": ".join(["interrupted", *map(str, stop.args)]), err=True)
         code = 130
     except BrokenPipeError:
         # The reader of our output has gone, as in `hybrid generate ... | head`; nothing is left to say.
@@ -232,12 +255,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = 0
     except HybridError as error:
         if debug:
-            raise
+            traceback.print_exc()
         click.echo(f"hybrid: {error}", err=True)
         code = error.exit_code
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback, exit code 1
         if debug:
-            raise
+            traceback.print_exc()
         click.echo(f"hybrid: {type(error).__name__}: {error}; `hybrid --debug ...` shows where", err=True)
         code = 1
     sys.exit(code)

@@ -10,15 +10,18 @@ from typing import Any
 
 import click
 
+from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL
 from hybrid.console import percent, progress, size, table
-from hybrid.engine import EMBEDDED_MODEL, Engine, EngineConfig
+from hybrid.engine import Engine, EngineConfig
 from hybrid.errors import InputError
 from hybrid.evaluate import StrategyQuality
 from hybrid.evaluate import evaluate as evaluate_strategies
 from hybrid.generation import SamplingSettings
+from hybrid.loader import ModelFolder
 from hybrid.repl import run_repl
 from hybrid.steps import ProfileRequest, Project
 from hybrid.terminal import open_terminal
+from hybrid.text import TextCodec
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
@@ -29,7 +32,6 @@ from profiler.hardware import DEFAULT_PROFILE, HardwareProfile
 from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]
-EMBEDDED_CORPUS = EMBEDDED_MODEL.parent / "corpus"
 _CURRENT = "present and current"
 
 
@@ -119,6 +121,8 @@ def place(model: Path | None, options: Options) -> None:
     settings = _placement_settings(project, options, options["sparsity"])
     found = project.load_profile()
     bank = project.load_predictors() if settings.strategy == "learned" else None
+    if bank and bank.header and bank.header.made_from.get("profile") != found.header.key:
+        click.echo("note: the predictors were trained on another profile than the present; `hybrid train`", err=True)
     result = project.place(found, bank, hardware, settings)
     click.echo(placement_report(result, found, settings.planned_bytes(hardware), hardware))
     if options["dry_run"]:
@@ -135,16 +139,9 @@ def placement_report(result: PlacementResult, found: NeuronProfile, budget: int,
         ["on the GPU", "bytes", ""],
         [[name, f"{count:,}", size(count)] for name, count in [*result.rows, ("total", total), ("budget", budget)]],
     )
-    neurons = found.counts.shape[1]
-    placement = result.placement
-    where = ["GPU" if on_gpu else "CPU" for on_gpu in placement.layer_on_gpu]
-    layers = [
-        [str(layer), where[layer], f"{hot:,}", f"{neurons - hot:,}"] for layer, hot in enumerate(placement.hot.tolist())
-    ]
-    hot = table(["layer", "attention", "hot neurons", "cold neurons"], layers)
     solution = result.solution
     return (
-        f"{plan}\n\n{hot}\n\nplanned for: {hardware.name} ({hardware.source} hardware profile)\n"
+        f"{plan}\n\n{result.placement.table()}\n\nhardware profile: {hardware.name} ({hardware.source})\n"
         f"{_placement_summary(result, found)}\n"
         f"solver: {solution.solver}, {solution.status}, gap {solution.gap:.4%}, {solution.solver_seconds:.2f} s, "
         f"{solution.columns:,} options"
@@ -154,10 +151,11 @@ def placement_report(result: PlacementResult, found: NeuronProfile, budget: int,
 def chat(model: Path | None, system: str | None, options: Options) -> None:
     """Open the REPL, or answer piped lines."""
     terminal = open_terminal()
+    folder = ModelFolder.open(model or EMBEDDED_MODEL)
+    if not TextCodec(folder.path, folder.spec.vocab_size).has_chat_template:
+        raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
     with closing(_engine(model, options)) as engine:
         settings = _sampling(engine.settings, options)
-        if not engine.codec.has_chat_template:
-            raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
         name = str(model or "embedded model")
         run_repl(engine, terminal, settings, system, header=_chat_header(engine, name), model_name=name)
 
@@ -166,8 +164,8 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, o
     """Stream the continuation to stdout; statistics to stderr."""
     text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
     with closing(_engine(model, options)) as engine:
-        if engine.notice:
-            click.echo(f"note: {engine.notice}", err=True)
+        for notice in engine.notices:
+            click.echo(f"note: {notice}", err=True)
         stats = None
         for step in engine.generate(text, _sampling(engine.settings, options), _prefill_progress()):
             click.echo(step.text, nl=False)
@@ -192,6 +190,11 @@ def evaluate(model: Path | None, options: Options) -> None:
         click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity))
 
 
+def _change(value: float, base: float) -> str:
+    """Relative change in per cent; rounded before its sign is printed, so that none is `-0.00%`."""
+    return f"{round(value / base - 1, 5) + 0.0:+.3%}"
+
+
 def _curve(
     project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float
 ) -> str:
@@ -209,7 +212,7 @@ def _curve(
                     percent(point.precision),
                     f"{point.level:.2%}",
                     f"{quality.perplexity:.3f}",
-                    f"{quality.perplexity / dense - 1:+.2%}",
+                    _change(quality.perplexity, dense),
                 ]
             )
     header = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
@@ -223,7 +226,7 @@ def quality_report(found: list[StrategyQuality]) -> str:
         [
             q.strategy,
             f"{q.perplexity:.4f}",
-            f"{q.perplexity / dense - 1:+.3%}",
+            _change(q.perplexity, dense),
             f"{q.kl:.5f}",
             f"{q.top1_agreement:.2%}",
             percent(q.computed_share),
@@ -266,9 +269,11 @@ def _placement_settings(project: Project, options: Options, strategy: Any) -> Pl
 
 def _placement_summary(result: PlacementResult, found: NeuronProfile) -> str:
     share = result.placement.hot_firing_share(found.frequency())
+    made = result.placement.made_from
+    nothing = "" if result.placement.choice.uses_gpu else "nothing fits or pays on the GPU; "
     return (
-        f"share of firings served hot: {percent(share)}; predicted {1 / result.solution.seconds:,.1f} tokens/s "
-        f"({result.placement.made_from['strategy']})"
+        f"{nothing}share of firings served hot: {percent(share)}; "
+        f"predicted {made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']}) on: {made['hardware']}"
     )
 
 
@@ -295,9 +300,12 @@ def _fields(settings: SamplingSettings) -> dict[str, Any]:
 def _read_prompt(path: Path) -> str:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompt from {path}: {error}; expected a UTF-8 text file") from error
+        # The newline that ends a file's last line is not part of a prompt.
+        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise InputError(f"cannot read the prompt from {path}: {error.strerror}; give a UTF-8 text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt in {path} is not UTF-8 text; give a text file") from error
 
 
 def _chat_header(engine: Engine, name: str) -> str:
@@ -308,7 +316,7 @@ def _chat_header(engine: Engine, name: str) -> str:
         f"{percent(hot)} of neurons hot; context {engine.context}; {engine.runtime.pool.threads} threads. "
         "/help for commands."
     ]
-    return "\n".join([*lines, *([f"note: {engine.notice}"] if engine.notice else [])])
+    return "\n".join([*lines, *(f"note: {notice}" for notice in engine.notices)])
 
 
 def _prefill_progress() -> Callable[[int, int], None]:

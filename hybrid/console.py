@@ -46,12 +46,20 @@ def details(title: str, rows: Sequence[tuple[str, str]]) -> str:
 
 @contextmanager
 def progress(label: str, total: int, unit: str = "token") -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with rate and time left; where stderr is no terminal, a line at the start and one at the end."""
+    """A bar on stderr with rate and time left; where stderr is no terminal, a line per quarter."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
             yield lambda count: (bar.update(count), None)[1]
         return
-    start = monotonic()
+    start, done = monotonic(), 0
     click.echo(f"{label}: {total:,} {unit}s", err=True)
-    yield lambda count: None
+
+    def advance(count: int) -> None:
+        nonlocal done
+        quarter = 4 * done // max(1, total)
+        done += count
+        if quarter < 4 * done // max(1, total) < 4:
+            click.echo(f"{label}: {done / total:.0%}, {monotonic() - start:.0f} s", err=True)
+
+    yield advance
     click.echo(f"{label}: done in {monotonic() - start:.0f} s", err=True)

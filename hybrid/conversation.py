@@ -61,6 +61,8 @@ def save_conversation(
 
     Raises `InputError` when `path` holds something else than a chat, or cannot be written.
     """
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{path} is a folder or in no folder; give the path of a file in a folder that exists")
     if os.path.exists(path):
         try:
             load_conversation(path)

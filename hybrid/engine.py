@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
-from hybrid.bundle import Bundle
+from hybrid.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.errors import ContextError, InputError
 from hybrid.ffn import STRATEGIES, FFNCounters, FFNRuntime, Strategy
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
@@ -28,7 +28,6 @@ from placement.placement import Placement
 from predictor.bank import PredictorBank
 
 PREFILL_CHUNK = 256
-EMBEDDED_MODEL = Path(__file__).parent / "embedded" / "model"
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class Engine:
         self, model: Transformer, codec: TextCodec, runtime: FFNRuntime, placement: Placement, cache: KVCache
     ) -> None:
         self.model, self.codec, self.runtime, self.placement = model, codec, runtime, placement
-        self.settings, self.end_tokens, self.notice = SamplingSettings(), frozenset[int](), ""
+        self.settings, self.end_tokens = SamplingSettings(), frozenset[int]()
+        self.notices: tuple[str, ...] = ()
         self._cache, self._cached_tokens = cache, list[int]()
 
     @classmethod
@@ -80,19 +80,19 @@ class Engine:
         folder = ModelFolder.open(Path(model))
         spec = folder.spec
         strategy = choose_strategy(config.sparsity, spec.activation, spec.fires_sparsely)
-        bundle = Bundle(config.bundle) if config.bundle else Bundle.default_for(folder.path, spec)
+        bundle = Bundle.of(folder.path, spec, config.bundle)
         cache = KVCache(spec, config.context or spec.max_context)
         if strategy == "learned" and bank is None:
-            bank = PredictorBank.load(bundle.predictors, spec)
-        notice = "" if spec.fires_sparsely else f"{spec.activation} fires densely: every neuron is computed"
+            bank = bundle.load_predictors(spec)
+        notices = [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
         if placement is None:
-            placement, notice = _stored_placement(bundle, folder, strategy, notice)
+            placement = _stored_placement(bundle, folder, strategy, notices)
         codec = TextCodec(folder.path, spec.vocab_size)
         runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff)
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, ends = generation_defaults(folder.path)
         engine.end_tokens = frozenset(ends or codec.eos_tokens())
-        engine.notice = notice
+        engine.notices = tuple(notices)
         engine._warm_up()
         return engine
 
@@ -135,14 +135,7 @@ class Engine:
 
     def describe_placement(self) -> str:
         """One line per layer: neurons hot and cold, and where the rest of the layer is."""
-        spec, placement = self.model.spec, self.placement
-        lines = ["layer   hot neurons  cold neurons  attention"]
-        for layer in range(spec.n_layers):
-            hot = int(placement.hot[layer])
-            where = "hot device" if placement.layer_on_gpu[layer] else "CPU"
-            lines.append(f"{layer:5}  {hot:12,}  {spec.d_ff - hot:12,}  {where}")
-        lines.append("Both devices are the CPU in this build.")
-        return "\n".join(lines)
+        return f"{self.placement.table()}\nBoth devices are the CPU in this build."
 
     def _stream(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
@@ -282,9 +275,10 @@ def choose_strategy(sparsity: str, activation: str, fires_sparsely: bool) -> Str
     raise InputError(f"unknown sparsity {sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
 
 
-def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notice: str) -> tuple[Placement, str]:
-    """The bundle's placement; `learned` needs one, the others run all-cold without, and say so."""
+def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement:
+    """The bundle's placement; `learned` needs one, the others run all-cold without, and `notices` say so."""
     if strategy == "learned" or bundle.placement.is_file():
-        return Placement.load(bundle.placement, folder.spec), notice
-    reason = "no placement yet (`hybrid place` makes one): all neurons are cold"
-    return Placement.all_cold(folder.spec), f"{notice}; {reason}" if notice else reason
+        notices += bundle.stale(folder.spec)
+        return bundle.load_placement(folder.spec)
+    notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
+    return Placement.all_cold(folder.spec)

@@ -44,16 +44,16 @@ class GenerationStats:
         return (self.generated_tokens - 1) / self.decode_seconds
 
     def summary(self) -> str:
-        """One line for people: tokens, tok/s, TTFT, neurons computed, share served hot, and where the time went."""
+        """One line for people: speed, share of neurons computed, share of firings served hot, where the time went."""
+        each = 1000 / max(1, self.generated_tokens - 1)
         parts = [
             f"{self.generated_tokens} tokens",
             f"{self.tokens_per_second:.1f} tok/s",
-            f"TTFT {self.ttft_seconds:.2f} s",
-            f"neurons active {_percent(self.active_share)}",
-            f"served hot {_percent(self.hot_share)}",
-            f"predictor {self.predictor_seconds:.2f} s",
-            f"attention {self.attention_seconds:.2f} s",
-            f"FFN {self.ffn_seconds:.2f} s",
+            f"TTFT {1000 * self.ttft_seconds:.0f} ms",
+            f"active {_percent(self.active_share)}",
+            f"hot {_percent(self.hot_share)}",
+            f"ms/token: predictor {each * self.predictor_seconds:.1f}, attention {each * self.attention_seconds:.1f}, "
+            f"FFN {each * self.ffn_seconds:.1f}",
         ]
         return " | ".join(parts)
 

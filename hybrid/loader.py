@@ -31,8 +31,10 @@ class ModelFolder:
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
         """Read config and tensor tables. Raises `ModelError` when anything is missing, truncated or unknown."""
+        path = path.absolute()
         if not path.is_dir():
-            raise ModelError(f"model folder {path} does not exist; give the path of a Hugging Face model folder")
+            problem = "is not a folder" if path.exists() else "does not exist"
+            raise ModelError(f"model folder {path} {problem}; give a Hugging Face model folder (nothing is downloaded)")
         config = read_json(path / "config.json")
         spec = parse_config(config, str(path / "config.json"))
         checkpoint = Checkpoint(path)

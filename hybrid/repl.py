@@ -196,7 +196,7 @@ class Repl:
         usages = {f"/{name} {command.argument}".rstrip(): command.help for name, command in COMMANDS.items()}
         width = max(map(len, usages))
         lines = [f"{usage:{width}}  {text}" for usage, text in usages.items()]
-        self._info("\n".join([*lines, "A message that begins with / is sent when a space stands before it."]))
+        self._info("\n".join([*lines, *_KEYS]))
 
     def _exit(self, argument: str) -> None:
         self.leaving = True
@@ -275,6 +275,12 @@ class Repl:
             raise ContextError(f"{path} makes a prompt of {tokens} tokens, the context holds {self._model.context}")
         self._attached = attached
         self._notice(f"read {len(text)} characters; they go before your next message")
+
+
+_KEYS = (
+    "Enter sends, Alt-Enter starts a new line, Tab completes. Ctrl-C stops an answer, Ctrl-D leaves.",
+    "A message that begins with / is sent when a space stands before it.",
+)
 
 
 def _path(argument: str) -> Path:

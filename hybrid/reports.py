@@ -14,18 +14,15 @@ import torch
 from llvmlite import binding
 
 from cpu_kernels.worker_pool import available_cpus
-from hybrid.bundle import Bundle
+from hybrid.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.commands import predictor_report, profile_report
 from hybrid.console import details, percent, size
-from hybrid.engine import EMBEDDED_MODEL
 from hybrid.errors import ArtifactError
 from hybrid.loader import ModelFolder
-from placement.placement import Placement
 from placement.plan import UNLIMITED
-from predictor.bank import PredictorBank
+from predictor.sizing import PredictorTarget
 from profiler.artifact import package_version
 from profiler.hardware import HardwareProfile, measure_cpu
-from profiler.profile import NeuronProfile
 from profiler.spec import ModelSpec
 
 _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16")
@@ -36,14 +33,16 @@ def inspect(model: Path | None, bundle: Path | None) -> None:
     """Print the model's shape and each artefact with where it came from, whatever state it is in."""
     folder = ModelFolder.open(model or EMBEDDED_MODEL)
     spec = folder.spec
-    files = Bundle(bundle) if bundle else Bundle.default_for(folder.path, spec)
+    files = Bundle.of(folder.path, spec, bundle)
     click.echo(details(f"model {model or '(embedded)'}", _model_rows(spec)))
     for title, show in (
-        ("profile", lambda: _show_profile(files.profile, spec)),
-        ("predictors", lambda: _show_predictors(files.predictors, spec)),
-        ("placement", lambda: _show_placement(files.placement, spec)),
+        ("profile", lambda: _show_profile(files, spec)),
+        ("predictors", lambda: _show_predictors(files, spec)),
+        ("placement", lambda: _show_placement(files, spec)),
     ):
         click.echo(f"\n{title}\n{_or_reason(show)}")
+    for line in files.stale(spec):
+        click.echo(f"\nstale: {line}")
 
 
 def doctor() -> None:
@@ -78,37 +77,41 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     ]
 
 
-def _show_profile(path: Path, spec: ModelSpec) -> str:
-    found = NeuronProfile.load(path, spec)
+def _show_profile(files: Bundle, spec: ModelSpec) -> str:
+    found = files.load_profile(spec)
     made = found.header.made_from
     names = ", ".join(made["corpus_files"][:3])
     origin = f"{names} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
-    return f"{_file_line(path)}\nfrom {origin}\n{profile_report(found)}"
+    return f"{_file_line(files.profile)}, key {found.header.key}\nfrom {origin}\n{profile_report(found)}"
 
 
-def _show_predictors(path: Path, spec: ModelSpec) -> str:
-    bank = PredictorBank.load(path, spec)
-    made = bank.header.made_from if bank.header else {}
-    return (
-        f"{_file_line(path)}\nfrom profile {made.get('profile')}, target {made.get('target')}\n{predictor_report(bank)}"
+def _show_predictors(files: Bundle, spec: ModelSpec) -> str:
+    bank = files.load_predictors(spec)
+    made: dict[str, Any] = bank.header.made_from if bank.header else {}
+    target = PredictorTarget(**made["target"])
+    origin = (
+        f"profile {made['profile']}; target: perplexity {target.max_perplexity_increase:+.2%} at most, "
+        f"{target.max_active_ratio:g} times the firing neurons, {target.max_bytes_share:.0%} of the model's bytes"
     )
+    key = bank.header.key if bank.header else ""
+    return f"{_file_line(files.predictors)}, key {key}\nfrom {origin}\n{predictor_report(bank)}"
 
 
-def _show_placement(path: Path, spec: ModelSpec) -> str:
-    made: dict[str, Any] = Placement.load(path, spec).made_from
-    placement = Placement.load(path, spec)
+def _show_placement(files: Bundle, spec: ModelSpec) -> str:
+    placement = files.load_placement(spec)
+    made = placement.made_from
     budget = "unlimited" if made["vram_budget"] == UNLIMITED else size(made["vram_budget"])
     rows = [
         ("VRAM budget", budget),
         ("context", f"{made['context']:,} tokens"),
         ("planned for", made["hardware"]),
         ("solver", f"{made['solver']}, {made['status']}, gap {made['gap']:.4%}"),
-        ("predicted", f"{made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']})"),
+        ("predicted there", f"{made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']})"),
         ("hot neurons", percent(float(placement.hot.sum()) / (spec.n_layers * spec.d_ff))),
         ("from profile", made["profile"]),
         ("from predictors", str(made["predictors"])),
     ]
-    return f"{_file_line(path)}\n{details('', rows).lstrip()}"
+    return details(_file_line(files.placement), rows)
 
 
 def _file_line(path: Path) -> str:

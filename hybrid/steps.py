@@ -17,7 +17,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.bundle import Bundle
-from hybrid.errors import ArtifactError, ContextError, InputError
+from hybrid.errors import ContextError, InputError
 from hybrid.evaluate import perplexity
 from hybrid.ffn import FFNRuntime
 from hybrid.loader import ModelFolder
@@ -31,7 +31,7 @@ from predictor.samples import FFNWeights
 from predictor.sizing import PredictorTarget
 from predictor.train import train_predictors
 from profiler import profile as neuron_profile
-from profiler.artifact import ArtifactHeader, atomic_write, read_header
+from profiler.artifact import ArtifactHeader, atomic_write
 from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
@@ -67,7 +67,7 @@ class Project:
         """Raises `ModelError` when the folder is not a model that can be loaded."""
         self.folder = ModelFolder.open(model)
         self.spec = self.folder.spec
-        self.bundle = Bundle(bundle) if bundle else Bundle.default_for(model, self.spec)
+        self.bundle = Bundle.of(self.folder.path, self.spec, bundle)
         self._threads, self._progress = threads, progress
 
     @cached_property
@@ -154,7 +154,7 @@ class Project:
         return self._current(self.bundle.profile, neuron_profile.KIND, self.profile_origin(request))
 
     def load_profile(self) -> NeuronProfile:
-        return NeuronProfile.load(self.bundle.profile, self.spec)
+        return self.bundle.load_profile(self.spec)
 
     # Train
 
@@ -189,7 +189,7 @@ class Project:
         return self._current(self.bundle.predictors, predictor_bank.KIND, self.train_origin(profile, target, seed))
 
     def load_predictors(self) -> PredictorBank:
-        return PredictorBank.load(self.bundle.predictors, self.spec)
+        return self.bundle.load_predictors(self.spec)
 
     def _ffn_weights(self, layer: int) -> FFNWeights:
         t = self.folder.ffn_tensors(layer)
@@ -238,8 +238,6 @@ class Project:
 
     def _current(self, path: Path, kind: str, wanted: dict[str, Any]) -> ArtifactHeader | None:
         """The header of the artefact at `path` if it is whole, of this model, and was made from what is `wanted`."""
-        try:
-            header = read_header(path, kind, self.spec.fingerprint, "hybrid prepare")
-        except ArtifactError:
-            return None
-        return header if all(header.made_from.get(name) == value for name, value in wanted.items()) else None
+        header = self.bundle.current(path, kind, self.spec)
+        fits = header and all(header.made_from.get(name) == value for name, value in wanted.items())
+        return header if fits else None

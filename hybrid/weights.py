@@ -82,8 +82,6 @@ class Checkpoint:
 
 
 def _shards(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ModelError(f"model folder {folder} does not exist; give the path of a Hugging Face model folder")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")

@@ -84,6 +84,14 @@ class Placement:
         total = float(in_order.sum())
         return float(in_order[is_hot].sum()) / total if total else 0.0
 
+    def table(self) -> str:
+        """Text for people: per layer, where its attention is and how its neurons are divided."""
+        lines = ["layer  attention  hot neurons  cold neurons"]
+        for layer, hot in enumerate(self.hot.tolist()):
+            where = "GPU" if self.layer_on_gpu[layer] else "CPU"
+            lines.append(f"{layer:5}  {where:>9}  {hot:11,}  {self.order.shape[1] - hot:12,}")
+        return "\n".join(lines)
+
     def save(self, path: Path) -> None:
         """Write the artefact, atomically; raises `ArtifactError` when it cannot be written."""
         header = ArtifactHeader(KIND, self.model_fingerprint, self.made_from)
@@ -96,15 +104,15 @@ class Placement:
         write_tensors(path, header, tensors)
 
     @classmethod
-    def load(cls, path: Path, spec: ModelSpec) -> Placement:
+    def load(cls, path: Path, spec: ModelSpec, repair: str = REPAIR) -> Placement:
         """Read the artefact of the model `spec`.
 
         Raises `ArtifactError` when it is missing, corrupt or contradicts itself, `ArtifactMismatchError` when it
         belongs to another model.
         """
-        header, tensors = read_tensors(path, KIND, spec.fingerprint, REPAIR)
+        header, tensors = read_tensors(path, KIND, spec.fingerprint, repair)
         if problem := _problem(tensors, spec):
-            raise ArtifactError(f"{path} is corrupt: {problem}; rebuild it with: {REPAIR}")
+            raise ArtifactError(f"{path} is corrupt: {problem}; rebuild it with: {repair}")
         head_on_gpu = bool(tensors.pop("head_on_gpu")[0])
         return cls(
             **tensors, head_on_gpu=head_on_gpu, model_fingerprint=spec.fingerprint, made_from=dict(header.made_from)

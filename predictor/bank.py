@@ -61,9 +61,9 @@ class PredictorBank:
         write_tensors(path, ArtifactHeader(KIND, spec.fingerprint, made_from), tensors)
 
     @classmethod
-    def load(cls, path: Path, spec: ModelSpec) -> PredictorBank:
+    def load(cls, path: Path, spec: ModelSpec, repair: str = REPAIR) -> PredictorBank:
         """Read a bank and check that it is of `spec`. Raises `ArtifactError` or `ArtifactMismatchError`."""
-        header, tensors = read_tensors(path, KIND, spec.fingerprint, REPAIR)
+        header, tensors = read_tensors(path, KIND, spec.fingerprint, repair)
         try:
             thresholds = tensors["thresholds"]
             predictors = tuple(
@@ -71,7 +71,7 @@ class PredictorBank:
             )
             report = PredictorReport.from_json(tensors["report"].tobytes().decode())
         except (KeyError, IndexError, ValueError) as error:
-            raise ArtifactError(f"{path} is not whole ({error}); rebuild it with: {REPAIR}") from error
+            raise ArtifactError(f"{path} is not whole ({error}); rebuild it with: {repair}") from error
         return cls(predictors, header, report)
 
 

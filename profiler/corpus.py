@@ -1,7 +1,8 @@
 """Calibration text: files to documents, documents to token windows of fixed length.
 
 A `.jsonl` line is a document with `text` or `messages`; any other file is plain text, cut at blank lines into documents
-of a few kilobytes, so that text can be split by document whatever its form. A folder stands for the files in it.
+of a few kilobytes, so that text can be split by document whatever its form. A folder stands for the .txt, .md, .text,
+.jsonl and .ndjson files in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from profiler.errors import CorpusError
 
 _TEXT_DOCUMENT_CHARACTERS = 4000
+_TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ def corpus_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            found += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _TEXT_SUFFIXES)
         elif path.is_file():
             found.append(path)
         else:
             raise CorpusError(f"corpus {path} does not exist; give a text file, a .jsonl file or a folder of them")
     if not found:
-        raise CorpusError(f"no files in {', '.join(map(str, paths))}; give a text file, a .jsonl file or a folder")
+        raise CorpusError(f"no text in {', '.join(map(str, paths))}: expected {', '.join(_TEXT_SUFFIXES)} files")
     return found
 
 
@@ -101,7 +103,7 @@ def token_windows(
     if count == 0:
         raise CorpusError(
             f"corpus too short: {len(tokens)} tokens, expected at least one window of {context}; "
-            "add text or lower --context"
+            "add text or ask for shorter windows"
         )
     shape, used = (count, context), count * context
     return TokenWindows(np.array(tokens[:used]).reshape(shape), np.array(owners[:used], np.int32).reshape(shape))

@@ -59,9 +59,9 @@ class NeuronProfile:
         write_tensors(path, self.header, tensors | {"tokens": np.array([self.tokens])})
 
     @classmethod
-    def load(cls, path: Path, spec: ModelSpec | None) -> NeuronProfile:
+    def load(cls, path: Path, spec: ModelSpec | None, repair: str = REPAIR) -> NeuronProfile:
         """Read a profile and check that it is of `spec`. Raises `ArtifactError` or `ArtifactMismatchError`."""
-        header, tensors = read_tensors(path, KIND, spec.fingerprint if spec else None, REPAIR)
+        header, tensors = read_tensors(path, KIND, spec.fingerprint if spec else None, repair)
         try:
             names = ("inputs", "documents", "validation")
             profile = cls(header, tensors["counts"], int(tensors["tokens"][0]), *(tensors[name] for name in names))
@@ -69,9 +69,9 @@ class NeuronProfile:
                 profile.documents
             )
         except (KeyError, IndexError) as error:
-            raise ArtifactError(f"{path} lacks {error}; rebuild it with: {REPAIR}") from error
+            raise ArtifactError(f"{path} lacks {error}; rebuild it with: {repair}") from error
         if not shapes_fit or (spec and profile.counts.shape != (spec.n_layers, spec.d_ff)):
-            raise ArtifactError(f"{path} has counts of shape {profile.counts.shape}; rebuild it with: {REPAIR}")
+            raise ArtifactError(f"{path} has counts of shape {profile.counts.shape}; rebuild it with: {repair}")
         return profile
 
     @staticmethod

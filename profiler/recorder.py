@@ -137,7 +137,7 @@ def record_profile(
                     saved = monotonic()
         except KeyboardInterrupt:
             _save_partial(partial, header, recorder.counts, inputs, done)
-            raise
+            raise KeyboardInterrupt(f"{done} of {windows.count} windows are kept, run it again to go on") from None
     partial.unlink(missing_ok=True)
     documents = np.concatenate([windows.documents[index, at] for index, at in enumerate(chosen)])
     validation = windows.tokens[windows.count - held :].astype(np.int32)
@@ -148,6 +148,11 @@ def _sample_positions(windows: TokenWindows, held: int, settings: ProfileSetting
     """Which positions of each window to keep, drawn at random; none of a document in the last `held` windows."""
     first_held = windows.count - held
     free = np.flatnonzero(~np.isin(windows.documents, windows.documents[first_held:]))
+    if len(np.unique(windows.documents.ravel()[free])) < 2:
+        raise CorpusError(
+            f"{windows.tokens.size:,} tokens are of too few documents to train predictors and check them on others; "
+            "add text (a document is a JSONL line, or some 4,000 characters of plain text)"
+        )
     total = min(len(free), settings.samples(spec, windows.tokens.size))
     flat = np.sort(np.random.default_rng(settings.seed).choice(free, total, replace=False))
     context = windows.tokens.shape[1]

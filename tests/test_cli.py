@@ -66,7 +66,7 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
     folder = shutil.copytree(original, tmp_path / "model")
     prepare = ["prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
     code, out, err = hybrid(capfd, *prepare)
-    assert code == 0 and out == "" and "place: share of firings served hot" in err
+    assert code == 0 and out == "" and "share of firings served hot" in err
     code, _, err = hybrid(capfd, *prepare)
     assert code == 0 and err.count("present and current") == 3
     code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
@@ -154,9 +154,13 @@ MISTAKES = {
     "corrupt predictors": (
         lambda m: truncate(m / "hybrid" / "predictors.safetensors"),
         ["chat", "{m}"],
-        "rebuild it with: hybrid train",
+        "rebuild it with: hybrid prepare",
     ),
-    "missing placement": (lambda m: (m / "hybrid" / "placement.safetensors").unlink(), ["chat", "{m}"], "hybrid place"),
+    "missing placement": (
+        lambda m: (m / "hybrid" / "placement.safetensors").unlink(),
+        ["chat", "{m}"],
+        "hybrid prepare",
+    ),
     "bad hardware": (
         lambda m: (m / "h.json").write_text("{}"),
         ["place", "{m}", "--hardware", "{m}/h.json"],

@@ -177,12 +177,14 @@ def test_bad_configurations(config, message):
 def test_what_cannot_be_loaded_says_why(folder, tmp_path):
     with pytest.raises(ContextError, match="context 65 is out of range: this model takes 1 to 64"):
         Engine.load(folder, EngineConfig("dense", context=65))
-    with pytest.raises(ArtifactError, match=r"predictors\.safetensors is missing; make it with: hybrid train"):
+    with pytest.raises(
+        ArtifactError, match=r"predictors\.safetensors is missing; make it with: hybrid prepare .* --corpus FILE"
+    ):
         Engine.load(folder)
     make_model("mistral-full", tmp_path)
     with pytest.raises(InputError, match="silu fires densely, so --sparsity exact has no meaning"):
         Engine.load(tmp_path, EngineConfig("exact"))
-    assert "silu fires densely" in Engine.load(tmp_path).notice
+    assert "silu fires densely" in Engine.load(tmp_path).notices[0]
 
 
 def test_torch_threads_are_one_in_decode(engine):

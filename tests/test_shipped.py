@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.console import progress
-from hybrid.engine import EMBEDDED_MODEL, Engine, EngineConfig
+from hybrid.engine import Engine, EngineConfig
 from hybrid.evaluate import evaluate, perplexity
 from hybrid.generation import SamplingSettings
 from hybrid.loader import ModelFolder

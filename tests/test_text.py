@@ -6,7 +6,7 @@ import jinja2
 import pytest
 from model_cases import save_byte_tokenizer
 
-from hybrid.engine import EMBEDDED_MODEL
+from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.errors import InputError, ModelError
 from hybrid.text import StreamDecoder, TextCodec, generation_defaults
 

@@ -1,0 +1,200 @@
+"""Decode attention: one query per head over the keys and values of a block table, with grouped heads (GQA).
+
+    out[h] = sum over i of  p[i] * V[i],     p = softmax over i of  q[h] . K[i] / sqrt(head_dim)
+
+for the positions i in [first, length), K and V of KV head h * n_kv_heads // n_heads. The softmax is computed in one pass
+(online softmax, arXiv 1805.02867): a block at a time, the sums so far rescaled when the largest score grows.
+
+Threads: workers take ranges of query heads. Each head goes through its blocks in order and alone, so the answer is the
+same for any number of workers and wherever the blocks lie. Heads of a group that one worker has share each block while
+it is in L1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from cpu_kernels.lanes import FAST_SUMS, _fetch
+from cpu_kernels.worker_pool import WorkerPool
+
+_LOG2_E = np.float32(math.log2(math.e))
+# ln 2 as a sum whose first part has 9 bits, so that its product with a whole number below 2^15 is exact.
+_LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
+_LINE = 16
+_ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
+_C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
+_SMALLEST = np.float32(-87)  # below this exp leaves the normal f32 numbers; there exp(-87) = 2e-38 is returned
+
+
+@njit(fastmath={"contract"}, nogil=True, forceinline=True)
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e^x for f32 x <= 0, within 3 units in the last place; unlike the library's it vectorises: 0.3 ns for 2.4."""
+    x = _SMALLEST if x < _SMALLEST else x
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    one = np.float32(1)
+    series = one + r * (one + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
+    power = np.int32(np.int32(np.float32(shifted).view(np.int32) << np.int32(23)) + np.int32(127 << 23)).view(
+        np.float32
+    )
+    return series * power
+
+
+@njit(nogil=True, forceinline=True)
+def _fetch_rows(rows, start, end):  # type: ignore[no-untyped-def]
+    for i in range(start, min(end, rows.shape[0])):
+        for j in range(0, rows.shape[1], _LINE):
+            _fetch(rows[i], j)
+
+
+@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
+    """scores[i] = q . keys[i]; four keys at a time share the loads of q: 5 ns a key of 128, 9 one at a time."""
+    n, head_dim = keys.shape
+    for i in range(0, n & -4, 4):
+        _fetch_rows(ahead, i, i + 4)
+        k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for j in range(head_dim):
+            s0 += q[j] * k0[j]
+            s1 += q[j] * k1[j]
+            s2 += q[j] * k2[j]
+            s3 += q[j] * k3[j]
+        scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = s0, s1, s2, s3
+    for i in range(n & -4, n):
+        s0 = np.float32(0)
+        for j in range(head_dim):
+            s0 += q[j] * keys[i, j]
+        scores[i] = s0
+
+
+@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
+    """out += sum over i of p[i] * values[i]; four rows at a time: 6 ns a row of 128, 21 one at a time."""
+    n, head_dim = values.shape
+    for i in range(0, n & -4, 4):
+        _fetch_rows(ahead, i, i + 4)
+        v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
+        p0, p1, p2, p3 = p[i], p[i + 1], p[i + 2], p[i + 3]
+        for j in range(head_dim):
+            out[j] += (p0 * v0[j] + p1 * v1[j]) + (p2 * v2[j] + p3 * v3[j])
+    for i in range(n & -4, n):
+        for j in range(head_dim):
+            out[j] += p[i] * values[i, j]
+
+
+@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+def _attend_block(q, keys, values, scores, state, out, fetched, ahead):  # type: ignore[no-untyped-def]
+    """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p."""
+    n, head_dim = keys.shape
+    scale = np.float32(1 / math.sqrt(head_dim))
+    _score(q, keys, scores, fetched)
+    largest = state[0]
+    for i in range(n):
+        scores[i] *= scale
+        largest = max(largest, scores[i])
+    shrink = _exp(state[0] - largest)
+    state[0] = largest
+    total = np.float32(0)
+    for i in range(n):
+        scores[i] = _exp(scores[i] - largest)
+        total += scores[i]
+    state[1] = state[1] * shrink + total
+    for j in range(head_dim):
+        out[j] *= shrink
+    _add_values(scores, values, out, ahead)
+
+
+@njit(nogil=True, cache=True)
+def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
+    """This worker's heads of `decode_attention` over positions [first, length).
+
+    scratch: [n_heads, block_size + 2] f32, of which each head uses its own row.
+    """
+    heads, kv_heads, block_size = q.shape[0], cache.shape[2], cache.shape[3]
+    mine = range(heads * worker // workers, heads * (worker + 1) // workers)
+    for h in mine:
+        out[h] = 0
+        scratch[h, block_size], scratch[h, block_size + 1] = -np.inf, 0
+    h0 = heads * worker // workers
+    last = (length - 1) // block_size
+    for b in range(first // block_size, last + 1):
+        start, end = max(first - b * block_size, 0), min(length - b * block_size, block_size)
+        block = cache[table[b]]
+        for h in mine:
+            g = h * kv_heads // heads
+            row = scratch[h]
+            keys, values = block[0, g, start:end], block[1, g, start:end]
+            fresh = h == h0 or (h - 1) * kv_heads // heads != g
+            nk = cache[table[min(b + 1, last)], 0, g]
+            _attend_block(q[h], keys, values, row[:block_size], row[block_size:], out[h], values if fresh else values[:0], nk if fresh else nk[:0])
+    for h in mine:
+        out[h] /= scratch[h, block_size + 1]
+
+
+def decode_attention(
+    q: np.ndarray,
+    cache: np.ndarray,
+    table: np.ndarray,
+    length: int,
+    window: int | None,
+    out: np.ndarray,
+    pool: WorkerPool,
+) -> None:
+    """Attention of the query at position `length` - 1 over itself and what came before, at most `window` positions.
+
+    q, out: [n_heads, head_dim] f32. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, keys at 0 and values at 1,
+    n_heads a multiple of n_kv_heads; table: int32 ids of the sequence's blocks in order. Raises `ValueError` when
+    shapes, types, the length, the window or a block id do not fit.
+    """
+    _check(q, cache, table, out)
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    if not 1 <= length <= table.size * block_size or (window is not None and window < 1):
+        raise ValueError(
+            f"decode_attention wants 1 to {table.size * block_size} keys and a window of at least 1 or None, "
+            f"got {length} and {window}"
+        )
+    first = 0 if window is None else max(0, length - window)
+    used = table[first // block_size : (length - 1) // block_size + 1]
+    if used.min() < 0 or used.max() >= cache.shape[0]:
+        raise ValueError(f"block ids {used.min()} to {used.max()} leave the cache of {cache.shape[0]} blocks")
+    workers = min(len(q), pool.workers_for(2 * (length - first) * kv_heads * head_dim * cache.itemsize))
+    scratch = np.empty((len(q), block_size + 2), np.float32)
+    pool.run(attend_heads, workers, q, cache, table, first, length, scratch, out)
+
+
+def decode_attention_ref(
+    q: np.ndarray,
+    cache: np.ndarray,
+    table: np.ndarray,
+    length: int,
+    window: int | None,
+    out: np.ndarray,
+    pool: WorkerPool | None,
+) -> None:
+    """`decode_attention` in NumPy, in f64, with a plain softmax over all scores."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    blocks = cache[table[: -(-length // block_size)]].astype(np.float64)
+    both = blocks.transpose(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)
+    keys, values = both[:, :, :length][:, :, 0 if window is None else -window :]
+    grouped = q.astype(np.float64).reshape(kv_heads, -1, head_dim)
+    scores = grouped @ keys.swapaxes(1, 2) / math.sqrt(head_dim)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    out[:] = (p / p.sum(-1, keepdims=True) @ values).reshape(out.shape)
+
+
+def _check(q: np.ndarray, cache: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
+    fits = q.ndim == 2 and out.shape == q.shape and cache.ndim == 5 and cache.shape[1] == 2
+    if not fits or cache.shape[4] != q.shape[1] or len(q) % cache.shape[2] or table.ndim != 1:
+        raise ValueError(
+            f"decode_attention shapes do not fit: q {q.shape}, out {out.shape}, cache {cache.shape}, table {table.shape}"
+        )
+    if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in (q, cache, out)) or table.dtype != np.int32:
+        raise ValueError(
+            f"decode_attention wants C-contiguous f32 q, cache and out and an int32 table, "
+            f"got {q.dtype}, {cache.dtype}, {out.dtype}, {table.dtype}"
+        )
