@@ -127,9 +127,9 @@ def _one_token(worker, workers, weights, code, skip, x, rows, ids, hidden, parts
 
 
 @njit(nogil=True, cache=True)
-def _merge(parts, fired, chunks, out):  # type: ignore[no-untyped-def]
+def _merge(parts, fired, rows, out):  # type: ignore[no-untyped-def]
     total = 0
-    for c in range(chunks):
+    for c in range(_chunks(rows.shape[0])):
         total += fired[c]
         for j in range(out.shape[0]):
             out[j] += parts[c, j]
@@ -189,7 +189,7 @@ def sparse_ffn(
         pool.run(
             _one_token, workers, weights, code, skip_zeros, x[0], rows, *scratch_rows, scratch.parts, scratch.fired
         )
-        return _merge(scratch.parts, scratch.fired, max(1, min(MAX_CHUNKS, rows.size // _ROWS_PER_CHUNK)), out[0])
+        return _merge(scratch.parts, scratch.fired, rows, out[0])
     fired = np.empty(tokens, np.int64)
     pool.run(
         _many_tokens,

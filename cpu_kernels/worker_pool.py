@@ -6,10 +6,12 @@ between runs and use no CPU. Only the caller may block on workers, and only insi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 # Below this many bytes read, waking another thread costs more than it saves: a wake-up and join took 25-40 us
 # on the 2-core machine, in which one core reads about 1 MB.
 BYTES_PER_WORKER = 1 << 20
+# A worker's notice can be lost to Ctrl-C between its arrival and our counting it; its result cannot, so we look again.
+_WAIT_SECONDS = 0.05
 
 
 def available_cpus() -> int:
@@ -30,6 +34,11 @@ def available_cpus() -> int:
     except (OSError, ValueError):
         pass  # no cgroup v2 here, or none that we may read
     return count
+
+
+def _send_home(jobs: list[queue.SimpleQueue[Any]]) -> None:
+    for queued in jobs:
+        queued.put(None)
 
 
 class WorkerPool:
@@ -47,6 +56,8 @@ class WorkerPool:
         ]
         for thread in self._threads:
             thread.start()
+        # A pool that is dropped without `close` must not leave its threads waiting for ever.
+        weakref.finalize(self, _send_home, self._jobs)
 
     def workers_for(self, read_bytes: int) -> int:
         """How many workers are worth waking to read `read_bytes`."""
@@ -57,39 +68,44 @@ class WorkerPool:
 
         Raises an exception that one of them raised, or Ctrl-C, after all have ended: they write the caller's arrays.
         """
-        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        ended: list[BaseException | None] = []  # what counts: an interrupted `get` may lose its item, not this
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
         failure: BaseException | None = None
-        for index in range(1, workers):
-            self._jobs[index - 1].put((kernel, index, workers, args, done))
+        started = 0
         try:
+            for index in range(1, workers):
+                self._jobs[index - 1].put((kernel, index, workers, args, ended, done))
+                started = index
             kernel(0, workers, *args)
         except BaseException as error:  # noqa: BLE001 - kept until the others have ended, then raised
             failure = error
-        waiting = workers - 1
-        while waiting:
+        while len(ended) < started:
             try:
-                failure = done.get() or failure
-                waiting -= 1
+                with contextlib.suppress(queue.Empty):
+                    done.get(timeout=_WAIT_SECONDS)
             except KeyboardInterrupt as error:
                 failure = error
+        failure = failure or next((error for error in ended if error is not None), None)
         if failure is not None:
             raise failure
 
     def close(self) -> None:
         """End the threads; a second call does nothing."""
-        for jobs in self._jobs:
-            jobs.put(None)
+        _send_home(self._jobs)
         for thread in self._threads:
             thread.join()
         self._jobs, self._threads = [], []
         self.threads = 1
 
-    def _serve(self, jobs: queue.SimpleQueue[Any]) -> None:
+    @staticmethod
+    def _serve(jobs: queue.SimpleQueue[Any]) -> None:
         while (job := jobs.get()) is not None:
-            kernel, index, workers, args, done = job
+            kernel, index, workers, args, ended, done = job
             error: BaseException | None = None
             try:
                 kernel(index, workers, *args)
             except BaseException as caught:  # noqa: BLE001 - handed to the caller
                 error = caught
-            done.put(error)
+            ended.append(error)
+            done.put(None)
+            del job, kernel, args, ended, done, error  # an idle worker keeps nothing alive

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ def _hardware(options: Options) -> HardwareProfile:
 
 
 def _placement_settings(project: Project, options: Options, strategy: Any) -> PlacementSettings:
-    budget, context = parse_size(options["vram_budget"]), options["context"] or project.spec.max_context
+    budget = parse_size(options["vram_budget"])
+    context = options["context"] if options["context"] is not None else project.spec.max_context
     settings = PlacementSettings(budget, context, strategy, options["solver"])
     project.check_context(context)
     return settings
@@ -283,25 +285,18 @@ def _engine(model: Path | None, options: Options) -> Engine:
 
 
 def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:
-    settings = defaults
+    settings = replace(defaults, stop=tuple(options["stop"])) if options["stop"] else defaults
     for name in SamplingSettings.names():
-        value = options.get(name)
-        if name == "stop" and value:
-            settings = SamplingSettings(**{**_fields(settings), "stop": tuple(value)})
-        elif value is not None and name != "stop":
-            settings = settings.with_value(name, value)
+        if name != "stop" and options[name] is not None:
+            settings = settings.with_value(name, options[name])
     return settings
-
-
-def _fields(settings: SamplingSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in SamplingSettings.names()}
 
 
 def _read_prompt(path: Path) -> str:
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         # The newline that ends a file's last line is not part of a prompt.
-        return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise InputError(f"cannot read the prompt from {path}: {error.strerror}; give a UTF-8 text file") from error
     except UnicodeDecodeError as error:

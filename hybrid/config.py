@@ -70,15 +70,16 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool = False
     tied_default: bool = False
-    sliding_default: int | None = None
+    optional_window: bool = False
+    head_dim: int | None = None
     only: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(only={"pretraining_tp": 1}),
-    "mistral": Family(sliding_default=4096),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True),
+    "mistral": Family(),
+    "qwen2": Family(qkv_bias=True, optional_window=True),
+    "qwen3": Family(qk_norm=True, optional_window=True, head_dim=128),
     "opt": Family(
         tensors=_OPT_TENSORS,
         d_ff="ffn_dim",
@@ -106,7 +107,7 @@ _HARMLESS = {
     "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "output_attentions",
     "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
     "is_encoder_decoder", "is_decoder", "tokenizer_class", "task_specific_params", "finetuning_task", "license",
-    "auto_map", "unsloth_version", "unsloth_fixed", "language",
+    "auto_map", "unsloth_version", "unsloth_fixed", "language", "is_llama_config",
 }  # fmt: skip
 
 
@@ -133,9 +134,9 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json", fingerpr
     _refuse_unknown(config, family, where)
     heads, d_model = _size(config, "num_attention_heads", where), _size(config, "hidden_size", where)
     layers = _size(config, "num_hidden_layers", where)
-    window, sliding = _sliding(config, family, layers)
-    bias = bool(config.get("attention_bias", False))
-    opt_bias = family.norm == "layer" and bool(config.get("enable_bias", True))
+    window, sliding = _sliding(config, family, layers, where)
+    bias = _flag(config, "attention_bias", where, False)
+    opt_bias = family.norm == "layer" and _flag(config, "enable_bias", where, True)
     spec = ModelSpec(
         family=config["model_type"],
         n_layers=layers,
@@ -143,7 +144,7 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json", fingerpr
         d_ff=_size(config, family.d_ff, where),
         n_heads=heads,
         n_kv_heads=_size(config, "num_key_value_heads", where, heads),
-        head_dim=_size(config, "head_dim", where, d_model // heads),
+        head_dim=_size(config, "head_dim", where, family.head_dim or d_model // heads),
         vocab_size=_size(config, "vocab_size", where),
         max_context=_size(config, "max_position_embeddings", where),
         activation=_activation(config, family, where),
@@ -151,16 +152,18 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json", fingerpr
         fingerprint=fingerprint,
         gated=family.gated,
         norm="layer" if family.norm == "layer" else "rms",
-        norm_eps=float(config.get("rms_norm_eps", 1e-6 if family.norm == "rms" else 1e-5)),
+        norm_eps=_number(config, "rms_norm_eps", where, 1e-6) if family.norm == "rms" else 1e-5,
         rope=_rope(config, where) if family.rope else None,
         qkv_bias=family.qkv_bias or bias or opt_bias,
         out_bias=bias or opt_bias,
-        ffn_bias=bool(config.get("mlp_bias", False)) or opt_bias,
+        ffn_bias=_flag(config, "mlp_bias", where, False) or opt_bias,
         qk_norm=family.qk_norm,
-        tied=bool(config.get("tie_word_embeddings", family.tied_default)),
+        tied=_flag(config, "tie_word_embeddings", where, family.tied_default),
         sliding_window=window,
         sliding_layers=sliding,
     )
+    if spec.rope is not None and spec.head_dim % 2:
+        raise ModelError(f"{where}: 'head_dim' is {spec.head_dim}, RoPE needs an even number")
     if spec.n_heads % spec.n_kv_heads:
         raise ModelError(f"{where}: {heads} attention heads do not divide into {spec.n_kv_heads} key/value heads")
     return spec
@@ -170,7 +173,7 @@ def _family(config: Mapping[str, Any], where: str) -> Family:
     name = config.get("model_type")
     if name is None:
         raise ModelError(f"{where} has no field 'model_type'; expected one of {', '.join(FAMILIES)}")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(f"{where}: unknown architecture '{name}'; known are {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
@@ -186,18 +189,36 @@ def _size(config: Mapping[str, Any], name: str, where: str, default: int | None 
     return value
 
 
+def _number(config: Mapping[str, Any], name: str, where: str, default: float, least: float = 1e-30) -> float:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < float("inf"):
+        raise ModelError(f"{where}: '{name}' is {str(value)[:60]!r}, expected a number of at least {least:g}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if not isinstance(value, bool):
+        raise ModelError(f"{where}: '{name}' is {str(value)[:60]!r}, expected true or false")
+    return value
+
+
 def _activation(config: Mapping[str, Any], family: Family, where: str) -> Activation:
     name = config.get(family.activation)
     if name is None:
         raise ModelError(f"{where} has no field '{family.activation}'; expected one of {', '.join(ACTIVATIONS)}")
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelError(f"{where}: unknown activation '{name}'; known are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> None:
     for name, value in family.only.items():
-        if config.get(name, value) != value:
+        if config.get(name) not in (None, value):
             raise ModelError(f"{where}: '{name}' is {config[name]!r}; only {value!r} is supported")
     proj = config.get("word_embed_proj_dim")
     if proj is not None and proj != config.get("hidden_size"):
@@ -214,39 +235,50 @@ def _refuse_unknown(config: Mapping[str, Any], family: Family, where: str) -> No
 
 def _rope(config: Mapping[str, Any], where: str) -> RopeSpec:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if not isinstance(scaling, dict):
+        raise ModelError(f"{where}: RoPE scaling is {str(scaling)[:60]!r}, expected an object")
+    fields = {"rope_theta": config.get("rope_theta"), **scaling}
+    theta = _number(fields, "rope_theta", where, 10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    known = {"rope_theta", "rope_type", "type"}
-    try:
-        if kind == "default":
-            spec = RopeSpec(theta)
-        elif kind == "linear":
-            known |= {"factor"}
-            spec = RopeSpec(theta, "linear", float(scaling["factor"]))
-        elif kind == "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            known |= {*names, "original_max_position_embeddings"}
-            factor, low, high = (float(scaling[name]) for name in names)
-            spec = RopeSpec(theta, "llama3", factor, low, high, int(scaling["original_max_position_embeddings"]))
-        else:
-            raise ModelError(f"{where}: unknown RoPE type '{kind}'; known are default, linear, llama3")
-    except KeyError as error:
-        raise ModelError(f"{where}: RoPE type '{kind}' has no field {error}") from error
-    unknown = {name for name in scaling if name not in known and scaling[name] not in (None, 1.0)}
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if not isinstance(kind, str) or kind not in needed:
+        raise ModelError(f"{where}: unknown RoPE type '{kind}'; known are {', '.join(needed)}")
+    for name in needed[kind]:
+        if scaling.get(name) is None:
+            raise ModelError(f"{where}: RoPE type '{kind}' has no field '{name}'")
+    known = {"rope_theta", "rope_type", "type", *needed[kind]}
+    unknown = sorted(name for name, value in scaling.items() if name not in known and value not in (None, 1.0))
     if unknown:
-        raise ModelError(f"{where}: RoPE field '{sorted(unknown)[0]}' is not known for type '{kind}'")
-    return spec
+        raise ModelError(f"{where}: RoPE field '{unknown[0]}' is not known for type '{kind}'")
+    numbers = [_number(scaling, name, where, 1.0) for name in needed[kind]]
+    if kind == "default":
+        return RopeSpec(theta)
+    return RopeSpec(theta, "linear", *numbers) if kind == "linear" else RopeSpec(theta, "llama3", *numbers)  # type: ignore[arg-type]
 
 
-def _sliding(config: Mapping[str, Any], family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and, per layer, whether it applies; transformers' rules for Mistral and for Qwen."""
-    window = config.get("sliding_window", family.sliding_default)
-    if config["model_type"] in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
-        window = None
-    if window is None or config["model_type"] in ("llama", "opt"):
+def _sliding(config: Mapping[str, Any], family: Family, layers: int, where: str) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and, per layer, whether it applies, by transformers' rules.
+
+    Mistral's window is every layer's. Qwen's applies where `layer_types` says so, or from `max_window_layers` on.
+    """
+    name = config["model_type"]
+    window = config.get("sliding_window", 4096)
+    if name in ("llama", "opt") or window is None or (family.optional_window and not config.get("use_sliding_window")):
         return None, (False,) * layers
+    size = _size({"sliding_window": window}, "sliding_window", where)
+    if not family.optional_window:
+        return size, (True,) * layers
     types = config.get("layer_types")
-    if types is not None and len(types) == layers:
-        return int(window), tuple(kind == "sliding_attention" for kind in types)
-    first = config.get("max_window_layers", 28) if config["model_type"] != "mistral" else 0
-    return int(window), tuple(layer >= first for layer in range(layers))
+    if types is None:
+        first = _number(config, "max_window_layers", where, 28, least=0)
+        return size, tuple(layer >= first for layer in range(layers))
+    known = {"sliding_attention", "full_attention"}
+    if not isinstance(types, list) or len(types) != layers or not known.issuperset(map(str, types)):
+        raise ModelError(
+            f"{where}: 'layer_types' is {str(types)[:60]}, expected {layers} of {', '.join(sorted(known))}"
+        )
+    return size, tuple(kind == "sliding_attention" for kind in types)

@@ -28,6 +28,7 @@ from placement.placement import Placement
 from predictor.bank import PredictorBank
 
 PREFILL_CHUNK = 256
+_CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Engine:
         self.settings, self.end_tokens = SamplingSettings(), frozenset[int]()
         self.notices: tuple[str, ...] = ()
         self._cache, self._cached_tokens = cache, list[int]()
+        self._answer = 0
 
     @classmethod
     def load(
@@ -89,9 +91,9 @@ class Engine:
             placement = _stored_placement(bundle, folder, strategy, notices)
         codec = TextCodec(folder.path, spec.vocab_size)
         runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff)
+        settings, ends = generation_defaults(folder.path)
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
-        engine.settings, ends = generation_defaults(folder.path)
-        engine.end_tokens = frozenset(ends or codec.eos_tokens())
+        engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
         engine.notices = tuple(notices)
         engine._warm_up()
         return engine
@@ -130,8 +132,14 @@ class Engine:
         self._cached_tokens.clear()
 
     def close(self) -> None:
-        """End the worker threads."""
+        """End the worker threads; dropping the engine does so too."""
         self.runtime.pool.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def describe_placement(self) -> str:
         """One line per layer: neurons hot and cold, and where the rest of the layer is."""
@@ -145,6 +153,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Decode one token, so that compiling kernels, or reading them from their cache, is no part of an answer."""
+        self.runtime.as_decode = True
         self._forward([0])
         self.reset()
 
@@ -164,7 +173,9 @@ class Engine:
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
     ) -> Generator[GenerationStep, None, None]:
         start = perf_counter()
-        sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop)
+        sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
+        self._answer = answer = self._answer + 1
+        self.runtime.as_decode = False
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
         seen, first = list(tokens), 0.0
@@ -178,11 +189,14 @@ class Engine:
                 self._finish(text, token, seen, count, settings),
             )
             if finish:
-                piece += text.rest(finish)
+                piece += text.rest()
             stats = self._stats(len(tokens), reused, count, first - start, now - first)
             yield GenerationStep(piece, token, stats, finish)
             if finish:
                 return
+            if self._answer != answer:
+                raise InputError("this answer was ended by another call of the engine; take one answer at a time")
+            self.runtime.as_decode = True
             logits = self._forward([token])
 
     def _finish(
@@ -237,15 +251,16 @@ class Engine:
 class AnswerText:
     """Tokens to text that may be shown: whole characters, nothing from a stop string on."""
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
-        self._decoder, self._stop, self._held = StreamDecoder(codec), stop, ""
+    def __init__(self, codec: TextCodec, stop: Sequence[str], before: Sequence[int]) -> None:
+        """`before`: the tokens that the answer follows."""
+        self._decoder, self._stop, self._held = StreamDecoder(codec, before), stop, ""
         self.stopped = False
 
     def push(self, token: int, ended: bool) -> str:
         """Text to show now that `token` came; an end token has none."""
         return "" if ended else self._release(self._decoder.push(token))
 
-    def rest(self, finish: FinishReason) -> str:
+    def rest(self) -> str:
         """What is still held back when the answer ends."""
         shown = "" if self.stopped else self._release(self._decoder.flush())
         rest, self._held = ("" if self.stopped else self._held), ""
@@ -280,5 +295,6 @@ def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, n
     if strategy == "learned" or bundle.placement.is_file():
         notices += bundle.stale(folder.spec)
         return bundle.load_placement(folder.spec)
-    notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
+    if folder.spec.fires_sparsely:
+        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
     return Placement.all_cold(folder.spec)

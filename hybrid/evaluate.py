@@ -41,22 +41,22 @@ def as_decode(runtime: FFNRuntime, strategy: Strategy) -> Iterator[None]:
 
     Dense is the same for one token and for many, so it takes the faster way, that of prefill.
     """
-    before = runtime.strategy, runtime.token_by_token
-    runtime.strategy, runtime.token_by_token = strategy, strategy != "dense"
+    before = runtime.strategy, runtime.as_decode
+    runtime.strategy, runtime.as_decode = strategy, strategy != "dense"
     try:
         yield
     finally:
-        runtime.strategy, runtime.token_by_token = before
+        runtime.strategy, runtime.as_decode = before
 
 
 def perplexity(model: Transformer, runtime: FFNRuntime, strategy: Strategy, windows: TokenWindows) -> float:
     """exp of the mean loss over every predicted token of every window."""
-    total, count = 0.0, 0
+    sums = _Sums()
     with as_decode(runtime, strategy):
         for window in torch.from_numpy(windows.tokens):
-            losses, _ = _losses(model, model(window), window)
-            total, count = total + float(losses.sum()), count + len(losses)
-    return exp(total / max(1, count))
+            hidden = model(window)
+            sums.add(model, hidden, hidden, window)
+    return exp(sums.loss / max(1, sums.tokens))
 
 
 def evaluate(
@@ -70,24 +70,20 @@ def evaluate(
     sums = {strategy: _Sums() for strategy in strategies}
     for window in torch.from_numpy(windows.tokens):
         with as_decode(runtime, "dense"):
-            _, truth = _losses(model, model(window), window)
+            truth = model(window)
         for strategy in strategies:
             runtime.counters = FFNCounters()
             with as_decode(runtime, strategy):
-                losses, logs = _losses(model, model(window), window)
-            sums[strategy].add(truth, losses, logs, runtime.counters)
+                sums[strategy].add(model, truth, model(window), window)
+            sums[strategy].count(runtime.counters)
             progress(len(window))
     return [sums[strategy].result(strategy) for strategy in strategies]
 
 
-def _losses(model: Transformer, hidden: torch.Tensor, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each next token [t - 1], and the log-probabilities [t - 1, vocab] that it came from."""
-    logs = torch.cat([model.logits(part).log_softmax(-1) for part in hidden[:-1].split(_LOGIT_ROWS)])
-    return -logs.gather(1, window[1:, None])[:, 0], logs
-
-
 @dataclass
 class _Sums:
+    """Sums over predicted tokens and, from the FFN's counters, over neurons."""
+
     tokens: int = 0
     loss: float = 0.0
     kl: float = 0.0
@@ -96,14 +92,23 @@ class _Sums:
     computed: int = 0
     fired: int = 0
 
-    def add(self, dense: torch.Tensor, losses: torch.Tensor, ours: torch.Tensor, c: FFNCounters) -> None:
-        """Count one window: log-probabilities [t, vocab] of dense and of a strategy, and the strategy's losses [t]."""
-        self.tokens += len(losses)
-        self.loss += float(losses.sum())
-        self.kl += float((dense.exp() * (dense - ours)).sum())
-        self.agreed += int((dense.argmax(1) == ours.argmax(1)).sum())
-        self.neurons, self.computed = self.neurons + c.neurons, self.computed + c.computed
-        self.fired += c.fired_hot + c.fired_cold
+    def add(self, model: Transformer, truth: torch.Tensor, ours: torch.Tensor, window: torch.Tensor) -> None:
+        """Final hidden states [t, d] of dense and of a strategy; logits are made of `_LOGIT_ROWS` of them at a time."""
+        targets = window[1:].split(_LOGIT_ROWS)
+        for true, found, target in zip(
+            truth[:-1].split(_LOGIT_ROWS), ours[:-1].split(_LOGIT_ROWS), targets, strict=True
+        ):
+            logs = model.logits(found).log_softmax(-1)
+            dense = logs if ours is truth else model.logits(true).log_softmax(-1)
+            self.tokens += len(target)
+            self.loss -= float(logs.gather(1, target[:, None]).sum())
+            self.kl += float((dense.exp() * (dense - logs)).sum())
+            self.agreed += int((dense.argmax(1) == logs.argmax(1)).sum())
+
+    def count(self, counters: FFNCounters) -> None:
+        self.neurons += counters.neurons
+        self.computed += counters.computed
+        self.fired += counters.fired_hot + counters.fired_cold
 
     def result(self, strategy: Strategy) -> StrategyQuality:
         n, neurons = max(1, self.tokens), max(1, self.neurons)

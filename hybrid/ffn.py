@@ -5,8 +5,8 @@ Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`)
   exact    every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
   learned  a low-rank predictor names the neurons that will fire, and only those are computed.
 
-Prefill of several tokens is dense whatever the strategy, as nearly every neuron fires for some token. Evaluation sets
-`token_by_token`, and every token is then treated as in decode.
+Prefill is dense whatever the strategy, as nearly every neuron fires for some token of a prompt. The strategy is used
+where `FFNRuntime.as_decode` is set: by the engine for the tokens of an answer, and by evaluation for every token.
 """
 
 from __future__ import annotations
@@ -47,13 +47,16 @@ class FFNCounters:
 
 @dataclass
 class FFNRuntime:
-    """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters."""
+    """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters.
+
+    as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does.
+    """
 
     strategy: Strategy
     pool: WorkerPool
     d_model: int
     d_ff: int
-    token_by_token: bool = False
+    as_decode: bool = False
     counters: FFNCounters = field(default_factory=FFNCounters)
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ class HybridFFN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
-        if x.shape[0] > 1 and not self.runtime.token_by_token:
+        if not self.runtime.as_decode:
             return self._gemm(x)
         start = perf_counter()
         rows, offsets = self._select(x)

@@ -144,7 +144,12 @@ def _is_integer(value: object, least: int) -> bool:
 
 
 def _is_stop(value: object) -> bool:
-    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+    return isinstance(value, tuple) and all(isinstance(text, str) and text and _is_unicode(text) for text in value)
+
+
+def _is_unicode(text: str) -> bool:
+    """False for text with half of a surrogate pair, as JSON can hold and no file can."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_seed(text: str) -> int | None:
@@ -158,11 +163,15 @@ def _parse_stop(text: str) -> tuple[str, ...]:
 
 
 _RULES = {
-    "temperature": _Rule(float, lambda v: _is_number(v) and 0 <= v <= 100, "a number from 0 (greedy) to 100"),
+    "temperature": _Rule(
+        float, lambda v: _is_number(v) and (v == 0 or 1e-3 <= v <= 100), "0 (greedy), or a number from 0.001 to 100"
+    ),
     "top_k": _Rule(int, lambda v: _is_integer(v, 0), "an integer, 0 (off) or more"),
     "top_p": _Rule(float, lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, at most 1 (off)"),
     "min_p": _Rule(float, lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 (off) to below 1"),
-    "repetition_penalty": _Rule(float, lambda v: _is_number(v) and 0 < v <= 100, "a number above 0 to 100; 1 is off"),
+    "repetition_penalty": _Rule(
+        float, lambda v: _is_number(v) and 0.01 <= v <= 100, "a number from 0.01 to 100; 1 is off"
+    ),
     "seed": _Rule(_parse_seed, lambda v: v is None or _is_integer(v, 0), "none, or an integer, 0 or more"),
     "max_new_tokens": _Rule(int, lambda v: _is_integer(v, 1), "an integer, 1 or more"),
     "stop": _Rule(_parse_stop, _is_stop, 'none, a string, or a JSON list of strings such as ["\\n\\n"]'),

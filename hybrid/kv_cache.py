@@ -21,7 +21,14 @@ class KVCache:
                 f"context {capacity} is out of range: this model takes 1 to {spec.max_context} tokens; lower --context"
             )
         shape = (spec.n_layers, 2, spec.n_kv_heads, capacity, spec.head_dim)
-        self._data = torch.empty(shape, dtype=torch.float32)
+        try:
+            self._data = torch.empty(shape, dtype=torch.float32)
+        except RuntimeError as error:  # torch's way to say that the system has no such memory
+            size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
+            raise ContextError(
+                f"keys and values of {capacity} tokens take {size / 2**30:.1f} GiB, more than this machine gives; "
+                "lower --context"
+            ) from error
         self.capacity = capacity
         self.length = 0
 

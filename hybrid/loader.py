@@ -55,11 +55,12 @@ class ModelFolder:
         """Load every weight. Without a placement all neurons are cold, in the checkpoint's order."""
         reader = _Reader(self)
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
-        embedding = reader.embedding()
-        head = embedding if self.spec.tied else reader.tensor("head", (self.spec.vocab_size, self.spec.d_model))
-        return Transformer(
-            self.spec, embedding, reader.positions(), blocks, reader.norm("final_norm"), Linear(head, None, runtime)
-        )
+        embedding, shape = reader.embedding(), (self.spec.vocab_size, self.spec.d_model)
+        head = embedding if self.spec.tied else reader.tensor("head", shape)
+        positions, norm = reader.positions(), reader.norm("final_norm")
+        # A tied head may be stored again, and old checkpoints store the RoPE frequencies.
+        self.checkpoint.refuse_unread(lambda name: name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq"))
+        return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
 
     def _block(
         self, reader: _Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None

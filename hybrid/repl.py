@@ -102,8 +102,8 @@ class Repl:
             self._run_command(text)
         elif text.strip():
             content = "\n\n".join([*self._attached, text.strip()])
-            self._attached = []
             self._turn(self.conversation.with_message(Message("user", content)))
+            self._attached = []
 
     def _run_command(self, text: str) -> None:
         slashed, *rest = text.split(maxsplit=1)

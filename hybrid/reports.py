@@ -100,6 +100,8 @@ def _show_predictors(files: Bundle, spec: ModelSpec) -> str:
 def _show_placement(files: Bundle, spec: ModelSpec) -> str:
     placement = files.load_placement(spec)
     made = placement.made_from
+    if "vram_budget" not in made:
+        return f"{_file_line(files.placement)}, not made by `hybrid place`"
     budget = "unlimited" if made["vram_budget"] == UNLIMITED else size(made["vram_budget"])
     rows = [
         ("VRAM budget", budget),

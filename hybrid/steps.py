@@ -40,6 +40,12 @@ from profiler.recorder import ActivationRecorder, ProfileSettings, record_profil
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
 
+def check_seed(seed: int) -> None:
+    """Raise `InputError` for a seed that not every generator in use takes."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+
+
 @dataclass(frozen=True)
 class ProfileRequest:
     """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built."""
@@ -56,8 +62,7 @@ class ProfileRequest:
             raise InputError(f"a calibration window has {self.window} tokens, expected at least 2")
         if self.tokens < self.window:
             raise InputError(f"--tokens {self.tokens} is less than one window of {self.window} tokens; raise it")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}, expected 0 or more")
+        check_seed(self.seed)
 
 
 class Project:
@@ -143,10 +148,11 @@ class Project:
             partial = self.bundle.partial_profile
             found = record_profile(self._run_dense, recorder, windows, settings, header, partial, progress)
         found.save(self.bundle.profile)
+        self.bundle.partial_profile.unlink(missing_ok=True)
         return found
 
     def _run_dense(self, tokens: torch.Tensor) -> object:
-        self.runtime.token_by_token = False
+        self.runtime.as_decode = False
         return self.model(tokens)
 
     def current_profile(self, request: ProfileRequest) -> ArtifactHeader | None:
@@ -165,6 +171,7 @@ class Project:
     def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
         """Train, write and return predictors; their report is with them."""
         self.require_sparse()
+        check_seed(seed)
         layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
         with self._progress("train", self.spec.n_layers, "layer") as progress:
             bank, report = train_predictors(
@@ -179,9 +186,9 @@ class Project:
                 else None,
                 progress=progress,
             )
-        bank.save(self.bundle.predictors, self.spec, self.train_origin(found.header, target, seed), report)
         with atomic_write(self.bundle.report) as file:
             file.write(report.to_json().encode())
+        bank.save(self.bundle.predictors, self.spec, self.train_origin(found.header, target, seed), report)
         return self.load_predictors()
 
     def current_predictors(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> ArtifactHeader | None:

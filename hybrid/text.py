@@ -47,7 +47,10 @@ class TextCodec:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer itself puts around a text (often a start token)."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        except (TypeError, UnicodeError) as error:
+            raise InputError("the text is not valid Unicode; expected UTF-8") from error
 
     def encode_document(self, text: str) -> list[int]:
         """A whole text as language models are trained on it: start token, text, end token, where there are such."""
@@ -77,7 +80,7 @@ class TextCodec:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from error
 
     def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
@@ -90,10 +93,11 @@ class StreamDecoder:
     Decodes from a few tokens back, since in many vocabularies a token's text depends on the one before.
     """
 
-    def __init__(self, codec: TextCodec) -> None:
+    def __init__(self, codec: TextCodec, before: Sequence[int] = ()) -> None:
+        """`before`: tokens that come first and are not shown; some decoders drop the space of a text's first word."""
         self._codec = codec
-        self._tokens: list[int] = []
-        self._start = self._read = 0
+        self._tokens = list(before)
+        self._start, self._read = 0, len(self._tokens)
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
@@ -114,24 +118,24 @@ class StreamDecoder:
 
 
 def generation_defaults(folder: Path) -> tuple[SamplingSettings, list[int]]:
-    """Sampling settings and end tokens from `generation_config.json`, or plain defaults where there is none."""
+    """Sampling settings from `generation_config.json`, or greedy; end tokens from there or from `config.json`.
+
+    Raises `ModelError` for values of the wrong type or out of range.
+    """
     path = folder / "generation_config.json"
     values = read_json(path) if path.is_file() else {}
-    eos = values.get("eos_token_id")
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    sampled = bool(values.get("do_sample", False))
+    ends = values.get("eos_token_id", read_json(folder / "config.json").get("eos_token_id"))
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise ModelError(f"{path}: eos_token_id is {ends}, expected token ids; correct the file")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    off: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampled = values.get("do_sample", False)
     try:
-        settings = SamplingSettings(
-            temperature=float(values.get("temperature", 1.0)) if sampled else 0.0,
-            top_k=int(values.get("top_k") or 0),
-            top_p=float(values.get("top_p") or 1.0),
-            min_p=float(values.get("min_p") or 0.0),
-            repetition_penalty=float(values.get("repetition_penalty") or 1.0),
-            max_new_tokens=int(values.get("max_new_tokens") or SamplingSettings().max_new_tokens),
-        )
-    except (TypeError, ValueError, InputError) as error:
+        return SamplingSettings(**(off | given | ({} if sampled else {"temperature": 0.0}))), ends
+    except InputError as error:
         raise ModelError(f"{path}: {error}; correct the file or delete it") from error
-    return settings, ends
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -149,13 +153,16 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 def _chat_template(folder: Path) -> jinja2.Template | None:
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    source: Any = path.read_text(encoding="utf-8") if path.is_file() else None
+    source: Any = _read_template(path) if path.is_file() else None
     if source is None and config.is_file():
         source = read_json(config).get("chat_template")
     if isinstance(source, list):  # several named templates; the one for plain chat is `default`
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        named = [entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise ModelError(f"the chat template in {folder} is a {type(source).__name__}, expected text")
     # The template is code from the model folder: it runs without access to attributes or modules.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -167,6 +174,13 @@ def _chat_template(folder: Path) -> jinja2.Template | None:
         return environment.from_string(source)
     except jinja2.TemplateError as error:
         raise ModelError(f"the chat template in {folder} is not valid ({error})") from error
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not readable text ({error}); fetch it again") from error
 
 
 def _raise_template_error(message: str) -> NoReturn:

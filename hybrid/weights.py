@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,12 @@ class Checkpoint:
         for path in _shards(folder):
             self.infos.update(_read_header(path))
         self._open: dict[Path, Any] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.infos
+        self._read: set[str] = set()
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor `name`, in its stored type. Raises `ModelError` when missing or not of `shape`."""
         info = self.infos.get(name)
+        self._read.add(name)
         if info is None:
             raise ModelError(f"{self.folder} has no tensor '{name}'; the checkpoint is incomplete for its config.json")
         if info.shape != shape:
@@ -66,6 +65,14 @@ class Checkpoint:
             return self._open[info.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{info.path} is corrupt ({error}); fetch the model again") from error
+
+    def refuse_unread(self, ignored: Callable[[str], bool]) -> None:
+        """Raise `ModelError` for a tensor that was never asked for: the model would compute something else with it."""
+        left = sorted(name for name in self.infos if name not in self._read and not ignored(name))
+        if left:
+            raise ModelError(
+                f"{self.folder} has tensor '{left[0]}' that config.json gives no place to; the files do not match"
+            )
 
     def fingerprint(self, config: Mapping[str, Any]) -> str:
         """16 hex digits that identify these weights under this configuration (see the module's docstring)."""
@@ -83,17 +90,17 @@ class Checkpoint:
 
 def _shards(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{index} has no 'weight_map'; fetch the model again")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{index} has no 'weight_map' of file names; fetch the model again")
         paths = [folder / name for name in sorted(set(weight_map.values()))]
         for path in paths:
             if not path.is_file():
                 raise ModelError(f"shard {path.name} is missing from {folder}; {index.name} lists it, fetch it again")
         return paths
-    if single.is_file():
-        return [single]
     if list(folder.glob("*.bin")):
         raise ModelError(f"{folder} holds .bin weights only; save the model as safetensors and try again")
     raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; no weights to load")
@@ -116,6 +123,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
+    if any(info.start < base or info.end < info.start for info in infos.values()):
+        raise ModelError(f"{path} has tensors outside of its data; fetch it again")
     last = max((info.end for info in infos.values()), default=base)
     if last != size:
         raise ModelError(f"{path} is truncated or padded: {size} bytes, its header says {last}; fetch it again")

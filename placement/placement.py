@@ -69,14 +69,6 @@ class Placement:
         """The same decision as the plan and the cost model take it."""
         return Choice(self.hot.astype(np.int64), self.layer_on_gpu, self.head_on_gpu)
 
-    def hot_neurons(self, layer: int) -> np.ndarray:
-        """Ids int32 of the neurons of `layer` on the GPU."""
-        return self.order[layer, : self.hot[layer]]
-
-    def cold_neurons(self, layer: int) -> np.ndarray:
-        """Ids int32 of the neurons of `layer` on the CPU."""
-        return self.order[layer, self.hot[layer] :]
-
     def hot_firing_share(self, firing: np.ndarray) -> float:
         """Share of all firings that hot neurons serve, given frequencies [n_layers, d_ff]; 0 when nothing fires."""
         in_order = np.take_along_axis(firing, self.order.astype(np.int64), axis=1)

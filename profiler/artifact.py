@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -76,12 +77,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -91,6 +93,21 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed writers of `path` left; a file that was touched within the hour may have a living one."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_tensors(path: Path, header: ArtifactHeader, tensors: Mapping[str, np.ndarray]) -> None:
@@ -131,6 +148,8 @@ def read_header(path: Path, kind: str, fingerprint: str | None, repair: str) -> 
         if end != path.stat().st_size:
             raise ValueError(f"it has {path.stat().st_size} bytes, its header says {end}")
         header = ArtifactHeader(**{name: fields[name] for name in ArtifactHeader.__dataclass_fields__})
+        if not isinstance(header.format_version, int) or not isinstance(header.made_from, dict):
+            raise ValueError("its header is damaged")
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise ArtifactError(f"{path} is not a {kind} of this program ({error}); rebuild it with: {repair}") from error
     header.check(path, kind, fingerprint, repair)

@@ -47,6 +47,8 @@ def corpus_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
+            if (path / "config.json").is_file():
+                raise CorpusError(f"corpus {path} is a model folder; put MODEL before --corpus")
             found += sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _TEXT_SUFFIXES)
         elif path.is_file():
             found.append(path)
@@ -58,12 +60,14 @@ def corpus_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def corpus_hash(paths: Sequence[Path]) -> str:
-    """16 hex digits of the SHA-256 over the bytes of all corpus files, in order."""
+    """16 hex digits of a SHA-256 over all corpus files, in order."""
     digest = hashlib.sha256()
     for path in corpus_files(paths):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise CorpusError(f"cannot read corpus {path}: {error.strerror}") from error
     return digest.hexdigest()[:16]
 
 
@@ -117,24 +121,27 @@ def _read_text(path: Path) -> str:
     try:
         if b"\0" in data:
             raise ValueError("it has NUL bytes")
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except ValueError as error:
         raise CorpusError(f"corpus {path} is binary, expected UTF-8 text or JSONL ({error})") from error
 
 
 def _jsonl(path: Path, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record: Any = json.loads(line)
-        except ValueError as error:
+            line.encode()
+        except (ValueError, RecursionError) as error:
             raise CorpusError(f"{path} line {number} is not JSON ({error})") from error
         record = record if isinstance(record, dict) else {}
         if isinstance(record.get("text"), str):
-            yield Document(text=record["text"])
+            if record["text"].strip():
+                yield Document(text=record["text"])
         elif _is_conversation(record.get("messages")):
-            yield Document(messages=tuple(record["messages"]))
+            if record["messages"]:
+                yield Document(messages=tuple(record["messages"]))
         else:
             raise CorpusError(f"{path} line {number} has neither `text` nor `messages` with role and content")
 
@@ -146,11 +153,16 @@ def _is_conversation(messages: object) -> bool:
 
 
 def _paragraphs(text: str) -> Iterator[Document]:
+    """Documents of some 4,000 characters, cut at blank lines, or at any line where there are no blank ones."""
+    text = text.replace("\r\n", "\n")
+    gap = "\n\n" if "\n\n" in text else "\n"
     part: list[str] = []
-    for paragraph in text.split("\n\n"):
+    size = 0
+    for paragraph in text.split(gap):
         part.append(paragraph)
-        if sum(map(len, part)) >= _TEXT_DOCUMENT_CHARACTERS:
-            yield Document(text="\n\n".join(part))
-            part = []
-    if "".join(part).strip():
-        yield Document(text="\n\n".join(part))
+        size += len(paragraph)
+        if size >= _TEXT_DOCUMENT_CHARACTERS:
+            yield Document(text=gap.join(part))
+            part, size = [], 0
+    if size and "".join(part).strip():
+        yield Document(text=gap.join(part))

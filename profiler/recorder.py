@@ -106,7 +106,8 @@ def record_profile(
     """Run `forward` over every window and return the profile.
 
     When interrupted, what was recorded so far is kept in the file `partial`, and a later call with the same header goes
-    on from there; the file is removed at the end. `progress` is called with tokens done since its last call.
+    on from there; the caller removes the file once the profile is safe. `progress` is called with tokens done since
+    its last call.
     """
     if windows.count == 0:
         raise CorpusError("there is no window of tokens to profile; give a corpus with text in it")
@@ -117,28 +118,24 @@ def record_profile(
     done = _resume(partial, header, recorder.counts, inputs)
     progress(done * context)
     saved = monotonic()
+    counted = recorder.counts.copy()
     with recorder.recording():
         try:
             for index in range(done, windows.count):
                 recorder.pick(chosen[index])
-                before = recorder.counts.copy()
-                try:
-                    forward(torch.from_numpy(windows.tokens[index]))
-                except BaseException:
-                    recorder.counts[:] = before  # a half-run window must not be counted twice
-                    raise
+                forward(torch.from_numpy(windows.tokens[index]))
                 first = sum(map(len, chosen[:index]))
                 for layer, rows in enumerate(recorder.inputs):
                     inputs[layer, first : first + len(rows)] = rows.numpy()
-                done = index + 1
+                # From here on the window counts; until here an interrupt leaves it to be run again.
+                counted, done = recorder.counts.copy(), index + 1
                 progress(context)
                 if monotonic() - saved > _SAVE_SECONDS:
-                    _save_partial(partial, header, recorder.counts, inputs, done)
+                    _save_partial(partial, header, counted, inputs, done)
                     saved = monotonic()
         except KeyboardInterrupt:
-            _save_partial(partial, header, recorder.counts, inputs, done)
+            _save_partial(partial, header, counted, inputs, done)
             raise KeyboardInterrupt(f"{done} of {windows.count} windows are kept, run it again to go on") from None
-    partial.unlink(missing_ok=True)
     documents = np.concatenate([windows.documents[index, at] for index, at in enumerate(chosen)])
     validation = windows.tokens[windows.count - held :].astype(np.int32)
     return NeuronProfile(header, recorder.counts, windows.tokens.size, inputs, documents, validation)

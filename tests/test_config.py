@@ -55,6 +55,16 @@ def test_each_needed_field_is_named_when_missing(name):
         ({"num_local_experts": 8}, "field 'num_local_experts'"),
         ({"pretraining_tp": 2}, "'pretraining_tp' is 2; only 1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "unknown RoPE type 'yarn'"),
+        ({"rms_norm_eps": [1]}, "'rms_norm_eps' is '.1.', expected a number"),
+        ({"rms_norm_eps": -1.0}, "'rms_norm_eps' is '-1.0'"),
+        ({"rope_theta": 0}, "'rope_theta' is '0'"),
+        ({"rope_scaling": "linear"}, "RoPE scaling is 'linear', expected an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": [2]}}, "'factor' is '.2.'"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' is 'false', expected true or false"),
+        ({"model_type": ["llama"]}, "unknown architecture"),
+        ({"hidden_act": ["relu"]}, "unknown activation"),
+        ({"head_dim": 7}, "RoPE needs an even number"),
+        ({"model_type": "mistral", "sliding_window": -3}, "'sliding_window' is -3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE type 'linear' has no field 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
     ],
@@ -88,5 +98,13 @@ def test_sliding_window_layers():
     qwen = LLAMA | {"model_type": "qwen2", "sliding_window": 5, "max_window_layers": 1}
     assert parse_config(qwen).sliding_window is None
     assert parse_config(qwen | {"use_sliding_window": True}).sliding_layers == (False, True)
+    no_window = {key: value for key, value in qwen.items() if key != "sliding_window"}
+    assert parse_config(no_window | {"use_sliding_window": True}).sliding_window == 4096
+    for wrong in (["chunked_attention", "full_attention"], ["full_attention"], 5):
+        with pytest.raises(ModelError, match="'layer_types' is"):
+            parse_config(qwen | {"use_sliding_window": True, "layer_types": wrong})
+    # transformers' Mistral slides in every layer, whatever this field says.
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 5, "layer_types": ["full_attention"] * 2}
+    assert parse_config(mistral).sliding_layers == (True, True)
     types = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
     assert parse_config(qwen | types).sliding_layers == (True, False)

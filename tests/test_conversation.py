@@ -56,7 +56,7 @@ def test_saving_does_not_overwrite_a_file_that_is_not_a_chat(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match=r"cannot write .*choose another folder$"):
+    with pytest.raises(InputError, match="is a folder or in no folder"):
         save_conversation(tmp_path / "file" / "chat.json", CHAT, SamplingSettings())
 
 

@@ -36,12 +36,28 @@ def test_a_folder_stands_for_its_files_in_order(tmp_path):
     assert [d.text for d in read_documents([tmp_path])] == ["first", "second"]
 
 
+@pytest.mark.parametrize("newline", ["\n\n", "\r\n\r\n", "\n"])
+def test_any_kind_of_line_ends_gives_several_documents(tmp_path, newline):
+    path = tmp_path / "book.txt"
+    path.write_bytes(newline.join("word " * 100 for _ in range(40)).encode())
+    documents = read_documents([path])
+    assert len(documents) > 3 and sum(d.text.count("word") for d in documents) == 4000
+
+
+def test_jsonl_with_a_byte_order_mark_and_unicode_line_separators(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('\ufeff{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}\r\n', encoding="utf-8", newline="")
+    assert [d.text for d in read_documents([path])] == ["a\u2028b\u0085c", "d"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("e.txt", b"", "empty corpus"),
         ("e.txt", b" \n\n \n", "empty corpus"),
         ("e.jsonl", b"\n", "empty corpus"),
+        ("e.jsonl", b'{"text": ""}\n{"messages": []}', "empty corpus"),
+        ("j.jsonl", b"[" * 100000, "line 1 is not JSON"),
         ("b.txt", b"ab\0cd", "is binary, expected UTF-8"),
         ("b.txt", b"\xff\xfe\x01", "is binary, expected UTF-8"),
         ("j.jsonl", b'{"text": "a"}\n{oops', "line 2 is not JSON"),
@@ -59,8 +75,13 @@ def test_bad_input_is_refused(tmp_path, name, content, message):
 
 
 def test_missing_and_empty_folders(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(CorpusError, match="is a model folder; put MODEL before --corpus"):
+        read_documents([tmp_path / "model"])
     with pytest.raises(CorpusError, match="does not exist"):
         read_documents([tmp_path / "no"])
+    (tmp_path / "model" / "config.json").unlink()
     with pytest.raises(CorpusError, match=r"no text in .* expected \.txt"):
         read_documents([tmp_path])
 

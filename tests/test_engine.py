@@ -1,6 +1,7 @@
 """The engine: prompts, cache reuse, stop conditions, statistics, refusals. On a small random model."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,27 @@ def test_an_interrupt_inside_a_step_leaves_the_engine_ready(engine, at, monkeypa
         tokens(engine.generate("abcd", GREEDY))
     monkeypatch.undo()
     assert tokens(engine.generate("abcd", GREEDY)) == whole
+
+
+def test_two_answers_at_once_are_refused(engine):
+    first = engine.generate("abc", GREEDY)
+    next(first)
+    tokens(engine.generate("xyz", GREEDY))
+    with pytest.raises(InputError, match="one answer at a time"):
+        next(first)
+
+
+def test_an_engine_is_a_context_manager(folder):
+    with Engine.load(folder, EngineConfig("dense", threads=3)) as engine:
+        assert tokens(engine.generate("abc", GREEDY))
+    assert engine.runtime.pool.threads == 1
+
+
+def test_the_end_token_may_stand_in_the_configuration(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    assert Engine.load(copy, EngineConfig("dense")).end_tokens == {7}
 
 
 def test_long_prompts_are_read_in_chunks(folder, monkeypatch):

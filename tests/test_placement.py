@@ -35,10 +35,10 @@ def test_round_trip(tmp_path, make):
 
 def test_constructors():
     hot, cold, some = Placement.all_hot(SPEC), Placement.all_cold(SPEC), Placement.random(SPEC, 0.3, seed=1)
-    assert len(hot.hot_neurons(2)) == 17 and len(hot.cold_neurons(2)) == 0 and hot.head_on_gpu
-    assert len(cold.hot_neurons(2)) == 0 and len(cold.cold_neurons(2)) == 17 and not cold.choice.uses_gpu
+    assert hot.hot[2] == 17 and hot.head_on_gpu
+    assert cold.hot[2] == 0 and not cold.choice.uses_gpu
     assert (some.hot == 5).all()
-    both = np.concatenate([some.hot_neurons(1), some.cold_neurons(1)])
+    both = some.order[1]
     np.testing.assert_array_equal(np.sort(both), np.arange(17))
     assert same(some, Placement.random(SPEC, 0.3, seed=1))
     assert not np.array_equal(some.order, Placement.random(SPEC, 0.3, seed=2).order)

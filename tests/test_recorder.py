@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from profiler.corpus import TokenWindows
-from profiler.errors import ArtifactError, ArtifactMismatchError
+from profiler.errors import ArtifactError, ArtifactMismatchError, CorpusError
 from profiler.profile import NeuronProfile
 from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
 from profiler.spec import ModelSpec
@@ -88,9 +88,33 @@ def test_an_interrupted_run_goes_on_where_it_ended(model, windows, tmp_path, at)
     rest = []
     resumed = record(model, windows, partial, lambda tokens: rest.append(model(tokens)))
     whole = record(model, windows, tmp_path / "other")
-    assert len(rest) == 12 - at and not partial.exists()
+    assert len(rest) == 12 - at
     for name in ("counts", "inputs", "documents", "validation"):
         assert (getattr(resumed, name) == getattr(whole, name)).all()
+
+
+def test_an_interrupt_after_a_window_ran_does_not_count_it_twice(model, windows, tmp_path):
+    partial = tmp_path / "partial"
+    recorder = ActivationRecorder(SPEC, list(model[1:]), [ffn.act for ffn in model[1:]])
+    header, calls = NeuronProfile.make_header(SPEC, {"corpus": "x"}), []
+
+    def interrupted(tokens):
+        model(tokens)
+        calls.append(tokens)
+        if len(calls) == 6:
+            raise KeyboardInterrupt  # the window's counts are all in, but it has not been taken over
+
+    with pytest.raises(KeyboardInterrupt, match="5 of 12 windows are kept"):
+        settings = ProfileSettings(sample_tokens=20)
+        record_profile(interrupted, recorder, windows, settings, header, partial, lambda count: None)
+    resumed, whole = record(model, windows, partial), record(model, windows, tmp_path / "other")
+    assert (resumed.counts == whole.counts).all() and resumed.frequency().max() <= 1
+
+
+def test_too_few_documents_are_refused_before_the_work(model, windows, tmp_path):
+    one = TokenWindows(windows.tokens, np.zeros_like(windows.documents))
+    with pytest.raises(CorpusError, match="too few documents"):
+        record(model, one, tmp_path / "p", lambda tokens: pytest.fail("the model was run"))
 
 
 def test_a_partial_file_of_another_run_is_not_used(model, windows, tmp_path):

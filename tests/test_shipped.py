@@ -103,6 +103,16 @@ def test_answers_depend_neither_on_placement_nor_on_threads(sparsity, project, p
     assert sum(map(len, first)) > 100
 
 
+def test_learned_answers_the_same_from_a_warm_cache(project, placements):
+    engine = Engine.load(
+        config=EngineConfig("learned", threads=2), placement=placements["solver's"], bank=project.load_predictors()
+    )
+    for prompt in PROMPTS[::3]:
+        cold, warm = ([step.token for step in engine.generate(prompt, GREEDY)] for _ in range(2))
+        assert cold == warm
+    engine.close()
+
+
 def test_the_solvers_placement_serves_more_than_its_share(project, placements):
     placement, frequency = placements["solver's"], project.load_profile().frequency()
     share = placement.hot.sum() / frequency.size

@@ -5,6 +5,7 @@ import json
 import jinja2
 import pytest
 from model_cases import save_byte_tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.errors import InputError, ModelError
@@ -42,6 +43,16 @@ def test_an_unfinished_character_is_shown_at_the_end(codec):
     decoder = StreamDecoder(codec)
     assert decoder.push(tokens[0]) == ""
     assert decoder.flush() == "\ufffd"
+
+
+def test_a_decoder_that_strips_the_first_space_keeps_it_in_an_answer(tmp_path):
+    vocab = {"<unk>": 0, "\u2581a": 1, "b": 2, "\u2581Pa": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path, 4)
+    assert codec.decode([1, 2, 3]) == "ab Pa"
+    assert StreamDecoder(codec, [1, 2]).push(3) == " Pa"
 
 
 def test_documents_start_and_end_as_in_training(codec):
@@ -96,7 +107,8 @@ def test_damaged_tokenizers(tmp_path):
 def test_generation_defaults(tmp_path):
     settings, ends = generation_defaults(EMBEDDED_MODEL)
     assert (settings.temperature, settings.top_k, settings.top_p, ends) == (0.7, 40, 0.95, [1, 2])
-    assert generation_defaults(tmp_path)[0].greedy
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+    assert generation_defaults(tmp_path)[0].greedy and generation_defaults(tmp_path)[1] == [7]
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": -1, "eos_token_id": 5}')
     with pytest.raises(ModelError, match="temperature is"):
         generation_defaults(tmp_path)

@@ -99,3 +99,9 @@ def test_a_tensor_that_the_config_needs_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     assert "no tensor 'model.layers.3." in refusal(folder)
+
+
+def test_a_tensor_without_a_place_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    assert "has tensor 'model.layers.2." in refusal(folder)

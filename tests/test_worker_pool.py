@@ -1,5 +1,8 @@
 """The worker pool: everyone runs, errors and Ctrl-C arrive after all have ended, idle threads cost nothing."""
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -38,6 +41,46 @@ def test_an_exception_arrives_after_all_have_ended(pool, failing, error):
     assert len(ended) == 3
     pool.run(lambda worker, workers: ended.append(worker), 4)
     assert len(ended) == 7
+
+
+def test_a_real_ctrl_c_at_any_moment_never_hangs():
+    """Signals at random moments of many short runs, in a process of its own, which must end by itself each time."""
+    program = """
+import os, signal, threading, time
+from cpu_kernels.worker_pool import WorkerPool
+pool, caught, done = WorkerPool(3), 0, False
+def press():
+    global done
+    for n in range(60):
+        time.sleep(0.003 + n % 7 * 0.0007)
+        os.kill(os.getpid(), signal.SIGINT)
+    done = True
+threading.Thread(target=press, daemon=True).start()
+while not done:
+    try:
+        while not done:
+            pool.run(lambda worker, workers: None, 3)
+    except KeyboardInterrupt:
+        caught += 1
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pool.close()
+print(caught)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert int(result.stdout) > 10, result.stderr
+
+
+def test_a_dropped_pool_ends_its_threads():
+    before = threading.active_count()
+    pool = WorkerPool(3)
+    pool.run(lambda worker, workers, data: None, 3, bytearray(10))
+    del pool
+    gc.collect()
+    for _ in range(100):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.02)
+    raise AssertionError("threads of a dropped pool are still there")
 
 
 def test_idle_workers_use_no_cpu(pool):
