@@ -2,12 +2,13 @@
 
     out[h] = sum over i of  p[i] * V[i],     p = softmax over i of  q[h] . K[i] / sqrt(head_dim)
 
-for the positions i in [first, length), K and V of KV head h * n_kv_heads // n_heads. The softmax is computed in one pass
+for the positions i in [first, length), with the keys K and values V of KV head h // (n_heads // n_kv_heads). One pass
 (online softmax, arXiv 1805.02867): a block at a time, the sums so far rescaled when the largest score grows.
 
 Threads: workers take ranges of query heads. Each head goes through its blocks in order and alone, so the answer is the
-same for any number of workers and wherever the blocks lie. Heads of a group that one worker has share each block while
-it is in L1.
+same for any number of workers and wherever the blocks lie. Heads of one group at one worker go through the blocks
+together, so that a block is read from memory once. The next block is fetched meanwhile: 8000 positions of 8 KV heads
+for 32 heads took 7.2 ms on one core, 10.7 without.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from cpu_kernels.worker_pool import WorkerPool
 _LOG2_E = np.float32(math.log2(math.e))
 # ln 2 as a sum whose first part has 9 bits, so that its product with a whole number below 2^15 is exact.
 _LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
-_LINE = 16
 _ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
+_LINE = 16  # f32 in a cache line
 _SMALLEST = np.float32(-87)  # below this exp leaves the normal f32 numbers; there exp(-87) = 2e-38 is returned
 
 
@@ -38,15 +39,14 @@ def _exp(x):  # type: ignore[no-untyped-def]
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW
     one = np.float32(1)
     series = one + r * (one + r * (_C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))))
-    power = np.int32(np.int32(np.float32(shifted).view(np.int32) << np.int32(23)) + np.int32(127 << 23)).view(
-        np.float32
-    )
-    return series * power
+    exponent = np.int32(np.float32(shifted).view(np.int32) << np.int32(23))
+    return series * np.int32(exponent + np.int32(127 << 23)).view(np.float32)
 
 
 @njit(nogil=True, forceinline=True)
-def _fetch_rows(rows, start, end):  # type: ignore[no-untyped-def]
-    for i in range(start, min(end, rows.shape[0])):
+def _fetch_rows(rows):  # type: ignore[no-untyped-def]
+    """Fetch rows that will be read soon into L2."""
+    for i in range(rows.shape[0]):
         for j in range(0, rows.shape[1], _LINE):
             _fetch(rows[i], j)
 
@@ -55,8 +55,9 @@ def _fetch_rows(rows, start, end):  # type: ignore[no-untyped-def]
 def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
     """scores[i] = q . keys[i]; four keys at a time share the loads of q: 5 ns a key of 128, 9 one at a time."""
     n, head_dim = keys.shape
+    share = -(-4 * ahead.shape[0] // n)
     for i in range(0, n & -4, 4):
-        _fetch_rows(ahead, i, i + 4)
+        _fetch_rows(ahead[i // 4 * share : (i // 4 + 1) * share])
         k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
         s0 = s1 = s2 = s3 = np.float32(0)
         for j in range(head_dim):
@@ -76,8 +77,9 @@ def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
 def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
     """out += sum over i of p[i] * values[i]; four rows at a time: 6 ns a row of 128, 21 one at a time."""
     n, head_dim = values.shape
+    share = -(-4 * ahead.shape[0] // n)
     for i in range(0, n & -4, 4):
-        _fetch_rows(ahead, i, i + 4)
+        _fetch_rows(ahead[i // 4 * share : (i // 4 + 1) * share])
         v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
         p0, p1, p2, p3 = p[i], p[i + 1], p[i + 2], p[i + 3]
         for j in range(head_dim):
@@ -88,11 +90,14 @@ def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=FAST_SUMS, nogil=True, cache=True)
-def _attend_block(q, keys, values, scores, state, out, fetched, ahead):  # type: ignore[no-untyped-def]
-    """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p."""
+def _attend_block(q, keys, values, next_keys, next_values, scores, state, out):  # type: ignore[no-untyped-def]
+    """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p.
+
+    Meanwhile the rows in next_keys and next_values are fetched into L2.
+    """
     n, head_dim = keys.shape
     scale = np.float32(1 / math.sqrt(head_dim))
-    _score(q, keys, scores, fetched)
+    _score(q, keys, scores, next_keys)
     largest = state[0]
     for i in range(n):
         scores[i] *= scale
@@ -106,7 +111,28 @@ def _attend_block(q, keys, values, scores, state, out, fetched, ahead):  # type:
     state[1] = state[1] * shrink + total
     for j in range(head_dim):
         out[j] *= shrink
-    _add_values(scores, values, out, ahead)
+    _add_values(scores, values, out, next_values)
+
+
+@njit(nogil=True, cache=True)
+def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
+    """The heads q [n, head_dim] of KV head g; each of them fetches its share of the next block."""
+    n, block_size = q.shape[0], cache.shape[3]
+    out[:] = 0
+    scratch[:, block_size] = -np.inf
+    scratch[:, block_size + 1] = 0
+    last = (length - 1) // block_size
+    for b in range(first // block_size, last + 1):
+        start, end = max(first - b * block_size, 0), min(length - b * block_size, block_size)
+        keys, values = cache[table[b], 0, g, start:end], cache[table[b], 1, g, start:end]
+        following = cache[table[min(b + 1, last)]]
+        for h in range(n):
+            low, high = block_size * h // n, block_size * (h + 1) // n
+            next_keys, next_values = following[0, g, low:high], following[1, g, low:high]
+            scores, state = scratch[h, :block_size], scratch[h, block_size:]
+            _attend_block(q[h], keys, values, next_keys, next_values, scores, state, out[h])
+    for h in range(n):
+        out[h] /= scratch[h, block_size + 1]
 
 
 @njit(nogil=True, cache=True)
@@ -115,25 +141,11 @@ def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):
 
     scratch: [n_heads, block_size + 2] f32, of which each head uses its own row.
     """
-    heads, kv_heads, block_size = q.shape[0], cache.shape[2], cache.shape[3]
-    mine = range(heads * worker // workers, heads * (worker + 1) // workers)
-    for h in mine:
-        out[h] = 0
-        scratch[h, block_size], scratch[h, block_size + 1] = -np.inf, 0
-    h0 = heads * worker // workers
-    last = (length - 1) // block_size
-    for b in range(first // block_size, last + 1):
-        start, end = max(first - b * block_size, 0), min(length - b * block_size, block_size)
-        block = cache[table[b]]
-        for h in mine:
-            g = h * kv_heads // heads
-            row = scratch[h]
-            keys, values = block[0, g, start:end], block[1, g, start:end]
-            fresh = h == h0 or (h - 1) * kv_heads // heads != g
-            nk = cache[table[min(b + 1, last)], 0, g]
-            _attend_block(q[h], keys, values, row[:block_size], row[block_size:], out[h], values if fresh else values[:0], nk if fresh else nk[:0])
-    for h in mine:
-        out[h] /= scratch[h, block_size + 1]
+    group = q.shape[0] // cache.shape[2]
+    start, end = q.shape[0] * worker // workers, q.shape[0] * (worker + 1) // workers
+    for g in range(start // group, -(-end // group)):
+        low, high = max(start, g * group), min(end, (g + 1) * group)
+        _attend_group(q[low:high], cache, g, table, first, length, scratch[low:high], out[low:high])
 
 
 def decode_attention(
@@ -147,9 +159,9 @@ def decode_attention(
 ) -> None:
     """Attention of the query at position `length` - 1 over itself and what came before, at most `window` positions.
 
-    q, out: [n_heads, head_dim] f32. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, keys at 0 and values at 1,
-    n_heads a multiple of n_kv_heads; table: int32 ids of the sequence's blocks in order. Raises `ValueError` when
-    shapes, types, the length, the window or a block id do not fit.
+    q, out: [n_heads, head_dim] f32, n_heads a multiple of n_kv_heads. cache: [blocks, 2, n_kv_heads, block_size,
+    head_dim] f32, keys at 0 and values at 1. table: int32 ids of the sequence's blocks in order. Raises `ValueError`
+    when shapes, types, strides, the length, the window or a block id do not fit.
     """
     _check(q, cache, table, out)
     kv_heads, block_size, head_dim = cache.shape[2:]
@@ -191,7 +203,8 @@ def _check(q: np.ndarray, cache: np.ndarray, table: np.ndarray, out: np.ndarray)
     fits = q.ndim == 2 and out.shape == q.shape and cache.ndim == 5 and cache.shape[1] == 2
     if not fits or cache.shape[4] != q.shape[1] or len(q) % cache.shape[2] or table.ndim != 1:
         raise ValueError(
-            f"decode_attention shapes do not fit: q {q.shape}, out {out.shape}, cache {cache.shape}, table {table.shape}"
+            f"decode_attention shapes do not fit: "
+            f"q {q.shape}, out {out.shape}, cache {cache.shape}, table {table.shape}"
         )
     if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in (q, cache, out)) or table.dtype != np.int32:
         raise ValueError(

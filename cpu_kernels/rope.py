@@ -68,8 +68,8 @@ def rope(
     block_size = cache.shape[3]
     if not 0 <= position < table.size * block_size or not 0 <= table[position // block_size] < cache.shape[0]:
         raise ValueError(
-            f"position {position} has no place in the KV cache: {table.size} blocks of {block_size} tokens in the table, "
-            f"{cache.shape[0]} in the cache"
+            f"position {position} has no place in the KV cache: the table has {table.size} blocks of {block_size} "
+            f"tokens, the cache {cache.shape[0]} blocks"
         )
     norm = (norm[0], norm[1], float(norm[2]))
     pool.run(rope_heads, pool.workers_for(qkv.nbytes), qkv, rotation, norm, cache, table, position)

@@ -2,8 +2,8 @@
 
 NaN ranks above everything, as in torch, so that a broken model shows up in the first id.
 
-A logit and its id become one int64 whose order is that ranking. Each worker keeps the k best of its range in a heap, whose
-root is the smallest kept; most of the range is passed over by comparing the largest logit of 256 with the root.
+A logit and its id become one int64 whose order is that ranking. Each worker keeps the k best of its range in a heap,
+whose root is the smallest kept; most of the range is passed over by comparing the largest of a block with the root.
 
 Threads: the order is total, so the ids are the same for any number of workers and however their heaps are merged.
 """
@@ -15,7 +15,7 @@ from numba import njit
 
 from cpu_kernels.worker_pool import WorkerPool
 
-_BLOCK = 256  # logits whose largest is compared first; with 32000 random logits and k=40 that skips half of the blocks
+_BLOCK = 64  # logits whose largest is compared first; 32000 with k=40 took 15 us, in blocks of 256 26 us
 _ID_BITS = np.int64(2**32 - 1)
 
 
@@ -25,6 +25,14 @@ def _rank(logit):  # type: ignore[no-untyped-def]
     bits = np.float32(logit + np.float32(0)).view(np.int32)
     ordered = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
     return np.int32(0x7FFFFFFF) if logit != logit else ordered
+
+
+@njit(nogil=True, forceinline=True)
+def _largest_rank(logits):  # type: ignore[no-untyped-def]
+    largest = np.int32(-(2**31))
+    for i in range(logits.shape[0]):  # from 0, or a check for negative indices keeps it from being vectorised
+        largest = max(largest, _rank(logits[i]))
+    return largest
 
 
 @njit(nogil=True, cache=True)
@@ -51,11 +59,8 @@ def top_k_part(worker, workers, logits, heaps):  # type: ignore[no-untyped-def]
     end = v * (worker + 1) // workers
     for start in range(v * worker // workers, end, _BLOCK):
         stop = min(start + _BLOCK, end)
-        largest = np.int32(-(2**31))
-        for i in range(start, stop):
-            largest = max(largest, _rank(logits[i]))
         # Of equal logits the earlier is kept already.
-        if largest <= heap[0] >> 32:
+        if _largest_rank(logits[start:stop]) <= heap[0] >> 32:
             continue
         for i in range(start, stop):
             key = (np.int64(_rank(logits[i])) << 32) | (_ID_BITS - i)

@@ -34,7 +34,7 @@ class PredictorTarget:
     def __post_init__(self) -> None:
         if not 0 < self.max_perplexity_increase <= 1:
             raise InputError(
-                f"target {self.max_perplexity_increase:.3%} is out of range; give more than 0% and at most 100%"
+                f"target {self.max_perplexity_increase:.3%} is not above 0% and up to 100%; give one such as 0.5%"
             )
         if not self.max_active_ratio >= 1:
             raise InputError(f"the predicted-active ratio is {self.max_active_ratio}, expected at least 1")

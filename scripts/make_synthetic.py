@@ -33,14 +33,16 @@ from synthetic_model import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from train_tiny import new_folder
 
+from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.commands import predictor_report, profile_report
 from hybrid.console import progress, size
-from hybrid.engine import EMBEDDED_MODEL
 from hybrid.steps import Project
 from placement.placement import PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
 from predictor.report import PredictorReport, Quality, overall_counts
+from predictor.sizing import PredictorTarget
+from profiler.artifact import atomic_write
 from profiler.errors import HybridError, InputError
 from profiler.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
@@ -118,20 +120,31 @@ def write_artefacts(
     folder: Path, maker: ModelMaker, layers: Sequence[MeasuredLayer], settings: PlacementSettings
 ) -> tuple[NeuronProfile, PredictorBank]:
     """Write profile, predictors and placement of the model in `folder`; returns the first two."""
-    project, config = Project(folder, None, None, progress), maker.config
-    calibration, measured = maker.tokens.numpy().reshape(2, -1, maker.tokens.shape[1]).astype(np.int32)
-    origin = {"corpus": "synthetic", "corpus_files": ["random token ids"], "tokens": measured.size}
-    header = NeuronProfile.make_header(project.spec, origin | {"window": measured.shape[1]} | asdict(config))
-    documents = (maker.sampled // measured.shape[1]).astype(np.int32)
-    firings, inputs = np.stack([layer.firings for layer in layers]), np.stack([layer.inputs for layer in layers])
-    profile = NeuronProfile(header, firings, measured.size, inputs, documents, calibration)
+    project = Project(folder, None, None, progress)
+    profile = measured_profile(maker, layers, project)
     profile.save(project.bundle.profile)
     bank = PredictorBank(tuple(layer.predictor for layer in layers))
-    made_from = {"profile": header.key, "target": "exact by construction", "seed": config.seed}
-    bank.save(project.bundle.predictors, project.spec, made_from, quality_report(layers, measured.size))
+    # What the construction promises: no loss, nearly nothing predicted in vain, at the bytes that the rank takes.
+    target = PredictorTarget(1e-4, 1.05, min(1.0, sum(bank.bytes_per_layer) / project.spec.model_bytes))
+    origin = project.train_origin(profile.header, target, maker.config.seed) | {"exact_by_construction": True}
+    report = quality_report(layers, profile.tokens)
+    bank.save(project.bundle.predictors, project.spec, origin, report)
+    with atomic_write(project.bundle.report) as file:
+        file.write(report.to_json().encode())
     bank = project.load_predictors()
     project.write_placement(project.place(profile, bank, HardwareProfile.load(), settings).placement)
     return profile, bank
+
+
+def measured_profile(maker: ModelMaker, layers: Sequence[MeasuredLayer], project: Project) -> NeuronProfile:
+    """The profile over the measured tokens; the tokens that set the firing rates are its validation windows."""
+    calibration, measured = maker.tokens.numpy().reshape(2, -1, maker.tokens.shape[1]).astype(np.int32)
+    window = measured.shape[1]
+    origin = {"corpus": "synthetic", "corpus_files": ["random token ids"], "tokens": measured.size, "window": window}
+    firings, inputs = np.stack([layer.firings for layer in layers]), np.stack([layer.inputs for layer in layers])
+    documents = (maker.sampled // window).astype(np.int32)
+    header = NeuronProfile.make_header(project.spec, origin | asdict(maker.config))
+    return NeuronProfile(header, firings, measured.size, inputs, documents, calibration)
 
 
 def quality_report(layers: Sequence[MeasuredLayer], tokens: int) -> PredictorReport:

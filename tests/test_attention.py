@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.attention import attend_heads, decode_attention, decode_attention_ref
+from cpu_kernels.attention import _exp, attend_heads, decode_attention, decode_attention_ref
 from cpu_kernels.worker_pool import WorkerPool
 
 
@@ -88,6 +88,25 @@ def test_same_bits_for_any_number_of_workers_and_order_of_blocks(heads, kv_heads
     assert np.isfinite(answers[0]).all()
     for answer in answers[1:]:
         assert (answer == answers[0]).all()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_every_head_is_one_workers(workers):
+    q, cache, table = make(8, 2, 10, 20)
+    written = np.zeros(8, int)
+    for worker in range(workers):
+        out = np.full_like(q, np.nan)
+        attend_heads(worker, workers, q, cache, table, 0, 20, np.empty((8, 18), np.float32), out)
+        written += np.isfinite(out).all(1)
+    assert (written == 1).all()
+
+
+def test_exp():
+    x = np.linspace(-87, 0, 3001, dtype=np.float32)
+    truth = np.exp(x.astype(np.float64)).astype(np.float32)
+    ours = np.array([_exp(value) for value in x])
+    assert (np.abs(ours - truth) <= 3 * np.spacing(truth)).all()
+    assert 0 < _exp(np.float32(-np.inf)) < 2e-38 and _exp(np.float32(0)) == 1 and np.isnan(_exp(np.float32(np.nan)))
 
 
 def test_a_broken_value_shows():

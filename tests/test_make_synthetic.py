@@ -52,6 +52,11 @@ def script() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def construction(script: ModuleType) -> ModuleType:
+    return sys.modules["synthetic_model"]
+
+
+@pytest.fixture(scope="module")
 def make(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Write a model of the small shape and return its folder; keywords go to `SyntheticConfig`."""
 
@@ -127,13 +132,14 @@ def test_report_is_of_exact_predictors(small):
 def test_neurons_fire_as_asked_on_other_tokens(make, share, skew):
     folder = make(**SMALL | {"d_ff": 1000, "firing_share": share, "skew": skew, "predictor_rank": 64})
     project = project_of(folder)
-    fired = [torch.zeros(1000) for _ in range(2)]
+    fired: list[list[torch.Tensor]] = [[], []]
     for layer, ffn in enumerate(project.model.ffns):
-        ffn.act.register_forward_hook(lambda _, __, out, layer=layer: fired[layer].add_((out != 0).sum(0)))
+        ffn.act.register_forward_hook(lambda _, __, out, layer=layer: fired[layer].append((out != 0).float()))
     generator = np.random.default_rng(5)
     for _ in range(16):
         project.model(torch.from_numpy(generator.integers(6, 300, 64)))
-    frequency = torch.stack(fired).numpy() / (16 * 64)
+    frequency = torch.stack([torch.cat(outputs).mean(dim=0) for outputs in fired]).numpy()
+    assert frequency.shape == (2, 1000)
     assert frequency.mean(axis=1) == pytest.approx(share, rel=0.15)
     # Neurons by the stored profile's order, so that their own noise does not sort them: the power law must show.
     order = np.argsort(-project.load_profile().frequency(), axis=1)
@@ -145,25 +151,25 @@ def test_neurons_fire_as_asked_on_other_tokens(make, share, skew):
     assert 0.7 < ratio < 1.6
 
 
-def test_designed_rates_follow_the_law_between_their_bounds(script):
+def test_designed_rates_follow_the_law_between_their_bounds(script, construction):
     config = script.SyntheticConfig(**SMALL | {"d_ff": 5000, "firing_share": 0.1, "skew": 0.7})
-    rates = sys.modules["synthetic_model"].designed_rates(config, 1024)
+    rates = construction.designed_rates(config, 1024)
     assert rates.mean() == pytest.approx(0.1, rel=1e-6)
     assert (np.diff(rates) <= 0).all() and rates.max() <= 1 - 1 / 1024 and rates.min() >= 1 / 1024
     assert rates[3990] / rates[990] == pytest.approx(4**-0.7)
 
 
-def test_bias_sets_the_rate_on_the_tokens_that_it_was_set_on(script):
+def test_bias_sets_the_rate_on_the_tokens_that_it_was_set_on(construction):
     generator = torch.Generator().manual_seed(3)
     gate, x0 = torch.randn(200, 5, generator=generator), torch.rand(200, generator=generator) + 1
     rates = torch.tensor([0.005, 0.1, 0.5, 0.995, 1.0])
-    bias = sys.modules["synthetic_model"].bias_for_rates(gate, x0, rates)
+    bias = construction.bias_for_rates(gate, x0, rates)
     fired = (gate + bias * x0[:, None] > 0).float().mean(dim=0)
     torch.testing.assert_close(fired, torch.tensor([0.005, 0.1, 0.5, 0.995, 0.995]))
 
 
-def test_a_gate_that_would_be_rounded_is_refused(script):
-    stored = sys.modules["synthetic_model"].stored
+def test_a_gate_that_would_be_rounded_is_refused(construction):
+    stored = construction.stored
     assert stored(torch.tensor([256.0]), torch.bfloat16) == 256
     with pytest.raises(InputError, match="lower --predictor-rank"):
         stored(torch.tensor([257.0]), torch.bfloat16)
@@ -174,7 +180,7 @@ def test_one_residual_coordinate_is_constant(small):
     assert [path.name for path in shards] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
     tensors = {name: tensor for path in shards for name, tensor in load_file(path).items()}
     assert json.loads((small / "model.safetensors.index.json").read_text()) == {
-        "metadata": {"total_size": sum(t.nbytes for name, t in tensors.items() if "norm" not in name)},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": {name: path.name for path in shards for name in load_file(path)},
     }
     assert tensors["model.embed_tokens.weight"][:, 0].unique().numel() == 1
@@ -196,13 +202,15 @@ def test_profile_matches_the_model_and_can_train_predictors(small):
     assert np.abs(shares - found.frequency()[0]).mean() < 0.03  # the sample is a quarter of the tokens counted
 
 
-@pytest.mark.parametrize(("budget", "hot"), [("0", 0), ("unlimited", 2 * 192)])
-def test_placement_is_for_the_budget_asked(script, tmp_path, budget, hot):
+@pytest.mark.parametrize(("budget", "size"), [("0", 0), ("1MiB", 2**20)])
+def test_placement_is_made_from_the_profile_for_the_budget_asked(script, tmp_path, budget, size):
     script.make_synthetic(script.SyntheticConfig(**SMALL), tmp_path / "out", budget)
-    spec = project_of(tmp_path / "out").spec
-    placement = Placement.load(tmp_path / "out" / "hybrid" / "placement.safetensors", spec)
-    assert placement.hot.sum() == hot
-    assert placement.made_from["strategy"] == "learned"
+    project = project_of(tmp_path / "out")
+    placement = Placement.load(tmp_path / "out" / "hybrid" / "placement.safetensors", project.spec)
+    assert (placement.made_from["vram_budget"], placement.made_from["strategy"]) == (size, "learned")
+    assert placement.made_from["profile"] == project.load_profile().header.key
+    in_order = np.take_along_axis(project.load_profile().frequency(), placement.order.astype(int), axis=1)
+    assert (np.diff(in_order, axis=1) <= 0).all()
 
 
 def test_the_same_seed_gives_the_same_files(make, small):
