@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numba import njit
 
-from cpu_kernels.lanes import FAST_SUMS, _fetch
+from cpu_kernels.lanes import FAST_SUMS, fetch
 from cpu_kernels.worker_pool import WorkerPool
 
 _LOG2_E = np.float32(math.log2(math.e))
@@ -48,7 +48,7 @@ def _fetch_rows(rows):  # type: ignore[no-untyped-def]
     """Fetch rows that will be read soon into L2."""
     for i in range(rows.shape[0]):
         for j in range(0, rows.shape[1], _LINE):
-            _fetch(rows[i], j)
+            fetch(rows[i], j)
 
 
 @njit(fastmath=FAST_SUMS, nogil=True, cache=True)
@@ -132,7 +132,8 @@ def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ign
             scores, state = scratch[h, :block_size], scratch[h, block_size:]
             _attend_block(q[h], keys, values, next_keys, next_values, scores, state, out[h])
     for h in range(n):
-        out[h] /= scratch[h, block_size + 1]
+        for j in range(q.shape[1]):  # a division of the whole row would allocate
+            out[h, j] /= scratch[h, block_size + 1]
 
 
 @njit(nogil=True, cache=True)

@@ -128,7 +128,7 @@ def dot(row, x, ahead):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _fetch(typing_context: Any, row: Any, at: Any) -> Any:
+def fetch(typing_context: Any, row: Any, at: Any) -> Any:
     """Fetch the cache line of row[at] into L2."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -143,7 +143,7 @@ def _fetch(typing_context: Any, row: Any, at: Any) -> Any:
 def add_scaled(row, scale, out, ahead):  # type: ignore[no-untyped-def]
     """out += scale * row, row widened to f32; `ahead` is the row that will be read next."""
     for j in range(0, row.shape[0], 64 // row.itemsize):
-        _fetch(ahead, j)
+        fetch(ahead, j)
     for j in range(out.shape[0]):
         out[j] += widen(row[j]) * scale
 
