@@ -42,7 +42,9 @@ _SPARSITY = click.option(
 )
 _CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
 _HARDWARE = click.option(
-    "--hardware", type=click.Path(path_type=Path), help="Hardware profile to plan for  [default: a 24 GB GPU]"
+    "--hardware",
+    type=click.Path(path_type=Path),
+    help="Hardware profile to plan for  [default: this machine's GPU, or a 24 GB one where there is none]",
 )
 _BUDGET = click.option(
     "--vram-budget", default="unlimited", show_default=True, help="Such as 8GiB; unlimited takes what the GPU has."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL
 from hybrid.console import percent, progress, size, table
@@ -29,7 +30,7 @@ from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
 from predictor.sizing import PredictorTarget
 from profiler.corpus import TokenWindows
-from profiler.hardware import DEFAULT_PROFILE, HardwareProfile
+from profiler.hardware import HardwareProfile, measure_gpu
 from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]
@@ -43,7 +44,7 @@ def prepare(model: Path | None, options: Options) -> None:
         click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
         return
     request, target = _profile_request(project, model, options), _target(options)
-    seed, hardware = options["seed"], _hardware(options)
+    seed, hardware = options["seed"], _hardware(project, options)
     settings = _placement_settings(project, options, "learned")
     settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
     profile_header = project.current_profile(request)
@@ -118,7 +119,7 @@ def place(model: Path | None, options: Options) -> None:
     """Solve, print and write a placement."""
     project = _project(model, options)
     project.require_sparse()
-    hardware = _hardware(options)
+    hardware = _hardware(project, options)
     settings = _placement_settings(project, options, options["sparsity"])
     found = project.load_profile()
     bank = project.load_predictors() if settings.strategy == "learned" else None
@@ -257,8 +258,17 @@ def _target(options: Options) -> PredictorTarget:
     return PredictorTarget.parse(options["target"])
 
 
-def _hardware(options: Options) -> HardwareProfile:
-    return HardwareProfile.load(options["hardware"] or DEFAULT_PROFILE)
+def _hardware(project: Project, options: Options) -> HardwareProfile:
+    """The profile that was asked for; else this machine's, measured once, where it has a GPU; else the default."""
+    if options["hardware"]:
+        return HardwareProfile.load(options["hardware"])
+    if not torch.cuda.is_available():
+        return HardwareProfile.load()
+    path = project.bundle.hardware
+    if not path.is_file():
+        click.echo("hardware: measuring", err=True)
+        measure_gpu().save(path)
+    return HardwareProfile.load(path)
 
 
 def _placement_settings(project: Project, options: Options, strategy: Any) -> PlacementSettings:

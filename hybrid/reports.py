@@ -153,10 +153,16 @@ def _version_rows() -> list[tuple[str, str]]:
     return rows
 
 
+def _planned_for() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)}, measured once per bundle"
+    return f"{HardwareProfile.load().name} (default profile)"
+
+
 def _choice_rows() -> list[tuple[str, str]]:
     return [
         ("would run on", f"the CPU with {available_cpus()} threads; this build has no GPU runtime yet"),
         ("hot and cold neurons", "both on the CPU, computed apart and merged, as a GPU would"),
         ("kernels", "Numba, compiled for this CPU on first use and cached"),
-        ("placement", f"planned for: {HardwareProfile.load().name} (default profile; --hardware FILE for another)"),
+        ("placement", f"planned for: {_planned_for()}; --hardware FILE for another"),
     ]

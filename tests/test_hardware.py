@@ -4,11 +4,12 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from placement_cases import NO_GPU, ROUND_HARDWARE
 
 from profiler import hardware
 from profiler.errors import InputError
-from profiler.hardware import HardwareProfile, measure_cpu
+from profiler.hardware import HardwareProfile, measure_cpu, measure_gpu
 
 
 def test_default_profile_has_a_gpu_and_says_that_it_is_a_default():
@@ -85,3 +86,14 @@ def test_measured_profile_of_the_cpu_has_no_gpu(monkeypatch, tmp_path):
     assert 1e7 < profile.cpu_read_bandwidth < 1e14
     profile.save(tmp_path / "hardware.json")
     assert HardwareProfile.load(tmp_path / "hardware.json") == profile
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a CUDA GPU")
+def test_measuring_this_machines_gpu_gives_a_plausible_profile(tmp_path):
+    found = measure_gpu()
+    assert found.source == "measured" and found.has_gpu
+    assert 50e9 < found.gpu_read_bandwidth < 50e12 and 1e9 < found.pcie_bandwidth < 1e12
+    assert 0 < found.gpu_launch_seconds < found.handoff_seconds < 1e-3
+    found.save(tmp_path / "h.json")
+    assert HardwareProfile.load(tmp_path / "h.json") == found
