@@ -2,8 +2,7 @@
 
 NumPy has no bf16 and Numba's CPU target no half arithmetic, so kernels take 16-bit weights as integers and tell them
 apart by signedness: bf16 as uint16, f16 as int16. int8 is a whole number that the kernel scales row by row. Both 16-bit
-types widen with shifts and one multiply, so the same source
-vectorises on any CPU, with or without F16C.
+types widen with shifts and one multiply, so the same source vectorises on any CPU, with or without F16C.
 """
 
 from __future__ import annotations
