@@ -23,7 +23,7 @@ from cpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
 from cpu_kernels.lanes import FAST_SUMS, add_scaled, dot, kernel_view, widen_ref
 from cpu_kernels.worker_pool import WorkerPool
 
-# A chunk costs one pass over a vector of length d; 64 rows of three such vectors make that under 1%.
+# A chunk costs one pass over a vector of length d; 64 rows of up to three such vectors make that a few per cent.
 _ROWS_PER_CHUNK = 64
 MAX_CHUNKS = 16
 

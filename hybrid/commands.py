@@ -265,10 +265,13 @@ def _hardware(project: Project, options: Options) -> HardwareProfile:
     if not torch.cuda.is_available():
         return HardwareProfile.load()
     path = project.bundle.hardware
-    if not path.is_file():
-        click.echo("hardware: measuring", err=True)
-        measure_gpu().save(path)
-    return HardwareProfile.load(path)
+    if path.is_file():
+        return HardwareProfile.load(path)
+    click.echo("hardware: measuring", err=True)
+    measured = measure_gpu()
+    if not options.get("dry_run"):
+        measured.save(path)
+    return measured
 
 
 def _placement_settings(project: Project, options: Options, strategy: Any) -> PlacementSettings:

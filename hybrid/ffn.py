@@ -135,7 +135,7 @@ class HybridFFN(nn.Module):
         """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
         tokens = x.shape[0]
         if self.runtime.strategy != "learned":
-            rows = np.tile(self._all, tokens)
+            rows = self._all if tokens == 1 else np.tile(self._all, tokens)
             return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size
         if self.predictor is None:
             raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
@@ -148,14 +148,10 @@ class HybridFFN(nn.Module):
     def _hot_and_cold(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """Each side computes its own neurons apart; their sums meet once."""
         counters, skip = self.runtime.counters, self.runtime.strategy != "dense"
-        is_hot = rows < self.hot
         sides = []
-        for side in (is_hot, ~is_hot):
+        for mine, starts in self._split(rows, offsets):
             out = np.zeros(tuple(x.shape), np.float32)
-            before = np.concatenate(([0], np.cumsum(side)))[offsets]
-            fired = sparse_ffn(
-                self.view, x.numpy(), rows[side], before, out, self.runtime.scratch, self.runtime.pool, skip
-            )
+            fired = sparse_ffn(self.view, x.numpy(), mine, starts, out, self.runtime.scratch, self.runtime.pool, skip)
             sides.append((torch.from_numpy(out), fired))
         (hot, fired_hot), (cold, fired_cold) = sides
         counters.neurons += x.shape[0] * self._all.size
@@ -163,6 +159,14 @@ class HybridFFN(nn.Module):
         counters.fired_cold += fired_cold
         counters.computed += fired_hot + fired_cold if self.runtime.strategy == "exact" else rows.size
         return hot + cold
+
+    def _split(self, rows: np.ndarray, offsets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The hot and the cold part of `rows`, each with its own offsets."""
+        if len(offsets) == 2:  # one token's rows ascend, so that hot ones come first
+            cut = int(np.searchsorted(rows, self.hot))
+            return [(part, np.array([0, len(part)])) for part in (rows[:cut], rows[cut:])]
+        is_hot = rows < self.hot
+        return [(rows[side], np.concatenate(([0], np.cumsum(side)))[offsets]) for side in (is_hot, ~is_hot)]
 
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
         """All neurons for several tokens, in f32 GEMMs over blocks of neurons, hot and cold summed apart."""

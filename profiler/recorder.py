@@ -119,14 +119,14 @@ def record_profile(
     progress(done * context)
     saved = monotonic()
     counted = recorder.counts.copy()
+    firsts = np.cumsum([0, *map(len, chosen)])
     with recorder.recording():
         try:
             for index in range(done, windows.count):
                 recorder.pick(chosen[index])
                 forward(torch.from_numpy(windows.tokens[index]))
-                first = sum(map(len, chosen[:index]))
                 for layer, rows in enumerate(recorder.inputs):
-                    inputs[layer, first : first + len(rows)] = rows.numpy()
+                    inputs[layer, firsts[index] : firsts[index + 1]] = rows.numpy()
                 # From here on the window counts; until here an interrupt leaves it to be run again.
                 counted, done = recorder.counts.copy(), index + 1
                 progress(context)
@@ -153,7 +153,7 @@ def _sample_positions(windows: TokenWindows, held: int, settings: ProfileSetting
     total = min(len(free), settings.samples(spec, windows.tokens.size))
     flat = np.sort(np.random.default_rng(settings.seed).choice(free, total, replace=False))
     context = windows.tokens.shape[1]
-    return [flat[flat // context == index] % context for index in range(windows.count)]
+    return np.split(flat % context, np.searchsorted(flat // context, np.arange(1, windows.count)))
 
 
 def _partial_header(header: ArtifactHeader) -> ArtifactHeader:
