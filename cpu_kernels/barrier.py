@@ -1,0 +1,114 @@
+"""A barrier for threads that are inside one `nogil` kernel call: they wait for each other without leaving it.
+
+Threads: any number of workers call `wait` on one state; nobody blocks in the system. A waiting thread polls, first with
+the processor's pause instruction, later offering its core to others between polls, so that more threads than cores
+make progress. `abort`, from any thread, sends all home: their `wait` returns False and their kernel must return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# Each counter has two cache lines to itself: processors fetch lines in pairs, and sharing one costs a miss a poll.
+_STRIDE = 16
+_ARRIVED, _GENERATION, _ABORTED = 0, _STRIDE, 2 * _STRIDE
+_LINE_BYTES = 128
+# Polls before the first `sched_yield`: some 5 us, longer than workers of one kernel differ, far below a time slice.
+_SPINS = 200
+
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+
+
+def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+
+
+@intrinsic
+def load_acquire(typing_context: Any, array: Any, index: Any) -> Any:
+    """array[index] of an int64 array; later reads see what was written before the matching `store_release`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_element(context, builder, signature.args[0], args[0], args[1]), "acquire", 8)
+
+    return types.int64(array, types.int64), generate
+
+
+@intrinsic
+def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """array[index] = value, after everything that this thread wrote before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = _element(context, builder, signature.args[0], args[0], args[1])
+        builder.store_atomic(args[2], at, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """Add to array[index] in one step; returns the value before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = _element(context, builder, signature.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", at, args[2], "acq_rel")
+
+    return types.int64(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def pause(typing_context: Any) -> Any:
+    """Tell an x86 processor that this is a polling loop; nothing on others."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if builder.module.triple.startswith(("x86", "i386", "i686")):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def new_barrier() -> np.ndarray:
+    """The state of one barrier: int64, zeros, aligned so that no counter shares a cache line."""
+    raw = np.zeros(4 * _STRIDE, np.int64)
+    skipped = -raw.ctypes.data % _LINE_BYTES // raw.itemsize
+    return raw[skipped : skipped + 3 * _STRIDE]
+
+
+@njit(nogil=True)
+def wait(state, workers):  # type: ignore[no-untyped-def]
+    """Wait until all `workers` have called this; what they wrote before is then seen by all. False once aborted."""
+    if load_acquire(state, _ABORTED) != 0:
+        return False
+    generation = load_acquire(state, _GENERATION)
+    if fetch_add(state, _ARRIVED, 1) == workers - 1:
+        store_release(state, _ARRIVED, 0)
+        store_release(state, _GENERATION, generation + 1)
+        return True
+    spins = 0
+    while load_acquire(state, _GENERATION) == generation:
+        if load_acquire(state, _ABORTED) != 0:
+            return False
+        if spins < _SPINS:
+            spins += 1
+            pause()
+        else:
+            _sched_yield()
+    return True
+
+
+def abort(state: np.ndarray) -> None:
+    """Make every present and later `wait` on `state` return False until `reset`."""
+    state[_ABORTED] = 1
+
+
+def reset(state: np.ndarray) -> None:
+    """Make `state` ready for the next run; nobody may be waiting on it."""
+    state[:] = 0
