@@ -183,6 +183,13 @@ def make_synthetic(
         return write_artefacts(folder, maker, write_weights(folder, maker), settings)
 
 
+def write_gguf(folder: Path, kind: str) -> None:
+    """Write the weights of the model in `folder` to `model-<kind>.gguf` there."""
+    import gguf_model  # needs packages that nothing else here does
+
+    gguf_model.write_gguf(folder, folder / f"model-{kind}.gguf", kind)
+
+
 @click.command(help="Write a ReGLU Llama with chosen firing rates, and its exact predictors, profile and placement.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
 @click.option("--d-model", type=int, default=SyntheticConfig.d_model, show_default=True)
@@ -204,11 +211,20 @@ def make_synthetic(
 )
 @click.option("--predictor-rank", type=int, help="Hidden units of each predictor.  [default: d-model / 8]")
 @click.option("--vram-budget", default="unlimited", show_default=True, help="Of the placement, such as 8GiB.")
+@click.option(
+    "--gguf",
+    "gguf_kinds",
+    type=click.Choice(["f16", "q4_0"]),
+    multiple=True,
+    help="Also write OUT/model-KIND.gguf, for llama.cpp; may be given twice.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-def main(out: Path, vram_budget: str, device: str, **settings: Any) -> None:
+def main(out: Path, vram_budget: str, gguf_kinds: Sequence[str], device: str, **settings: Any) -> None:
     """Command line of this script."""
     try:
         profile, bank = make_synthetic(SyntheticConfig(**settings), out, vram_budget, device)
+        for kind in gguf_kinds:
+            write_gguf(out, kind)
         click.echo(f"{profile_report(profile)}\n\n{predictor_report(bank)}\n\nwrote {out}")
     except HybridError as error:
         click.echo(f"error: {error}", err=True)

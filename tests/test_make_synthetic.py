@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from cpu_kernels.blocks import dequantize, quantize
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.steps import Project
 from hybrid.text import TextCodec
@@ -168,11 +169,14 @@ def test_bias_sets_the_rate_on_the_tokens_that_it_was_set_on(construction):
     torch.testing.assert_close(fired, torch.tensor([0.005, 0.1, 0.5, 0.995, 0.995]))
 
 
-def test_a_gate_that_would_be_rounded_is_refused(construction):
-    stored = construction.stored
-    assert stored(torch.tensor([256.0]), torch.bfloat16) == 256
-    with pytest.raises(InputError, match="lower --predictor-rank"):
-        stored(torch.tensor([257.0]), torch.bfloat16)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_the_gate_is_exact_in_blocks(make, case, kind):
+    folder = project_of(make(**AWKWARD[case])).folder
+    for layer in range(AWKWARD[case]["layers"]):
+        gate = folder.ffn_tensors(layer).gate.float().numpy()
+        assert (gate[:, 1:32] == 0).all() and (gate[:, 32:] != 0).any()
+        np.testing.assert_array_equal(dequantize(quantize(gate, kind), gate.shape[1]), gate)
 
 
 def test_one_residual_coordinate_is_constant(small):
@@ -277,6 +281,16 @@ def test_command_line_prints_what_was_measured(script, tmp_path):
     assert "hottest 10% cover" in result.stdout and "recall" in result.stdout
     assert result.stdout.endswith(f"wrote {tmp_path / 'out'}\n")
     assert NeuronProfile.load(tmp_path / "out" / "hybrid" / "profile.safetensors", None).tokens == 1024
+
+
+def test_gguf_is_written_beside_the_model(script, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "gguf_model", SimpleNamespace(write_gguf=lambda *given: calls.append(given)))
+    arguments = [f"--{name.replace('_', '-')}={number}" for name, number in SMALL.items()]
+    out = tmp_path / "out"
+    result = CliRunner().invoke(script.main, [f"--out={out}", "--gguf=f16", "--gguf=q4_0", *arguments])
+    assert result.exit_code == 0, result.output
+    assert calls == [(out, out / "model-f16.gguf", "f16"), (out, out / "model-q4_0.gguf", "q4_0")]
 
 
 def test_existing_output_is_left_alone(script, tmp_path):
