@@ -25,6 +25,7 @@ from typing import Any
 
 import llvmlite
 import numba
+import numpy as np
 from numba.core import serialize
 from numba.core.caching import NullCache, _Cache
 from numba.core.compiler import CompileResult
@@ -82,7 +83,13 @@ def _cache_of(function: Any) -> Any:
         own = _digest(Path(function.__code__.co_filename).read_bytes())  # a kernel may stand outside the package
     except OSError:
         return NullCache()
-    return NullCache() if sources is None else _KernelCache(function, sources, own)
+    # Other values that a function closes over, such as kernels, have no name that would outlive this process.
+    known = all(isinstance(value, (bool, int, float, str, np.generic)) for value in _closed_values(function))
+    return _KernelCache(function, sources, own) if sources is not None and known else NullCache()
+
+
+def _closed_values(function: Any) -> list[Any]:
+    return [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 class _KernelCache(_Cache):
@@ -91,9 +98,7 @@ class _KernelCache(_Cache):
     def __init__(self, function: Any, sources: str, own: bytes) -> None:
         self._sources, self._own, self._enabled = sources, own, True
         self._name = f"{function.__module__}.{function.__qualname__}".replace("<", "").replace(">", "")
-        # A function made by another one depends on the values that it closes over.
-        closed = tuple(cell.cell_contents for cell in function.__closure__ or ())
-        self._function = (function.__code__.co_firstlineno, _digest(serialize.dumps(closed)) if closed else b"")
+        self._function = (function.__code__.co_firstlineno, _closed_values(function))
 
     @property
     def cache_path(self) -> str:
