@@ -1,8 +1,18 @@
-"""Loads of bf16, f16, f32 and int8 weights as f32, and the view of a tensor under which kernels see them.
+"""Vector code for rows of weights: dot products, sums of scaled rows, and the view under which kernels see a tensor.
 
-NumPy has no bf16 and Numba's CPU target no half arithmetic, so kernels take 16-bit weights as integers and tell them
-apart by signedness: bf16 as uint16, f16 as int16. int8 is a whole number that the kernel scales row by row. Both 16-bit
-types widen with shifts and one multiply, so the same source vectorises on any CPU, with or without F16C.
+A row is an address, as the decode step finds it in a table of addresses; `like` is any array whose type says how rows
+are stored. NumPy has no bf16 and no 4-bit type, so the five types are told apart by the array's:
+
+    float32 f32    uint16 bf16    int16 f16    int8 blocks of int8    uint8 blocks of int4 (`blocks.py`)
+
+bf16, f16 and f32 rows are multiplied with the input in f32. Rows in blocks are multiplied in integers with an input of
+16 bits, one f32 scale a block (`Input`), by the instruction that multiplies pairs of 16-bit lanes and adds them (pmaddwd),
+which every x86-64 has: an input rounded to 1 part in 65,534 of its block's largest element changes nothing that is
+seen in the answer, one of 8 bits would. Sums have one order on every CPU; only fused products round otherwise.
+
+`delta` is the distance in bytes to a line that will be read later: while a row is read, lines that far ahead are
+fetched into L2. A row of a list is a jump that no hardware prefetcher foresees: 10 GB/s by one core; with the next row of
+8 KB fetched meanwhile, 20 GB/s.
 """
 
 from __future__ import annotations
@@ -14,17 +24,21 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
+
+from cpu_kernels.blocks import BLOCK, GROUP, padded
+from cpu_kernels.compiled import kernel, target_features
 
 # Sums may be reordered into vector lanes and multiplies fused; infinities and NaN keep their meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz", "arcp"}
 
-BLOCK = 64  # elements of one step of `dot`: 4 sums of 16 lanes hide the latency of additions
-_LANES = 16
-_STORED = (types.float32, types.uint16, types.int16, types.int8)
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+LANES = 16
+FLOATS = (types.float32, types.uint16, types.int16)
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 # An f16 moved into an f32's bit positions has its exponent 112 too low; this product also handles subnormals.
 _F16_TO_F32_SCALE = 2.0**112
+_ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
+_LARGEST = np.float32(32767)
 
 
 def kernel_view(weight: torch.Tensor) -> np.ndarray:
@@ -51,131 +65,250 @@ def widen_ref(weight: np.ndarray) -> np.ndarray:
     return weight.view(np.float16).astype(np.float32) if weight.dtype == np.int16 else weight.astype(np.float32)
 
 
-def _widen(builder: Any, value: Any, stored: Any, lanes: int | None) -> Any:
-    """LLVM code that turns stored weights, one or a vector of `lanes`, into f32."""
+# The input of a product, in the forms that the row types want: f32 [d]; int16 [P] and its scale f32 [P / 32]; for int4
+# the scales that undo where a mask leaves a code, and 8 times the sums of the blocks, which take off the codes' offset.
+Input = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def new_inputs(tokens: int, d: int) -> Input:
+    """Buffers for inputs of up to `d` elements, one row a token."""
+    width = padded(d)
+    scales = (np.zeros((tokens, width // BLOCK), np.float32) for _ in range(3))
+    return (np.zeros((tokens, d), np.float32), np.zeros((tokens, width), np.int16), *scales)  # type: ignore[return-value]
+
+
+@njit(nogil=True, inline="always")
+def one_input(inputs, t):  # type: ignore[no-untyped-def]
+    """Token t's rows of `inputs`."""
+    return inputs[0][t], inputs[1][t], inputs[2][t], inputs[3][t], inputs[4][t]
+
+
+@njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, forceinline=True)
+def _largest(x, start, stop):  # type: ignore[no-untyped-def]
+    top = np.float32(0)
+    for j in range(start, stop):
+        top = max(top, abs(x[j]))
+    return top
+
+
+@kernel
+def round_input(v, d):  # type: ignore[no-untyped-def]
+    """Fill the 16-bit forms of `v` from its f32 form, of which the first `d` elements are the input."""
+    x, codes, scales, nibble_scales, sums = v
+    one = np.float32(1)
+    for b in range((d + GROUP - 1) // GROUP * (GROUP // BLOCK)):
+        start, stop = min(BLOCK * b, d), min(BLOCK * b + BLOCK, d)
+        top = _largest(x, start, stop)
+        scale = top / _LARGEST
+        inverse = _LARGEST / top if top > np.float32(1e-30) else np.float32(0)
+        for j in range(start, stop):
+            rounded = np.float32(x[j] * inverse + _ROUND)
+            codes[j] = np.int16(rounded.view(np.int32))
+        for j in range(stop, BLOCK * b + BLOCK):
+            codes[j] = 0
+        total = np.int32(0)
+        for j in range(BLOCK * b, BLOCK * b + BLOCK):
+            total += codes[j]
+        scales[b] = scale
+        k = b & 3
+        nibble_scales[b] = scale * (one if k == 0 or k == 3 else np.float32(1 / 16) if k == 1 else np.float32(1 / 256))
+        sums[b] = np.float32(8) * scale * np.float32(total)
+
+
+def prepare(like: np.ndarray, v: Input, d: int) -> None:
+    """Bring `v` into the form that rows like `like` are multiplied with; a kernel's helper."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(prepare, inline="always", strict=False)
+def _prepare(like: Any, v: Any, d: Any) -> Any:
+    if like.dtype in FLOATS:
+        return lambda like, v, d: None
+    return lambda like, v, d: round_input(v, d)
+
+
+def constant(kind: Any, number: float, lanes: int) -> Any:
+    """A vector of `lanes` times the same number."""
+    return ir.Constant(ir.VectorType(kind, lanes), [number] * lanes)
+
+
+def _widen(builder: Any, value: Any, stored: Any, lanes: int | None, has_f16c: bool = False) -> Any:
+    """LLVM code that turns stored bf16, f16 or f32 weights, one or a vector of `lanes`, into f32."""
 
     def of(kind: Any) -> Any:
         return kind if lanes is None else ir.VectorType(kind, lanes)
 
-    def constant(kind: Any, number: float) -> Any:
+    def each(kind: Any, number: float) -> Any:
         return ir.Constant(of(kind), number if lanes is None else [number] * lanes)
 
     if stored == types.float32:
         return value
-    if stored == types.int8:
-        return builder.sitofp(value, of(_F32))
     if stored == types.uint16:
-        bits = builder.shl(builder.zext(value, of(_I32)), constant(_I32, 16))
-        return builder.bitcast(bits, of(_F32))
-    wide = builder.sext(value, of(_I32))
-    magnitude = builder.shl(builder.and_(wide, constant(_I32, 0x7FFF)), constant(_I32, 13))
-    scaled = builder.fmul(builder.bitcast(magnitude, of(_F32)), constant(_F32, _F16_TO_F32_SCALE))
-    sign = builder.and_(wide, constant(_I32, -0x80000000))
-    return builder.bitcast(builder.or_(builder.bitcast(scaled, of(_I32)), sign), of(_F32))
+        bits = builder.shl(builder.zext(value, of(I32)), each(I32, 16))
+        return builder.bitcast(bits, of(F32))
+    if has_f16c:
+        return builder.fpext(builder.bitcast(value, of(ir.HalfType())), of(F32))
+    wide = builder.sext(value, of(I32))
+    magnitude = builder.shl(builder.and_(wide, each(I32, 0x7FFF)), each(I32, 13))
+    scaled = builder.fmul(builder.bitcast(magnitude, of(F32)), each(F32, _F16_TO_F32_SCALE))
+    sign = builder.and_(wide, each(I32, -0x80000000))
+    return builder.bitcast(builder.or_(builder.bitcast(scaled, of(I32)), sign), of(F32))
 
 
-@intrinsic
-def widen(typing_context: Any, value: Any) -> Any:
-    """One stored weight as f32, by its type: float32 as is, uint16 as bf16, int16 as f16 (finite values), int8."""
-    if value not in _STORED:
-        return None
-    return types.float32(value), lambda context, builder, signature, args: _widen(builder, args[0], value, None)
+class Code:
+    """One intrinsic's LLVM code in the making: loads and sums over row addresses."""
 
+    def __init__(self, context: Any, builder: Any) -> None:
+        self.context, self.builder = context, builder
+        self.features = target_features(context)
 
-@intrinsic
-def _dot_blocks(typing_context: Any, row: Any, x: Any, ahead: Any) -> Any:
-    """row . x over the leading whole blocks of `BLOCK` elements, while lines of `ahead` are fetched into L2."""
+    def data(self, kind: Any, value: Any) -> Any:
+        """Address of an array's first element."""
+        return self.builder.ptrtoint(self.context.make_array(kind)(self.context, self.builder, value).data, I64)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        row_at, x_at, ahead_at = (
-            context.make_array(kind)(context, builder, value) for kind, value in zip(signature.args, args, strict=True)
+    def load(self, address: Any, element: Any, lanes: int, offset: Any = 0, align: int = 1) -> Any:
+        """A vector at `address` + `offset` bytes."""
+        at = self.builder.add(address, I64(offset) if isinstance(offset, int) else offset)
+        loaded = self.builder.load(self.builder.inttoptr(at, ir.VectorType(element, lanes).as_pointer()))
+        loaded.align = align
+        return loaded
+
+    def store(self, value: Any, address: Any, align: int = 4) -> None:
+        pointer = self.builder.inttoptr(address, value.type.as_pointer())
+        self.builder.store(value, pointer, align=align)
+
+    def widened(self, address: Any, dtype: Any, lanes: int, offset: Any = 0) -> Any:
+        """f32 of the stored bf16, f16 or f32 weights at `address`."""
+        size = dtype.bitwidth // 8
+        loaded = self.load(address, self.context.get_data_type(dtype), lanes, offset, size)
+        return _widen(self.builder, loaded, dtype, lanes, "f16c" in self.features)
+
+    def fetch(self, address: Any) -> None:
+        """Fetch the cache line of `address` into L2, for reading."""
+        byte = I8.as_pointer()
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32]), "llvm.prefetch.p0"
         )
-        vector = ir.VectorType(_F32, _LANES)
-        stored = ir.VectorType(context.get_data_type(row.dtype), _LANES)
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * _LANES)) for _ in range(BLOCK // _LANES)]
-        (length,) = cgutils.unpack_tuple(builder, row_at.shape)
-        end = builder.and_(length, ir.Constant(_I64, -BLOCK))
-        with cgutils.for_range_slice(builder, _I64(0), end, _I64(BLOCK), intp=_I64) as (start, _):
-            for line in range(0, BLOCK, 64 // (row.dtype.bitwidth // 8)):
-                _prefetch(builder, builder.gep(ahead_at.data, [builder.add(start, _I64(line))]))
-            for number, total in enumerate(sums):
-                at = [builder.add(start, _I64(number * _LANES))]
-                weights = _load(builder, builder.gep(row_at.data, at), stored, row.dtype.bitwidth // 8)
-                inputs = _load(builder, builder.gep(x_at.data, at), vector, 4)
-                # Not the fma intrinsic: without such an instruction that would be a library call per element.
-                product = builder.fmul(_widen(builder, weights, row.dtype, _LANES), inputs, flags=("contract",))
-                builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-        return _add_up(builder, [builder.load(total) for total in sums])
+        read, keep_in_l2, data = I32(0), I32(2), I32(1)
+        self.builder.call(function, [self.builder.inttoptr(address, byte), read, keep_in_l2, data])
 
-    fits = all(isinstance(kind, types.Array) and kind.ndim == 1 and kind.layout == "C" for kind in (row, x, ahead))
-    if not fits or row.dtype not in _STORED or ahead.dtype != row.dtype or x.dtype != types.float32:
-        return None
-    return types.float32(row, x, ahead), generate
+    def fetch_lines(self, addresses: list[Any], offset: Any, size: int) -> None:
+        """Fetch the lines of `size` bytes at `offset` from each of `addresses`."""
+        for address in addresses:
+            at = self.builder.add(address, offset)
+            for line in range(0, size, 64):
+                self.fetch(self.builder.add(at, I64(line)))
 
+    def fused(self, a: Any, b: Any, total: Any) -> Any:
+        """a * b + total; not the fma intrinsic, which without such an instruction is a library call per element."""
+        return self.builder.fadd(total, self.builder.fmul(a, b, flags=("contract",)), flags=("contract",))
 
-@njit(fastmath=FAST_SUMS, nogil=True, inline="always")
-def dot(row, x, ahead):  # type: ignore[no-untyped-def]
-    """row . x, row widened to f32, in a fixed order; `ahead` is the row that will be read next.
+    def pair_products(self, a: Any, b: Any) -> Any:
+        """i32 [16] of i16 [32] a and b: a[2l] b[2l] + a[2l + 1] b[2l + 1], by the widest pmaddwd there is."""
+        if "avx512bw" in self.features:
+            width, name = 32, "llvm.x86.avx512.pmaddw.d.512"
+        elif "avx2" in self.features:
+            width, name = 16, "llvm.x86.avx2.pmadd.wd"
+        elif "sse2" in self.features:
+            width, name = 8, "llvm.x86.sse2.pmadd.wd"
+        else:
+            return self._plain_pair_products(a, b)
+        part, half = ir.VectorType(I16, width), ir.VectorType(I32, width // 2)
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(half, [part, part]), name)
+        parts = [
+            self.builder.call(function, [self.slice(a, at, width), self.slice(b, at, width)])
+            for at in range(0, 32, width)
+        ]
+        while len(parts) > 1:
+            parts = [self.joined(low, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
 
-    A row of a list is a jump that no hardware prefetcher foresees: 10 GB/s by one core; with the next row of 8 KB
-    fetched meanwhile, 20 GB/s.
-    """
-    total = _dot_blocks(row, x, ahead)
-    for j in range(x.shape[0] & -BLOCK, x.shape[0]):
-        total += widen(row[j]) * x[j]
-    return total
-
-
-@intrinsic
-def fetch(typing_context: Any, row: Any, at: Any) -> Any:
-    """Fetch the cache line of row[at] into L2."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(row)(context, builder, args[0])
-        _prefetch(builder, builder.gep(array.data, [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(row, types.intp), generate
-
-
-@njit(fastmath=FAST_SUMS, nogil=True, inline="always")
-def add_scaled(row, scale, out, ahead):  # type: ignore[no-untyped-def]
-    """out += scale * row, row widened to f32; `ahead` is the row that will be read next."""
-    for j in range(0, row.shape[0], 64 // row.itemsize):
-        fetch(ahead, j)
-    for j in range(out.shape[0]):
-        out[j] += widen(row[j]) * scale
-
-
-def _prefetch(builder: Any, pointer: Any) -> None:
-    """Fetch a cache line into L2, for reading."""
-    byte = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
-    )
-    read, keep_in_l2, data = _I32(0), _I32(2), _I32(1)
-    builder.call(function, [builder.bitcast(pointer, byte), read, keep_in_l2, data])
-
-
-def _load(builder: Any, pointer: Any, vector: Any, align: int) -> Any:
-    loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-    loaded.align = align
-    return loaded
-
-
-def _add_up(builder: Any, sums: list[Any]) -> Any:
-    """All lanes of all vectors: pairs of vectors, then halves, so that the order is one for every CPU."""
-    while len(sums) > 1:
-        sums = [builder.fadd(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)]
-    (total,), width = sums, _LANES
-    while width > 1:
-        width //= 2
-        undefined = ir.Constant(total.type, ir.Undefined)
-        low, high = (
-            builder.shuffle_vector(
-                total, undefined, ir.Constant(ir.VectorType(_I32, width), list(range(at, at + width)))
+    def _plain_pair_products(self, a: Any, b: Any) -> Any:
+        wide = ir.VectorType(I32, 32)
+        product = self.builder.mul(self.builder.sext(a, wide), self.builder.sext(b, wide))
+        undefined = ir.Constant(wide, ir.Undefined)
+        even, odd = (
+            self.builder.shuffle_vector(
+                product, undefined, ir.Constant(ir.VectorType(I32, 16), list(range(first, 32, 2)))
             )
-            for at in (0, width)
+            for first in (0, 1)
         )
-        total = builder.fadd(low, high)
-    return builder.extract_element(total, _I32(0))
+        return self.builder.add(even, odd)
+
+    def slice(self, vector: Any, start: int, lanes: int) -> Any:
+        """Lanes [start, start + lanes) of `vector`."""
+        if lanes == vector.type.count:
+            return vector
+        indices = ir.Constant(ir.VectorType(I32, lanes), list(range(start, start + lanes)))
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
+
+    def joined(self, low: Any, high: Any) -> Any:
+        count = 2 * low.type.count
+        return self.builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
+
+    def splat(self, value: Any, lanes: int) -> Any:
+        """A vector of `lanes` times the same value."""
+        undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        one = self.builder.insert_element(undefined, value, I32(0))
+        return self.picked(one, undefined, [0] * lanes)
+
+    def lane(self, vector: Any, number: int, lanes: int = LANES) -> Any:
+        """One lane of `vector` in all of `lanes`."""
+        indices = ir.Constant(ir.VectorType(I32, lanes), [number] * lanes)
+        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
+
+    def picked(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        """Lanes of `a` and `b`, which are numbered one after the other."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def add_up_four(self, rows: list[Any]) -> list[Any]:
+        """The sum over the 16 lanes of each of four vectors, in one order on every CPU: halves, then their halves."""
+        a, b, c, d = rows
+        low, high = list(range(8)), list(range(8, 16))
+        ab, cd = (
+            self.builder.fadd(
+                self.picked(x, y, low + [16 + n for n in low]), self.picked(x, y, high + [16 + n for n in high])
+            )
+            for x, y in ((a, b), (c, d))
+        )
+        first = [section + n for section in (0, 8, 16, 24) for n in range(4)]
+        total = self.builder.fadd(self.picked(ab, cd, first), self.picked(ab, cd, [n + 4 for n in first]))
+        for width in (2, 1):
+            first = [section + n for section in range(0, 8 * width, 2 * width) for n in range(width)]
+            others = [n + width for n in first]
+            total = self.builder.fadd(self.picked(total, total, first), self.picked(total, total, others))
+        return [self.builder.extract_element(total, I32(n)) for n in range(4)]
+
+    def sums(self, count: int, lanes: int = LANES) -> list[Any]:
+        """Stack slots of f32 vectors, 0; LLVM keeps them in registers."""
+        zero = ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes)
+        return [cgutils.alloca_once_value(self.builder, zero) for _ in range(count)]
+
+    def scales(self, codes_end: Any, group: Any) -> Any:
+        """f32 [4] of a row's f16 scales of one group, which begin at `codes_end`."""
+        at = self.builder.add(codes_end, self.builder.mul(group, I64(8)))
+        return self.widened(at, types.int16, 4)
+
+    def widened_to(self, vector: Any, lanes: int) -> Any:
+        """`vector` followed by zeros, `lanes` in all."""
+        count = vector.type.count
+        zeros = ir.Constant(vector.type, [0.0] * count)
+        return self.picked(vector, zeros, [min(n, count) for n in range(lanes)])
+
+    def nibbles(self, words: Any, number: int) -> Any:
+        """Codes of block `number` in the i16 [32] of a group, where they lie, but for the last, which is shifted down."""
+        if number == 3:
+            return self.builder.lshr(words, constant(I16, 12, BLOCK))
+        return self.builder.and_(words, constant(I16, 15 << 4 * number, BLOCK))
+
+
+@intrinsic
+def weight_at(typing_context: Any, like: Any, address: Any) -> Any:
+    """The bf16, f16 or f32 weight at `address`, as f32 (finite values)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[1], context.get_data_type(like.dtype).as_pointer())
+        return _widen(builder, builder.load(pointer), like.dtype, None)
+
+    fits = isinstance(like, types.Array) and like.dtype in FLOATS
+    return (types.float32(like, types.int64), generate) if fits else None

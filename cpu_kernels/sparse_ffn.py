@@ -6,9 +6,10 @@
 Weights are neuron-major: row i of gate, up and (transposed) down belong to neuron i. With `skip_zeros`, a neuron whose
 activation comes out 0 is left there and its other rows are never read; the sum is the same.
 
-Threads: with one token, workers share its chunks of rows; with several, each worker takes whole tokens. Chunks depend
-on the number of rows alone and are added in order, so the answer is the same, bit for bit, for any number of
-workers and whether a token comes alone or among others. No worker waits for another; the caller adds the chunks.
+Threads: for one token, and for up to 8 over the union of their rows, workers share the rows of gate and up, meet at
+the pool's barrier, and share the columns of down. More tokens are shared out whole. A value of `hidden` is one worker's, and
+a column of the sum too, which adds its rows in the order given: the answer is the same, bit for bit, for any number of
+workers and whether a token comes alone or among others.
 """
 
 from __future__ import annotations
@@ -17,27 +18,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
+from cpu_kernels import barrier
 from cpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
-from cpu_kernels.lanes import FAST_SUMS, add_scaled, dot, kernel_view, widen_ref
+from cpu_kernels.compiled import kernel
+from cpu_kernels.lanes import Input, new_inputs, one_input, prepare
+from cpu_kernels.matrix import Matrix
+from cpu_kernels.row_dot import dot_four
+from cpu_kernels.row_sum import columns_unit, finish, new_sums, sum_rows
 from cpu_kernels.worker_pool import WorkerPool
 
-# A chunk costs one pass over a vector of length d; 64 rows of up to three such vectors make that a few per cent.
-_ROWS_PER_CHUNK = 64
-MAX_CHUNKS = 16
+MAX_BATCH = 8  # tokens whose rows are read once, as their union
+
+# like, addresses of gate (0 for none), up and down, bytes of a row, d, biases of gate and up (length 0 for none)
+FFNWeights = tuple[np.ndarray, int, int, int, int, int, np.ndarray, np.ndarray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FFNView:
-    """One layer's neurons as the kernels see them. Biases and an absent gate are arrays of length 0.
+    """One layer's neurons as the kernels see them: [f, d] matrices of one type, and biases f32 [f] or of length 0."""
 
-    gate, up, down: [f, d] as `kernel_view` gives them; gate_bias, up_bias: [f] f32.
-    """
-
-    gate: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
     gate_bias: np.ndarray
     up_bias: np.ndarray
     activation: str
@@ -45,119 +48,189 @@ class FFNView:
     @classmethod
     def of(
         cls,
-        gate: torch.Tensor | None,
-        up: torch.Tensor,
-        down: torch.Tensor,
+        gate: Matrix | None,
+        up: Matrix,
+        down: Matrix,
         gate_bias: torch.Tensor | None,
         up_bias: torch.Tensor | None,
         activation: str,
     ) -> FFNView:
-        """View contiguous CPU tensors, without a copy. Raises `ValueError` for a misfit or an unknown activation."""
+        """Raises `ValueError` for a misfit or an unknown activation."""
         if activation not in ACTIVATION_CODES:
             raise ValueError(f"unknown activation {activation!r}, known are {', '.join(ACTIVATION_CODES)}")
-        f, d = up.shape
-        empty = torch.empty(0)
-        for name, weight, shape in (
-            ("gate", gate, (f, d)),
-            ("down", down, (f, d)),
-            ("gate_bias", gate_bias, (f,)),
-            ("up_bias", up_bias, (f,)),
-        ):
-            if weight is not None and tuple(weight.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected {shape} beside up {(f, d)}")
-        return cls(
-            kernel_view(torch.empty(0, d, dtype=up.dtype) if gate is None else gate),
-            kernel_view(up),
-            kernel_view(down),
-            kernel_view(empty if gate_bias is None else gate_bias.float()),
-            kernel_view(empty if up_bias is None else up_bias.float()),
-            activation,
-        )
+        for name, part in (("gate", gate), ("down", down)):
+            if part is not None and (part.shape != up.shape or part.dtype != up.dtype):
+                raise ValueError(f"{name} has shape {part.shape} of {part.dtype}, up is {up.shape} of {up.dtype}")
+        biases = []
+        for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
+            if bias is not None and tuple(bias.shape) != (up.shape[0],):
+                raise ValueError(f"{name} has shape {tuple(bias.shape)}, expected {(up.shape[0],)} beside up {up.shape}")
+            biases.append(np.empty(0, np.float32) if bias is None else bias.float().contiguous().numpy())
+        return cls(gate, up, down, *biases, activation)
+
+    @property
+    def weights(self) -> FFNWeights:
+        """The form in which kernels take it; valid as long as the view."""
+        gate = 0 if self.gate is None else self.gate.rows.ctypes.data
+        up, down = self.up.rows.ctypes.data, self.down.rows.ctypes.data
+        return self.up.rows, gate, up, down, self.up.row_bytes, self.up.columns, self.gate_bias, self.up_bias
 
     @property
     def row_bytes(self) -> int:
         """Bytes of all rows that one neuron owns."""
-        return self.up.itemsize * self.up.shape[1] * (3 if self.gate.size else 2)
+        return self.up.row_bytes * (3 if self.gate is not None else 2)
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
-def _add_rows(weights, code, skip, x, rows, ids, hidden, out):  # type: ignore[no-untyped-def]
-    """Add the neurons `rows` of one token to out [d]; returns how many of them fired.
+@kernel
+def _dots_of_rows(like, weight, width, ids, k, n, inputs, t, d):  # type: ignore[no-untyped-def]
+    """Dot products of rows ids[k : k + 4] with token t's input, while rows ids[k + 4 : k + 8] are fetched."""
+    last = n - 1
+    rows = (
+        weight + ids[k] * width,
+        weight + ids[min(k + 1, last)] * width,
+        weight + ids[min(k + 2, last)] * width,
+        weight + ids[min(k + 3, last)] * width,
+    )
+    ahead = (
+        weight + ids[min(k + 4, last)] * width,
+        weight + ids[min(k + 5, last)] * width,
+        weight + ids[min(k + 6, last)] * width,
+        weight + ids[min(k + 7, last)] * width,
+    )
+    return dot_four(like, rows, ahead, one_input(inputs, t), d)
 
-    Matrix by matrix, so that the next row to be read is always known; ids and hidden are scratch of a chunk's length.
-    """
-    gate, up, down, gate_bias, up_bias = weights
-    first, first_bias = (gate, gate_bias) if gate.shape[0] else (up, up_bias)
-    count = fired = 0
-    n = rows.shape[0]
-    for k in range(n):
-        i = rows[k]
-        z = dot(first[i], x, first[rows[min(k + 1, n - 1)]])
-        if first_bias.shape[0]:
-            z += first_bias[i]
-        h = activate(code, z)
-        fired += h != 0
-        if h != 0 or not skip:
-            ids[count], hidden[count] = i, h
+
+@kernel
+def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
+    """Whether any of the next four rows is token t's."""
+    any_bit = 0
+    for i in range(k, min(k + 4, stop)):
+        any_bit |= masks[i]
+    return (any_bit >> t) & 1 != 0
+
+
+@kernel
+def first_rows(ffn, ids, masks, start, stop, inputs, code, hidden):  # type: ignore[no-untyped-def]
+    """hidden[t, start:stop] = the activation of each of those rows of `ids` that is token t's, 0 for the others."""
+    like, gate, up, down, width, d, gate_bias, up_bias = ffn
+    weight, bias = (gate, gate_bias) if gate else (up, up_bias)
+    for k in range(start, stop, 4):
+        for t in range(hidden.shape[0]):
+            if not _wanted(masks, k, stop, t):
+                hidden[t, k : min(k + 4, stop)] = 0
+                continue
+            sums = _dots_of_rows(like, weight, width, ids, k, stop, inputs, t, d)
+            for i in range(min(4, stop - k)):
+                z = sums[i]
+                if bias.shape[0]:
+                    z += bias[ids[k + i]]
+                mine = (masks[k + i] >> t) & 1 != 0
+                hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
+
+
+@kernel
+def second_rows(ffn, ids, start, stop, inputs, hidden, skip, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[:, start:stop] *= up . x, for rows where some token's hidden is not 0 (all where not `skip`)."""
+    like, gate, up, down, width, d, gate_bias, up_bias = ffn
+    if not gate:
+        return
+    count = 0
+    for k in range(start, stop):
+        live = not skip
+        for t in range(hidden.shape[0]):
+            live |= hidden[t, k] != 0
+        if live:
+            places[count], picked[count] = k, ids[k]
             count += 1
-    if gate.shape[0]:
-        for k in range(count):
-            i = ids[k]
-            u = dot(up[i], x, up[ids[min(k + 1, count - 1)]])
-            if up_bias.shape[0]:
-                u += up_bias[i]
-            hidden[k] *= u
-    for k in range(count):
-        add_scaled(down[ids[k]], hidden[k], out, down[ids[min(k + 1, count - 1)]])
+    for k in range(0, count, 4):
+        for t in range(hidden.shape[0]):
+            sums = _dots_of_rows(like, up, width, picked, k, count, inputs, t, d)
+            for i in range(min(4, count - k)):
+                u = sums[i]
+                if up_bias.shape[0]:
+                    u += up_bias[picked[k + i]]
+                hidden[t, places[k + i]] *= u
+
+
+@kernel
+def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, sums, offsets, out):  # type: ignore[no-untyped-def]
+    """out[t] += hidden[t] . down, this worker's columns; returns how many values of hidden are not 0.
+
+    picked, scales: this worker's own scratch, int32 [f] and f32 [t, f]; sums, offsets: as `sum_rows` wants them.
+    """
+    like, gate, up, down, width, d, gate_bias, up_bias = ffn
+    count = fired = 0
+    for k in range(n):
+        live = not skip
+        for t in range(hidden.shape[0]):
+            fired += hidden[t, k] != 0
+            live |= hidden[t, k] != 0
+        if live:
+            picked[count] = ids[k]
+            for t in range(hidden.shape[0]):
+                scales[t, count] = hidden[t, k]
+            count += 1
+    unit = columns_unit(like)
+    units = (d + unit - 1) // unit
+    first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
+    sum_rows(like, down, width, picked, scales, count, d, first, last, sums, offsets)
+    for t in range(hidden.shape[0]):
+        finish(like, sums[t], offsets[t], d, first, last, out[t])
     return fired
 
 
-@njit(nogil=True, inline="always")
-def _chunks(n):  # type: ignore[no-untyped-def]
-    return max(1, min(MAX_CHUNKS, n // _ROWS_PER_CHUNK))
+@kernel
+def _together(
+    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, sums, offsets, out, fired
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
+    n, d = ids.shape[0], x.shape[1]
+    own = inputs[worker]
+    for t in range(x.shape[0]):
+        own[0][t, :d] = x[t]
+        prepare(ffn[0], one_input(own, t), d)
+    start, stop = n * worker // workers, n * (worker + 1) // workers
+    first_rows(ffn, ids, masks, start, stop, own, code, hidden)
+    second_rows(ffn, ids, start, stop, own, hidden, skip, places[worker], picked[worker])
+    if barrier.wait(state, workers):
+        fired[worker] = down_columns(
+            worker, workers, ffn, ids, n, hidden, skip, picked[worker], scales[worker], sums, offsets, out
+        )
 
 
-@njit(nogil=True, cache=True)
-def _one_token(worker, workers, weights, code, skip, x, rows, ids, hidden, parts, fired):  # type: ignore[no-untyped-def]
-    n, chunks = rows.shape[0], _chunks(rows.shape[0])
-    for c in range(worker, chunks, workers):
-        parts[c] = 0
-        chunk = rows[n * c // chunks : n * (c + 1) // chunks]
-        fired[c] = _add_rows(weights, code, skip, x, chunk, ids[worker], hidden[worker], parts[c])
-
-
-@njit(nogil=True, cache=True)
-def _merge(parts, fired, rows, out):  # type: ignore[no-untyped-def]
-    total = 0
-    for c in range(_chunks(rows.shape[0])):
-        total += fired[c]
-        for j in range(out.shape[0]):
-            out[j] += parts[c, j]
-    return total
-
-
-@njit(nogil=True, cache=True)
-def _many_tokens(worker, workers, weights, code, skip, x, rows, offsets, ids, hidden, part, out, fired):  # type: ignore[no-untyped-def]
+@kernel
+def _apart(
+    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, sums, offsets, out, fired
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Whole tokens, one after another, each over its own rows."""
+    d = x.shape[1]
+    own = inputs[worker]
+    hidden = scales[worker][1:2]
     for t in range(worker, x.shape[0], workers):
-        mine = rows[offsets[t] : offsets[t + 1]]
-        n, chunks = mine.shape[0], _chunks(mine.shape[0])
-        fired[t] = 0
-        for c in range(chunks):
-            part[worker] = 0
-            chunk = mine[n * c // chunks : n * (c + 1) // chunks]
-            fired[t] += _add_rows(weights, code, skip, x[t], chunk, ids[worker], hidden[worker], part[worker])
-            for j in range(out.shape[1]):
-                out[t, j] += part[worker, j]
+        ids = rows[starts[t] : starts[t + 1]]
+        n = ids.shape[0]
+        own[0][0, :d] = x[t]
+        prepare(ffn[0], one_input(own, 0), d)
+        first_rows(ffn, ids, masks, 0, n, own, code, hidden)
+        second_rows(ffn, ids, 0, n, own, hidden, skip, places[worker], picked[worker])
+        fired[worker] += down_columns(
+            0, 1, ffn, ids, n, hidden, skip, picked[worker], scales[worker][:1],
+            sums[worker : worker + 1], offsets[worker : worker + 1], out[t : t + 1],
+        )  # fmt: skip
 
 
 class SparseFFNScratch:
     """Buffers of `sparse_ffn` for `f` neurons of width `d`, made once; what a worker needs alone has a row for each."""
 
     def __init__(self, d: int, f: int, workers: int) -> None:
-        self.ids = np.empty((workers, f), np.int32)
-        self.hidden = np.empty((workers, f), np.float32)
-        self.parts = np.empty((max(MAX_CHUNKS, workers), d), np.float32)
-        self.fired = np.empty(MAX_CHUNKS, np.int64)
+        rows = max(MAX_BATCH, 2)
+        self.inputs: tuple[Input, ...] = tuple(new_inputs(MAX_BATCH, d) for _ in range(workers))
+        self.hidden = np.empty((MAX_BATCH, f), np.float32)
+        self.places, self.picked = (np.empty((workers, f), np.int32) for _ in range(2))
+        self.scales = np.empty((workers, rows, f), np.float32)
+        self.sums, self.offsets = new_sums(max(MAX_BATCH, workers), d)
+        self.ones = np.ones(f, np.uint8)
+        self.fired = np.zeros(workers, np.int64)
 
 
 def sparse_ffn(
@@ -172,40 +245,40 @@ def sparse_ffn(
 ) -> int:
     """Add each token's active neurons to `out` [t, d] f32 and return how many of them fired (activation not 0).
 
-    x: [t, d] f32. Token t's neurons are rows[offsets[t]:offsets[t + 1]], int32 ids below f (not checked, as on every
-    token); offsets: int64 [t + 1]. Raises `ValueError` when shapes or types do not fit.
+    x: [t, d] f32. Token t's neurons are rows[offsets[t]:offsets[t + 1]], int32 ids below f in rising order (not
+    checked, as on every token); offsets: int64 [t + 1]. Raises `ValueError` when shapes or types do not fit.
     """
     tokens, d = x.shape
-    if d != ffn.up.shape[1] or out.shape != x.shape or offsets.shape != (tokens + 1,):
+    if d != ffn.up.columns or out.shape != x.shape or offsets.shape != (tokens + 1,):
         raise ValueError(f"sparse_ffn shapes do not fit: x {x.shape}, out {out.shape}, offsets {offsets.shape}")
     if x.dtype != np.float32 or out.dtype != np.float32 or rows.dtype != np.int32 or offsets.dtype != np.int64:
         raise ValueError(f"sparse_ffn wants f32 x and out, int32 rows, int64 offsets; got {x.dtype}, {rows.dtype}")
-    weights, code = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias), ACTIVATION_CODES[ffn.activation]
-    scratch_rows = (scratch.ids, scratch.hidden)
     if not rows.size:
         return 0
-    if tokens == 1:
-        workers = pool.workers_for(rows.size * ffn.row_bytes)
-        pool.run(
-            _one_token, workers, weights, code, skip_zeros, x[0], rows, *scratch_rows, scratch.parts, scratch.fired
-        )
-        return _merge(scratch.parts, scratch.fired, rows, out[0])
-    fired = np.empty(tokens, np.int64)
-    pool.run(
-        _many_tokens,
-        pool.threads,
-        weights,
-        code,
-        skip_zeros,
-        x,
-        rows,
-        offsets,
-        *scratch_rows,
-        scratch.parts,
-        out,
-        fired,
-    )
-    return int(fired.sum())
+    code = ACTIVATION_CODES[ffn.activation]
+    own = (scratch.inputs, scratch.places, scratch.picked)
+    sums = (scratch.sums, scratch.offsets)
+    scratch.fired[:] = 0
+    if tokens > MAX_BATCH:
+        args = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
+        pool.run(_apart, pool.threads, *args, *own, scratch.scales, *sums, out, scratch.fired)
+        return int(scratch.fired.sum())
+    ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, len(ffn.up.rows))
+    hidden = scratch.hidden[:tokens, : ids.size]
+    workers = pool.workers_for(ids.size * ffn.row_bytes)
+    args = (pool.barrier, ffn.weights, code, skip_zeros, x, ids, masks, scratch.inputs, hidden)
+    scales = scratch.scales[:, :tokens]
+    pool.run(_together, workers, *args, scratch.places, scratch.picked, scales, *sums, out, scratch.fired)
+    return int(scratch.fired[0])
+
+
+def _union(rows: np.ndarray, offsets: np.ndarray, f: int) -> tuple[np.ndarray, np.ndarray]:
+    """All rows of several tokens, rising, and a byte for each whose bit t is set where it is token t's."""
+    masks = np.zeros(f, np.uint8)
+    for t in range(len(offsets) - 1):
+        masks[rows[offsets[t] : offsets[t + 1]]] |= np.uint8(1 << t)
+    ids = np.flatnonzero(masks).astype(np.int32)
+    return ids, masks[ids]
 
 
 def sparse_ffn_ref(ffn: FFNView, x: np.ndarray, rows: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> int:
@@ -216,15 +289,15 @@ def sparse_ffn_ref(ffn: FFNView, x: np.ndarray, rows: np.ndarray, offsets: np.nd
         token = torch.from_numpy(x[t]).double()
 
         def project(
-            weight: np.ndarray, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token
+            weight: Matrix, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token
         ) -> torch.Tensor:
-            z = torch.from_numpy(widen_ref(weight[ids])).double() @ v
+            z = weight.widen(ids).double() @ v
             return z + torch.from_numpy(bias[ids]) if bias.size else z
 
-        first = project(ffn.gate, ffn.gate_bias) if ffn.gate.size else project(ffn.up, ffn.up_bias)
+        first = project(ffn.up, ffn.up_bias) if ffn.gate is None else project(ffn.gate, ffn.gate_bias)
         hidden = activate_ref(ffn.activation, first)
         total += int((hidden != 0).sum())
-        if ffn.gate.size:
+        if ffn.gate is not None:
             hidden = hidden * project(ffn.up, ffn.up_bias)
-        out[t] += (hidden @ torch.from_numpy(widen_ref(ffn.down[mine])).double()).float().numpy()
+        out[t] += (hidden @ ffn.down.widen(mine).double()).float().numpy()
     return total
