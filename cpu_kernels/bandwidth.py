@@ -4,9 +4,9 @@ All workers read disjoint ranges of one buffer, several times the last-level cac
 a sum, and fetch lines some way ahead. A worker reads its range from one place or from four at once; which is faster
 depends on the machine and on how many read, so both are tried and the faster counts.
 
-Measured on 2 cores of an EPYC 9004, medians in GB/s (one thread / two): one stream 31 / 51, four streams 28 / 62, two 23 /
-60; fetching 1 KiB ahead is as good as 512 B or 2 KiB and up to 10% better than none, 4 KiB is worse. When other
-guests of the host used the memory, all variants read the same 34 to 37. A scalar loop reads 5: Numba does not vectorise it.
+Measured on 2 cores of an EPYC 9004, medians in GB/s (one thread / two): one stream 31 / 51, four streams 28 / 62, two
+23 / 60; fetching 1 KiB ahead is as good as 512 B or 2 KiB and up to 10% better than none, 4 KiB is worse. Other times
+all variants read the same 34 to 37, when the memory was the limit. A scalar loop reads 5: Numba does not vectorise it.
 """
 
 from __future__ import annotations
