@@ -169,6 +169,32 @@ def test_bias_sets_the_rate_on_the_tokens_that_it_was_set_on(construction):
     torch.testing.assert_close(fired, torch.tensor([0.005, 0.1, 0.5, 0.995, 0.995]))
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x [t, n], n a multiple of 32, as kernels round their inputs: to 16 bits, each block of 32 by its largest."""
+    blocks = x.unflatten(1, (-1, 32))
+    step = blocks.abs().amax(2, keepdim=True) / 32767
+    return torch.where(step == 0, 0, (blocks / step).round() * step).flatten(1)
+
+
+def test_no_firing_is_missed_when_activations_are_rounded(construction):
+    generator = torch.Generator().manual_seed(0)
+    d, f, k, rank = 2048, 300, 127, 256
+    x = torch.randn(300, d, generator=generator)
+    x[:, 0] = d**0.5 / 4
+    calibration, x = torch.nn.functional.rms_norm(x, (d,)).chunk(2)
+    places = torch.rand(f, k, generator=generator).topk(7).indices
+    signs, b = (torch.randn(shape, generator=generator).sign() for shape in ((f, 7), (k, d)))
+    b[:, :32] = 0
+    rates = torch.linspace(0.01, 0.99, f)
+    gate, predictor = construction.exact_gate(places, signs, b, rank, calibration, rates)
+    fired = rounded(x) @ gate.T > 0
+    hidden = rounded((rounded(x) @ predictor.fc1.float().T * predictor.fc1_scale).relu_())
+    logits = hidden @ predictor.fc2.float().T * predictor.fc2_scale
+    assert (logits - x @ gate.T).abs().max() < abs(predictor.threshold) / 2
+    assert (logits >= predictor.threshold)[fired].all()
+    assert fired.float().mean() == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("case", AWKWARD)
 def test_the_gate_is_exact_in_blocks(make, case, kind):
