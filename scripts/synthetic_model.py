@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ def exact_gate(
 
 def on_cpu(predictor: LowRankPredictor) -> LowRankPredictor:
     """The predictor with its tensors in host memory."""
-    tensors = {name: value.cpu() for name, value in vars(predictor).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {k: value.cpu() for k, value in vars(predictor).items() if isinstance(value, Tensor)}
     return replace(predictor, **tensors)
 
 
