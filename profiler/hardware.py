@@ -16,14 +16,15 @@ from typing import Literal
 
 import torch
 
+from cpu_kernels.bandwidth import BUFFER_BYTES, read_bandwidth
+from cpu_kernels.worker_pool import WorkerPool
 from profiler.artifact import atomic_write
 from profiler.errors import InputError
 
 DEFAULT_PROFILE = Path(__file__).with_name("default_hardware.json")
 
-# Past the last-level cache of any server CPU on sale, small enough to fill and read several times in a second.
-_PROBE_BYTES = 512 * 2**20
-_PROBE_SECONDS = 0.25
+_PROBE_BYTES = BUFFER_BYTES
+_PROBE_SECONDS = 0.3
 _GPU_PROBE_BYTES = 2**30
 _PCIE_PROBE_BYTES = 256 * 2**20
 _GRAPH_KERNELS = 200
@@ -110,22 +111,15 @@ class HardwareProfile:
 
 
 def measure_cpu() -> HardwareProfile:
-    """Measure how fast torch's threads read host memory (about a second, 512 MiB); the profile has no GPU.
-
-    The fastest of several sums over the buffer is taken: other programs can only slow one down.
-    """
-    buffer = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
-    fastest = math.inf
-    end = time.perf_counter() + _PROBE_SECONDS
-    while math.isinf(fastest) or time.perf_counter() < end:
-        start = time.perf_counter()
-        buffer.sum()
-        fastest = min(fastest, time.perf_counter() - start)
+    """Measure how fast all threads read host memory (about a second, 512 MiB); the profile has no GPU."""
+    pool = WorkerPool()
+    threads, bandwidth = pool.threads, read_bandwidth(pool, _PROBE_BYTES, _PROBE_SECONDS)
+    pool.close()
     return HardwareProfile(
         name=platform.processor() or platform.machine() or "CPU",
         source="measured",
-        cpu_threads=torch.get_num_threads(),
-        cpu_read_bandwidth=_PROBE_BYTES / fastest,
+        cpu_threads=threads,
+        cpu_read_bandwidth=bandwidth,
         gpu_read_bandwidth=0.0,
         pcie_bandwidth=0.0,
         handoff_seconds=0.0,
@@ -136,7 +130,7 @@ def measure_cpu() -> HardwareProfile:
 
 
 def measure_gpu() -> HardwareProfile:
-    """Measure CPU and GPU 0 in about 3 s, with torch's kernels and copies; needs CUDA.
+    """Measure CPU and GPU 0 in about 3 s, the GPU with torch's kernels and copies; needs CUDA.
 
     The hand-off is a copy of 16 KB to the host, a synchronisation and a copy back, which a runtime whose CPU workers
     watch host memory will beat: hybrid layers look a little more expensive than they will be.
