@@ -312,3 +312,15 @@ def weight_at(typing_context: Any, like: Any, address: Any) -> Any:
 
     fits = isinstance(like, types.Array) and like.dtype in FLOATS
     return (types.float32(like, types.int64), generate) if fits else None
+
+
+@intrinsic
+def fetch(typing_context: Any, row: Any, at: Any) -> Any:
+    """Fetch the cache line of row[at] into L2; row is an array of one axis."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = Code(context, builder)
+        code.fetch(builder.add(code.data(row, args[0]), builder.mul(args[1], I64(row.dtype.bitwidth // 8))))
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp), generate

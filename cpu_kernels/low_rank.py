@@ -3,8 +3,10 @@
     hidden[k] = relu(s1[k] * (fc1[k] . x) + b1[k])
     fires(i)  where  s2[i] * (fc2[i] . hidden) + b2[i] >= threshold
 
-Threads: each worker takes a range of rows of each of the two products; ranges do not overlap. The ids are gathered by
-the caller from one flag per neuron, so they come out ascending for any number of workers.
+Codes are padded with zeros to whole groups of 128 columns, and multiplied in integers (`lanes.py`).
+
+Threads: each worker takes a range of rows of each of the two products; ranges do not overlap. Ids are written per
+range and copied together in order, so they come out ascending for any number of workers.
 """
 
 from __future__ import annotations
@@ -13,17 +15,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 
-from cpu_kernels.lanes import FAST_SUMS, dot, kernel_view, widen_ref
+from cpu_kernels import barrier
+from cpu_kernels.blocks import padded
+from cpu_kernels.compiled import kernel
+from cpu_kernels.lanes import new_inputs, one_input, round_input
+from cpu_kernels.row_dot import dot_codes
 from cpu_kernels.worker_pool import WorkerPool
 
+COUNT_STRIDE = 16  # int64 between the counts of two workers: a pair of cache lines
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class PredictorView:
-    """One layer's predictor as the kernel sees it, with its scratch: hidden f32 [r] and flags bool [f].
+    """One layer's predictor as the kernels see it; all arrays C-contiguous, the codes may be memory-mapped.
 
-    fc1: [r, d] and fc2: [f, r] int8; s1, b1: [r] and s2, b2: [f] f32.
+    fc1: int8 [r, padded(d)] and fc2: int8 [f, padded(r)]; s1, b1: [r] and s2, b2: [f] f32.
     """
 
     fc1: np.ndarray
@@ -33,8 +40,12 @@ class PredictorView:
     s2: np.ndarray
     b2: np.ndarray
     threshold: np.float32
-    hidden: np.ndarray
-    flags: np.ndarray
+    d: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that predicting for one token reads."""
+        return sum(part.nbytes for part in (self.fc1, self.s1, self.b1, self.fc2, self.s2, self.b2))
 
     @classmethod
     def of(
@@ -47,41 +58,86 @@ class PredictorView:
         b2: torch.Tensor,
         threshold: float,
     ) -> PredictorView:
-        """View contiguous CPU tensors, without a copy. Raises `ValueError` when shapes do not fit."""
+        """From CPU tensors, of which the codes are padded. Raises `ValueError` when shapes do not fit."""
         r, f = len(b1), len(b2)
         if fc1.shape[0] != r or s1.shape != (r,) or fc2.shape != (f, r) or s2.shape != (f,):
             raise ValueError(f"predictor shapes do not fit: fc1 {tuple(fc1.shape)}, fc2 {tuple(fc2.shape)}, {r}, {f}")
+        vectors = [tensor.float().contiguous().numpy() for tensor in (s1, b1, s2, b2)]
         return cls(
-            *(kernel_view(fc1), kernel_view(s1), kernel_view(b1)),
-            *(kernel_view(fc2), kernel_view(s2), kernel_view(b2)),
+            *(pad_codes(fc1.numpy()), *vectors[:2], pad_codes(fc2.numpy()), *vectors[2:]),
             threshold=np.float32(threshold),
-            hidden=np.empty(r, np.float32),
-            flags=np.empty(f, np.bool_),
+            d=fc1.shape[1],
         )
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
-def _hidden(worker, workers, x, fc1, s1, b1, hidden):  # type: ignore[no-untyped-def]
-    r = fc1.shape[0]
-    for k in range(r * worker // workers, r * (worker + 1) // workers):
-        hidden[k] = max(dot(fc1[k], x, fc1[min(k + 1, r - 1)]) * s1[k] + b1[k], np.float32(0))
+def pad_codes(codes: np.ndarray) -> np.ndarray:
+    """int8 [n, m] with zeros added to whole groups of columns; the same array where it has those."""
+    missing = padded(codes.shape[1]) - codes.shape[1]
+    return np.pad(codes, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(codes)
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
-def _flags(worker, workers, hidden, fc2, s2, b2, threshold, flags):  # type: ignore[no-untyped-def]
-    f = fc2.shape[0]
-    for i in range(f * worker // workers, f * (worker + 1) // workers):
-        flags[i] = dot(fc2[i], hidden, fc2[min(i + 1, f - 1)]) * s2[i] + b2[i] >= threshold
+@kernel
+def _products(like, weight, width, i, stop, v, n):  # type: ignore[no-untyped-def]
+    """fc[i : i + 4] . v; beyond `stop` the last row again. Rows follow each other, so the next four are 4 widths on."""
+    last = stop - 1
+    r0, r1 = weight + i * width, weight + min(i + 1, last) * width
+    r2, r3 = weight + min(i + 2, last) * width, weight + min(i + 3, last) * width
+    near = 4096
+    return dot_codes(like, (r0, r1, r2, r3), (r0 + near, r1 + near, r2 + near, r3 + near), v, n)
 
 
-@njit(nogil=True, cache=True)
-def _gather(flags, rows):  # type: ignore[no-untyped-def]
+@kernel
+def hidden_units(like, fc1, width, start, stop, v, d, s1, b1, hidden):  # type: ignore[no-untyped-def]
+    """hidden[start:stop] of the first product; fc1 is an address, `v` the input of `d` elements in its 16-bit form."""
+    for i in range(start, stop, 4):
+        sums = _products(like, fc1, width, i, stop, v, d)
+        for k in range(i, min(i + 4, stop)):
+            hidden[k] = max(sums[k - i] * s1[k] + b1[k], np.float32(0))
+
+
+@kernel
+def firing_rows(like, fc2, width, start, stop, v, r, s2, b2, threshold, ids):  # type: ignore[no-untyped-def]
+    """Write those of rows start to stop that are predicted to fire to `ids`, and return how many there are."""
     count = 0
-    for i in range(flags.shape[0]):
-        if flags[i]:
-            rows[count] = i
-            count += 1
+    for i in range(start, stop, 4):
+        sums = _products(like, fc2, width, i, stop, v, r)
+        for k in range(i, min(i + 4, stop)):
+            ids[count] = k
+            count += sums[k - i] * s2[k] + b2[k] >= threshold
     return count
+
+
+@kernel
+def copy_together(worker, workers, counts, ids, rows):  # type: ignore[no-untyped-def]
+    """Copy this worker's `ids` to its place among all in `rows`; returns how many all are."""
+    total = first = 0
+    for w in range(workers):
+        if w == worker:
+            first = total
+        total += counts[w * COUNT_STRIDE]
+    for k in range(counts[worker * COUNT_STRIDE]):
+        rows[first + k] = ids[k]
+    return total
+
+
+@kernel
+def _predict(
+    worker, workers, state, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts, rows
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    d, r, f = x.shape[0], b1.shape[0], b2.shape[0]
+    v = one_input(inputs[worker], 0)
+    v[0][:d] = x
+    round_input(v, d)
+    hidden_units(like, fc1, width1, r * worker // workers, r * (worker + 1) // workers, v, d, s1, b1, hidden)
+    if not barrier.wait(state, workers):
+        return
+    v = one_input(inputs[worker], 1)
+    v[0][:r] = hidden
+    round_input(v, r)
+    start, stop = f * worker // workers, f * (worker + 1) // workers
+    counts[worker * COUNT_STRIDE] = firing_rows(like, fc2, width2, start, stop, v, r, s2, b2, threshold, ids[worker])
+    if barrier.wait(state, workers):
+        counts[workers * COUNT_STRIDE] = copy_together(worker, workers, counts, ids[worker], rows)
 
 
 def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: WorkerPool) -> int:
@@ -89,19 +145,61 @@ def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: Wor
 
     x: [d] f32, the FFN's input. Raises `ValueError` when shapes or types do not fit.
     """
-    if x.shape != view.fc1.shape[1:] or x.dtype != np.float32:
-        raise ValueError(f"predict_rows wants f32 x of {view.fc1.shape[1]}, got {x.dtype} {x.shape}")
-    if rows.shape != view.b2.shape or rows.dtype != np.int32:
-        raise ValueError(f"predict_rows wants int32 rows of {len(view.b2)}, got {rows.dtype} {rows.shape}")
-    first, second = pool.workers_for(view.fc1.nbytes), pool.workers_for(view.fc2.nbytes)
-    pool.run(_hidden, first, x, view.fc1, view.s1, view.b1, view.hidden)
-    pool.run(_flags, second, view.hidden, view.fc2, view.s2, view.b2, view.threshold, view.flags)
-    return _gather(view.flags, rows)
+    f, r = len(view.b2), len(view.b1)
+    if x.shape != (view.d,) or x.dtype != np.float32:
+        raise ValueError(f"predict_rows wants f32 x of {view.d}, got {x.dtype} {x.shape}")
+    if rows.shape != (f,) or rows.dtype != np.int32:
+        raise ValueError(f"predict_rows wants int32 rows of {f}, got {rows.dtype} {rows.shape}")
+    workers = pool.workers_for(view.fc1.nbytes + view.fc2.nbytes)
+    inputs = tuple(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    counts, ids = np.zeros((workers + 1) * COUNT_STRIDE, np.int64), np.empty((workers, f + 1), np.int32)
+    first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
+    second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
+    scratch = (inputs, np.empty(r, np.float32), ids, counts, rows)
+    pool.run(_predict, workers, pool.barrier, view.fc1, *first, *second, view.threshold, x, *scratch)
+    return int(counts[workers * COUNT_STRIDE])
+
+
+@kernel
+def _predict_tokens(
+    worker, workers, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Whole tokens, one after another."""
+    d, r, f = x.shape[1], b1.shape[0], b2.shape[0]
+    for t in range(worker, x.shape[0], workers):
+        v = one_input(inputs[worker], 0)
+        v[0][:d] = x[t]
+        round_input(v, d)
+        hidden_units(like, fc1, width1, 0, r, v, d, s1, b1, hidden[worker])
+        v = one_input(inputs[worker], 1)
+        v[0][:r] = hidden[worker]
+        round_input(v, r)
+        counts[t] = firing_rows(like, fc2, width2, 0, f, v, r, s2, b2, threshold, ids[t])
+
+
+def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tuple[np.ndarray, np.ndarray]:
+    """`predict_rows` of many tokens x [t, d] f32: their ids one after another, and offsets int64 [t + 1].
+
+    Raises `ValueError` when shapes or types do not fit.
+    """
+    if x.shape[1:] != (view.d,) or x.dtype != np.float32:
+        raise ValueError(f"predict_tokens wants f32 x of {view.d} columns, got {x.dtype} {x.shape}")
+    f, r, workers = len(view.b2), len(view.b1), pool.threads
+    inputs = tuple(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    ids, counts = np.empty((len(x), f + 1), np.int32), np.zeros(len(x), np.int64)
+    first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
+    second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
+    hidden = np.empty((workers, r), np.float32)
+    pool.run(_predict_tokens, workers, view.fc1, *first, *second, view.threshold, x, inputs, hidden, ids, counts)
+    chosen = [ids[t, :count] for t, count in enumerate(counts)]
+    return np.concatenate(chosen), np.concatenate(([0], counts.cumsum()))
 
 
 def predict_rows_ref(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: WorkerPool | None) -> int:
     """`predict_rows` in NumPy."""
-    hidden = np.maximum(widen_ref(view.fc1) @ x * view.s1 + view.b1, 0)
-    found = np.flatnonzero(widen_ref(view.fc2) @ hidden * view.s2 + view.b2 >= view.threshold)
+    hidden = np.maximum(view.fc1[:, : view.d].astype(np.float32) @ x * view.s1 + view.b1, 0)
+    found = np.flatnonzero(
+        view.fc2[:, : len(hidden)].astype(np.float32) @ hidden * view.s2 + view.b2 >= view.threshold
+    )
     rows[: len(found)] = found
     return len(found)

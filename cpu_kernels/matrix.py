@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from cpu_kernels.blocks import ARRAY_TYPES, Blocks, dequantize, quantize, row_bytes
-from cpu_kernels.lanes import kernel_view, widen_ref
+from cpu_kernels.blocks import ARRAY_TYPES, BLOCK, Blocks, padded, quantize, row_bytes
+from cpu_kernels.lanes import kernel_view
 
 DType = Literal["bf16", "f16", "f32", "int8", "int4"]
 DTYPES: dict[str, np.dtype] = {
@@ -59,11 +60,38 @@ class Matrix:
         return self.rows.nbytes
 
     def widen(self, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
-        """The weights of some rows as f32 [k, columns], on the CPU."""
-        chosen = self.rows[rows]
-        if self.rows.dtype in (np.int8, np.uint8):
-            return torch.from_numpy(dequantize(chosen, self.columns))
-        return torch.from_numpy(widen_ref(chosen))
+        """The weights of some rows as f32 [k, columns], on the CPU, by torch's threads."""
+        stored = self.rows[rows]
+        if self.dtype in ("int8", "int4"):
+            return _widen_blocks(stored, self.columns)
+        return _as_tensor(stored.view(np.int16)).view(_TORCH_TYPES[self.dtype]).float() if stored.itemsize == 2 else (
+            _as_tensor(stored)
+        )
+
+
+_TORCH_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor:
+    """A view; torch warns of a read-only one, such as a memory-mapped file's, which nothing here writes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+def _widen_blocks(rows: np.ndarray, d: int) -> torch.Tensor:
+    """As `blocks.dequantize`, in torch."""
+    n, width = len(rows), padded(d)
+    raw = _as_tensor(rows.view(np.int8))
+    codes_bytes = raw.shape[1] - width // 16
+    scales = raw[:, codes_bytes:].contiguous().view(torch.float16).float()
+    stored = raw[:, :codes_bytes]
+    if rows.dtype == np.int8:
+        codes = stored.reshape(n, -1, BLOCK).float()
+    else:
+        words = stored.contiguous().view(torch.int16).view(n, -1, 1, BLOCK)
+        codes = ((words >> torch.arange(0, 16, 4, dtype=torch.int16)[:, None]) & 15).float().sub_(8).view(n, -1, BLOCK)
+    return codes.mul_(scales[:, :, None]).view(n, width)[:, :d]
 
 
 def row_width(dtype: DType, columns: int) -> int:

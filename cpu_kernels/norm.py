@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numba import njit
 
-from cpu_kernels.lanes import FAST_SUMS, dot
+from cpu_kernels.lanes import FAST_SUMS
 from cpu_kernels.worker_pool import WorkerPool
 
 
@@ -30,11 +30,19 @@ def _moments(x):  # type: ignore[no-untyped-def]
     return mean, squares / x.shape[0]
 
 
+@njit(nogil=True, cache=True, fastmath=FAST_SUMS)
+def _sum_of_squares(x):  # type: ignore[no-untyped-def]
+    total = np.float32(0)
+    for j in range(x.shape[0]):
+        total += x[j] * x[j]
+    return total
+
+
 # Only sums may be reordered: freely ordered products would come out otherwise in place than apart.
 @njit(nogil=True, cache=True)
 def rms_norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """`rms_norm` of one row: x, weight, out [d] f32; out may be x."""
-    scale = np.float32(1 / math.sqrt(dot(x, x, x) / x.shape[0] + eps))
+    scale = np.float32(1 / math.sqrt(_sum_of_squares(x) / x.shape[0] + eps))
     for j in range(x.shape[0]):
         out[j] = x[j] * scale * weight[j]
 

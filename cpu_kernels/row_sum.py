@@ -62,9 +62,7 @@ def _int8_sum(code: Code, rows: _Four, sums: Any, first: Any, last: Any, codes_b
             code.store(total, builder.add(at, I64(half * LANES * 4)))
 
 
-def _int4_sum(
-    code: Code, rows: _Four, sums: Any, offsets: Any, first: Any, last: Any, codes_bytes: Any
-) -> None:
+def _int4_sum(code: Code, rows: _Four, sums: Any, offsets: Any, first: Any, last: Any, codes_bytes: Any) -> None:
     """Codes stay where they lie in the 32-bit lanes, scaled back; their offset of 8 goes to a sum per block."""
     builder = code.builder
     shrink = [[16.0**-n for n in range(4)], [16.0**-4, 16.0**-5, 16.0**-6, 1.0]]  # the last is shifted down
@@ -196,7 +194,9 @@ def sum_rows(like, weight, width, ids, scales, count, d, first, last, sums, offs
             _last_columns(like, rows, factors, sums[t], whole, end)
 
 
-def finish(like: np.ndarray, sums: np.ndarray, offsets: np.ndarray, d: int, first: int, last: int, out: np.ndarray) -> None:
+def finish(
+    like: np.ndarray, sums: np.ndarray, offsets: np.ndarray, d: int, first: int, last: int, out: np.ndarray
+) -> None:
     """out[first:last] += what `sum_rows` left in those columns; a kernel's helper."""
     raise NotImplementedError("called from compiled code only")
 

@@ -64,7 +64,9 @@ class FFNView:
         biases = []
         for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
             if bias is not None and tuple(bias.shape) != (up.shape[0],):
-                raise ValueError(f"{name} has shape {tuple(bias.shape)}, expected {(up.shape[0],)} beside up {up.shape}")
+                raise ValueError(
+                    f"{name} has shape {tuple(bias.shape)}, expected {(up.shape[0],)} beside up {up.shape}"
+                )
             biases.append(np.empty(0, np.float32) if bias is None else bias.float().contiguous().numpy())
         return cls(gate, up, down, *biases, activation)
 
@@ -288,9 +290,7 @@ def sparse_ffn_ref(ffn: FFNView, x: np.ndarray, rows: np.ndarray, offsets: np.nd
         mine = rows[offsets[t] : offsets[t + 1]]
         token = torch.from_numpy(x[t]).double()
 
-        def project(
-            weight: Matrix, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token
-        ) -> torch.Tensor:
+        def project(weight: Matrix, bias: np.ndarray, ids: np.ndarray = mine, v: torch.Tensor = token) -> torch.Tensor:
             z = weight.widen(ids).double() @ v
             return z + torch.from_numpy(bias[ids]) if bias.size else z
 

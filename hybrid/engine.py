@@ -16,6 +16,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
+from hybrid.decode import DecodeStep
 from hybrid.errors import ContextError, InputError
 from hybrid.ffn import STRATEGIES, FFNCounters, FFNRuntime, Strategy
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
@@ -28,6 +29,8 @@ from placement.placement import Placement
 from predictor.bank import PredictorBank
 
 PREFILL_CHUNK = 256
+# A piece of a prompt this short goes through the decode step, dense: widening all weights for a GEMM takes longer.
+_STEP_TOKENS = 8
 _CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
 
 
@@ -64,6 +67,7 @@ class Engine:
         self.settings, self.end_tokens = SamplingSettings(), frozenset[int]()
         self.notices: tuple[str, ...] = ()
         self._cache, self._cached_tokens = cache, list[int]()
+        self._step = DecodeStep(model, cache, runtime)
         self._answer = 0
 
     @classmethod
@@ -95,7 +99,7 @@ class Engine:
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
         engine.notices = tuple(notices)
-        engine._warm_up()
+        engine._step.load_kernels()
         return engine
 
     @property
@@ -151,12 +155,6 @@ class Engine:
         self._check_prompt(tokens)
         return self._decode(tokens, settings, progress or (lambda done, total: None))
 
-    def _warm_up(self) -> None:
-        """Decode one token, so that compiling kernels, or reading them from their cache, is no part of an answer."""
-        self.runtime.as_decode = True
-        self._forward([0])
-        self.reset()
-
     def _check_prompt(self, tokens: list[int]) -> None:
         if not tokens:
             raise InputError("the prompt is empty, expected at least one token; write something")
@@ -175,7 +173,6 @@ class Engine:
         start = perf_counter()
         sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
         self._answer = answer = self._answer + 1
-        self.runtime.as_decode = False
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
         seen, first = list(tokens), 0.0
@@ -196,8 +193,7 @@ class Engine:
                 return
             if self._answer != answer:
                 raise InputError("this answer was ended by another call of the engine; take one answer at a time")
-            self.runtime.as_decode = True
-            logits = self._forward([token])
+            logits = self._decode_one(token, self.runtime.strategy)
 
     def _finish(
         self, text: AnswerText, token: int, seen: list[int], count: int, settings: SamplingSettings
@@ -220,16 +216,24 @@ class Engine:
         logits = torch.empty(0)
         for at in range(reused, len(tokens), PREFILL_CHUNK):
             progress(at - reused, len(tokens) - reused)
-            logits = self._forward(tokens[at : at + PREFILL_CHUNK])
+            logits = self._read(tokens[at : at + PREFILL_CHUNK])
         progress(len(tokens) - reused, len(tokens) - reused)
         return logits, reused
 
-    def _forward(self, tokens: list[int]) -> torch.Tensor:
-        # One token's torch operations are too small to share (waiting for a second thread cost 8 ms on busy cores).
-        torch.set_num_threads(self.runtime.pool.threads if len(tokens) > 1 else 1)
+    def _read(self, tokens: list[int]) -> torch.Tensor:
+        """Logits after some more tokens of a prompt, dense."""
+        if len(tokens) <= _STEP_TOKENS:
+            return [self._decode_one(token, "dense") for token in tokens][-1]
+        torch.set_num_threads(self.runtime.pool.threads)
+        self.runtime.as_decode = False
         hidden = self.model(torch.tensor(tokens), self._cache)
         self._cached_tokens += tokens
         return self.model.logits(hidden[-1:])[0]
+
+    def _decode_one(self, token: int, strategy: Strategy) -> torch.Tensor:
+        logits = self._step.run(token, strategy)
+        self._cached_tokens.append(token)
+        return logits
 
     def _stats(self, prompt: int, reused: int, count: int, ttft: float, decode: float) -> GenerationStats:
         counters = self.runtime.counters
@@ -245,6 +249,7 @@ class Engine:
             predictor_seconds=counters.predictor_seconds,
             attention_seconds=counters.attention_seconds,
             ffn_seconds=counters.ffn_seconds,
+            head_seconds=counters.head_seconds,
         )
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.low_rank import PredictorView, predict_rows
+from cpu_kernels.low_rank import PredictorView, predict_tokens
+from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from predictor.low_rank import LowRankPredictor
@@ -28,8 +29,8 @@ from predictor.low_rank import LowRankPredictor
 Strategy = Literal["dense", "exact", "learned"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-# Rows widened to f32 at a time in prefill: 64 MB at d=4096, and large enough for GEMM to run at full speed.
-_GEMM_ROWS = 4096
+# Rows widened to f32 at a time: 32 MB at d=4096, and large enough for GEMM to run at full speed.
+GEMM_ROWS = 2048
 
 
 @dataclass
@@ -43,6 +44,7 @@ class FFNCounters:
     predictor_seconds: float = 0.0
     attention_seconds: float = 0.0
     ffn_seconds: float = 0.0
+    head_seconds: float = 0.0
 
 
 @dataclass
@@ -63,13 +65,13 @@ class FFNRuntime:
         self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
 
 
-@dataclass(frozen=True)
-class FFNTensors:
-    """One layer's FFN as it is stored: gate and up [f, d], down [f, d] (transposed), biases; neuron-major."""
+@dataclass(frozen=True, eq=False)
+class FFNMatrices:
+    """One layer's neurons as the runtime has them: gate, up and down (transposed) [f, d], biases f32; neuron-major."""
 
-    gate: torch.Tensor | None
-    up: torch.Tensor
-    down: torch.Tensor
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
@@ -91,30 +93,27 @@ class HybridFFN(nn.Module):
 
     def __init__(
         self,
-        tensors: FFNTensors,
+        matrices: FFNMatrices,
         activation: str,
         hot: int,
-        predictor: LowRankPredictor | None,
+        predictor: LowRankPredictor | PredictorView | None,
         runtime: FFNRuntime,
     ) -> None:
         super().__init__()
-        self.tensors, self.hot, self.runtime = tensors, hot, runtime
+        self.matrices, self.hot, self.runtime = matrices, hot, runtime
+        self.gate, self.up, self.down = matrices.gate, matrices.up, matrices.down
         self.act = Activation(activation)
-        self.view = FFNView.of(tensors.gate, tensors.up, tensors.down, tensors.gate_bias, tensors.up_bias, activation)
-        neurons = tensors.up.shape[0]
+        self.view = FFNView.of(self.gate, self.up, self.down, matrices.gate_bias, matrices.up_bias, activation)
+        neurons = self.up.shape[0]
         self._all = np.arange(neurons, dtype=np.int32)
-        self._rows = np.empty(neurons, np.int32)
         self.set_predictor(predictor)
 
-    def set_predictor(self, predictor: LowRankPredictor | None) -> None:
+    def set_predictor(self, predictor: LowRankPredictor | PredictorView | None) -> None:
         """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
+        if isinstance(predictor, LowRankPredictor):
+            p = predictor
+            predictor = PredictorView.of(p.fc1, p.fc1_scale, p.b1, p.fc2, p.fc2_scale, p.b2, p.threshold)
         self.predictor = predictor
-        if predictor is not None:
-            self._predictor_view = PredictorView.of(
-                *(predictor.fc1, predictor.fc1_scale, predictor.b1),
-                *(predictor.fc2, predictor.fc2_scale, predictor.b2),
-                predictor.threshold,
-            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
@@ -124,8 +123,8 @@ class HybridFFN(nn.Module):
         rows, offsets = self._select(x)
         chosen = perf_counter()
         out = self._hot_and_cold(x, rows, offsets)
-        if self.tensors.down_bias is not None:
-            out += self.tensors.down_bias
+        if self.matrices.down_bias is not None:
+            out += self.matrices.down_bias
         counters = self.runtime.counters
         counters.predictor_seconds += chosen - start
         counters.ffn_seconds += perf_counter() - chosen
@@ -139,11 +138,7 @@ class HybridFFN(nn.Module):
             return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size
         if self.predictor is None:
             raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
-        if tokens == 1:
-            count = predict_rows(self._predictor_view, x.numpy()[0], self._rows, self.runtime.pool)
-            return self._rows[:count], np.array([0, count], np.int64)
-        mask = self.predictor.mask(x).numpy()
-        return np.nonzero(mask)[1].astype(np.int32), np.concatenate(([0], mask.sum(1).cumsum())).astype(np.int64)
+        return predict_tokens(self.predictor, x.numpy(), self.runtime.pool)
 
     def _hot_and_cold(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
         """Each side computes its own neurons apart; their sums meet once."""
@@ -173,19 +168,19 @@ class HybridFFN(nn.Module):
         neurons = self._all.size
         hot, cold = self._gemm_range(x, 0, self.hot), self._gemm_range(x, self.hot, neurons)
         out = hot + cold
-        return out if self.tensors.down_bias is None else out + self.tensors.down_bias
+        return out if self.matrices.down_bias is None else out + self.matrices.down_bias
 
     def _gemm_range(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
         out = torch.zeros_like(x)
-        for start in range(first, last, _GEMM_ROWS):
-            block = slice(start, min(start + _GEMM_ROWS, last))
-            out += self._hidden_block(x, block) @ self.tensors.down[block].float()
+        for start in range(first, last, GEMM_ROWS):
+            block = slice(start, min(start + GEMM_ROWS, last))
+            out += self._hidden_block(x, block) @ self.down.widen(block)
         return out
 
     def _hidden_block(self, x: torch.Tensor, block: slice) -> torch.Tensor:
-        def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return nn.functional.linear(x, weight[block].float(), None if bias is None else bias[block].float())
+        def project(weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+            return nn.functional.linear(x, weight.widen(block), None if bias is None else bias[block].float())
 
-        t = self.tensors
-        up = project(t.up, t.up_bias)
-        return self.act(up) if t.gate is None else self.act(project(t.gate, t.gate_bias)) * up
+        m = self.matrices
+        up = project(m.up, m.up_bias)
+        return self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up

@@ -35,6 +35,7 @@ class GenerationStats:
     predictor_seconds: float = 0.0
     attention_seconds: float = 0.0
     ffn_seconds: float = 0.0
+    head_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -53,7 +54,7 @@ class GenerationStats:
             f"active {_percent(self.active_share)}",
             f"hot {_percent(self.hot_share)}",
             f"ms/token: predictor {each * self.predictor_seconds:.1f}, attention {each * self.attention_seconds:.1f}, "
-            f"FFN {each * self.ffn_seconds:.1f}",
+            f"FFN {each * self.ffn_seconds:.1f}, head {each * self.head_seconds:.1f}",
         ]
         return " | ".join(parts)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from hybrid.errors import ContextError
 from profiler.spec import ModelSpec
 
+BLOCK_SIZE = 256
+
 
 class KVCache:
-    """Keys and values of one sequence: per layer [n_kv_heads, capacity, head_dim] f32.
+    """Keys and values of one sequence, f32, in blocks of tokens: [n_layers, blocks, 2, n_kv_heads, block, head_dim].
 
-    The whole capacity is reserved at once, but the system commits a page only when a token is written to it.
+    `table` int32 holds the sequence's blocks in order. The whole capacity is reserved at once, but the system commits a
+    page only when a token is written to it.
     """
 
     def __init__(self, spec: ModelSpec, capacity: int) -> None:
@@ -20,15 +24,19 @@ class KVCache:
             raise ContextError(
                 f"context {capacity} is out of range: this model takes 1 to {spec.max_context} tokens; lower --context"
             )
-        shape = (spec.n_layers, 2, spec.n_kv_heads, capacity, spec.head_dim)
+        self.block_size = min(BLOCK_SIZE, capacity)
+        blocks = -(-capacity // self.block_size)
         try:
-            self._data = torch.empty(shape, dtype=torch.float32)
-        except RuntimeError as error:  # torch's way to say that the system has no such memory
+            self.data = np.empty(
+                (spec.n_layers, blocks, 2, spec.n_kv_heads, self.block_size, spec.head_dim), np.float32
+            )
+        except MemoryError as error:
             size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
             raise ContextError(
                 f"keys and values of {capacity} tokens take {size / 2**30:.1f} GiB, more than this machine gives; "
                 "lower --context"
             ) from error
+        self.table = np.arange(blocks, dtype=np.int32)
         self.capacity = capacity
         self.length = 0
 
@@ -40,10 +48,17 @@ class KVCache:
         end = self.length + keys.shape[0]
         if end > self.capacity:
             raise ContextError(f"{end} tokens do not fit a context of {self.capacity}; shorten the prompt")
-        cache = self._data[layer]
-        cache[0, :, self.length : end] = keys.transpose(0, 1)
-        cache[1, :, self.length : end] = values.transpose(0, 1)
-        return cache[0, :, :end], cache[1, :, :end]
+        cache = torch.from_numpy(self.data[layer])
+        at = self.length
+        while at < end:
+            block, first = divmod(at, self.block_size)
+            count = min(end - at, self.block_size - first)
+            new = slice(at - self.length, at - self.length + count)
+            for side, source in enumerate((keys, values)):
+                cache[block, side, :, first : first + count] = source[new].transpose(0, 1)
+            at += count
+        used = cache[: -(-end // self.block_size)].transpose(0, 2)  # [heads, 2, blocks, block, head_dim]
+        return used[:, 0].flatten(1, 2)[:, :end], used[:, 1].flatten(1, 2)[:, :end]
 
     def advance(self, tokens: int) -> None:
         self.length += tokens

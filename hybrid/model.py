@@ -1,5 +1,8 @@
 """The transformer: one class for every family, driven by its `ModelSpec`; f32 activations over stored weights.
 
+This is the way of many tokens at once: prefill, profiling, evaluation. An answer's tokens go one by one through
+`hybrid.decode`, which computes the same in one compiled call.
+
 Weights keep their stored type and are widened to f32 where they are used, so a bf16 checkpoint computes the same
 numbers as f32 arithmetic on the same weights. A sequence is [tokens, d_model]; there is no batch axis.
 """
@@ -7,36 +10,32 @@ numbers as f32 arithmetic on the same weights. A sequence is [tokens, d_model]; 
 from __future__ import annotations
 
 import math
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpu_kernels.gemv import gemv
-from cpu_kernels.lanes import kernel_view
-from hybrid.ffn import FFNRuntime, HybridFFN
+from cpu_kernels.matrix import Matrix
+from hybrid.ffn import GEMM_ROWS, HybridFFN
 from hybrid.kv_cache import KVCache
 from profiler.spec import ModelSpec, RopeSpec
 
-_OPT_POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
+OPT_POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
 
 
 class Linear(nn.Module):
-    """y = x W^T + b with W in its stored type: a GEMV for one token, a GEMM on widened weights for several."""
+    """y = x W^T + b for several tokens, W in its stored type, widened to f32 some rows at a time."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, runtime: FFNRuntime) -> None:
+    def __init__(self, matrix: Matrix, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.weight, self.runtime = weight.contiguous(), runtime
+        self.matrix = matrix
         self.bias = None if bias is None else bias.float()
-        self._view = kernel_view(self.weight)
-        self._bias_view = (torch.empty(0) if self.bias is None else self.bias).numpy()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[0] > 1:
-            return F.linear(x, self.weight.float(), self.bias)
-        out = torch.empty(1, self.weight.shape[0])
-        gemv(self._view, x.numpy()[0], self._bias_view, out.numpy()[0], self.runtime.pool)
+        out = torch.empty(x.shape[0], self.matrix.shape[0])
+        for start in range(0, out.shape[1], GEMM_ROWS):
+            rows = slice(start, start + GEMM_ROWS)
+            out[:, rows] = F.linear(x, self.matrix.widen(rows), None if self.bias is None else self.bias[rows])
         return out
 
 
@@ -128,9 +127,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
     ) -> torch.Tensor:
-        start = perf_counter()
         x = x + self.attention(self.attention_norm(x), rotation, cache)
-        self.ffn.runtime.counters.attention_seconds += perf_counter() - start
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -140,15 +137,15 @@ class Transformer(nn.Module):
     def __init__(
         self,
         spec: ModelSpec,
-        embedding: torch.Tensor,
-        positions: torch.Tensor | None,
+        embedding: Matrix,
+        positions: Matrix | None,
         blocks: list[Block],
         final_norm: Norm,
         head: Linear,
     ) -> None:
         super().__init__()
         self.spec, self.embedding, self.positions = spec, embedding, positions
-        self.layers = nn.ModuleList(blocks)
+        self.layers, self.blocks = nn.ModuleList(blocks), blocks
         self.ffns = [block.ffn for block in blocks]
         self.final_norm, self.head = final_norm, head
         self._frequencies = rope_frequencies(spec.rope, spec.head_dim) if spec.rope else None
@@ -158,10 +155,10 @@ class Transformer(nn.Module):
         """tokens: int64 [t], following those in `cache`; returns [t, d_model] f32 after the final norm."""
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[0])
-        x = self.embedding[tokens].float()
+        x = self.embedding.widen(tokens.numpy())
         if self.positions is not None:
-            x = x + self.positions[positions + _OPT_POSITION_OFFSET].float()
-        rotation = self._rotation(positions)
+            x = x + self.positions.widen((positions + OPT_POSITION_OFFSET).numpy())
+        rotation = self.rotation(positions)
         for layer in self.layers:
             x = layer(x, rotation, cache)
         if cache is not None:
@@ -173,7 +170,8 @@ class Transformer(nn.Module):
         """hidden: [t, d_model]; returns [t, vocab_size] f32."""
         return self.head(hidden)
 
-    def _rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosines and sines [t, 1, head_dim / 2] of the positions' angles; None for a model without RoPE."""
         if self._frequencies is None:
             return None
         angles = torch.outer(positions.float(), self._frequencies)[:, None, :]

@@ -1,0 +1,400 @@
+"""One token through all layers in one compiled call: embedding, attention, FFN, final norm, head.
+
+Threads: every worker of a `WorkerPool` runs `decode_step` at once. Between phases they meet at the pool's barrier, which
+polls; nobody waits anywhere else, nothing is allocated, and no Python runs. A phase reads what the phase before it wrote
+to the shared buffers, and each worker writes its own range of rows, heads or columns, so that the answer is the same, bit
+for bit, for any number of workers. Norms are computed by every worker for itself: 0.6 us at d=4096, less than a barrier.
+
+Weights are addresses in a table, one row a layer (`Column`), so that a call unpacks no arrays per layer, and memory-mapped
+weights serve as they are. `likes` are empty arrays whose types say how the rows of each kind of matrix are stored.
+
+Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; output and residual; then
+    dense     gate and up of all; down
+    exact     gate of all, the firing copied together; their up; down
+    learned   predictor's hidden units; its rows, copied together; their gate and up; down
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cpu_kernels import barrier
+from cpu_kernels.activations import activate
+from cpu_kernels.attention import attend_heads
+from cpu_kernels.compiled import kernel
+from cpu_kernels.gemv import gemv_rows
+from cpu_kernels.lanes import Input, new_inputs, one_input, prepare, round_input
+from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
+from cpu_kernels.norm import layer_norm_row, rms_norm_row
+from cpu_kernels.rope import rope_heads
+from cpu_kernels.row_sum import finish, new_sums, sum_rows
+from cpu_kernels.sparse_ffn import down_columns, first_rows, second_rows
+
+DENSE, EXACT, LEARNED = 0, 1, 2
+
+
+class Column(IntEnum):
+    """Columns of the table: addresses, 0 where a layer has no such part, and numbers; `_BIAS`, norms, scales are f32."""
+
+    QKV, QKV_BIAS, OUT, OUT_BIAS = 0, 1, 2, 3
+    ATTENTION_NORM, ATTENTION_NORM_BIAS, FFN_NORM, FFN_NORM_BIAS, Q_NORM, K_NORM = 4, 5, 6, 7, 8, 9
+    GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 10, 11, 12, 13, 14, 15
+    KV, WINDOW, HOT = 16, 17, 18
+    FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
+
+
+class Ends(IntEnum):
+    """Entries of the table's last row, which belongs to no layer."""
+
+    EMBEDDING, POSITIONS, FINAL_NORM, FINAL_NORM_BIAS, HEAD = 0, 1, 2, 3, 4
+
+
+class Phase(IntEnum):
+    """Where ticks are counted."""
+
+    ATTENTION, PREDICTOR, FFN, HEAD = 0, 1, 2, 3
+
+
+class Count(IntEnum):
+    """What is counted over the layers."""
+
+    COMPUTED, FIRED_HOT, FIRED_COLD = 0, 1, 2
+
+
+class Shape(NamedTuple):
+    """Sizes that the step needs, in the order in which compiled code unpacks them."""
+
+    d: int
+    f: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    blocks: int
+    block_size: int
+    layer_norm: int
+    activation: int
+    strategy: int
+
+
+class Shared(NamedTuple):
+    """Buffers of all workers: the residual x [1, d], and what each phase leaves to the next."""
+
+    x: np.ndarray
+    qkv: np.ndarray
+    qkv_heads: np.ndarray
+    attended: np.ndarray
+    projected: np.ndarray
+    scores: np.ndarray
+    hidden_units: np.ndarray
+    counts: np.ndarray
+    ids: np.ndarray
+    hidden: np.ndarray
+    ones: np.ndarray
+    sums: np.ndarray
+    offsets: np.ndarray
+    logits: np.ndarray
+    tallies: np.ndarray
+    ticks: np.ndarray
+
+
+class Own(NamedTuple):
+    """Buffers of one worker alone."""
+
+    inputs: Input
+    attended: Input
+    units: Input
+    ids: np.ndarray
+    hidden: np.ndarray
+    places: np.ndarray
+    picked: np.ndarray
+    scales: np.ndarray
+
+
+def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
+    """Shared buffers; `rank` is the largest of the predictors', or 0."""
+    heads = shape.heads + 2 * shape.kv_heads
+    qkv = np.zeros((1, heads * shape.head_dim), np.float32)
+    sums, offsets = new_sums(1, shape.d)
+    return Shared(
+        x=np.zeros((1, shape.d), np.float32),
+        qkv=qkv,
+        qkv_heads=qkv.reshape(heads, shape.head_dim),
+        attended=np.zeros((shape.heads, shape.head_dim), np.float32),
+        projected=np.zeros((1, shape.d), np.float32),
+        scores=np.zeros((shape.heads, shape.block_size + 2), np.float32),
+        hidden_units=np.zeros(rank, np.float32),
+        counts=np.zeros(workers * COUNT_STRIDE, np.int64),
+        ids=np.zeros(shape.f, np.int32),
+        hidden=np.zeros((1, shape.f), np.float32),
+        ones=np.ones(shape.f, np.uint8),
+        sums=sums,
+        offsets=offsets,
+        logits=np.zeros((1, shape.vocab), np.float32),
+        tallies=np.zeros(len(Count), np.int64),
+        ticks=np.zeros(len(Phase), np.int64),
+    )
+
+
+def new_own(shape: Shape, rank: int) -> Own:
+    """Buffers of one worker."""
+    return Own(
+        inputs=new_inputs(1, shape.d),
+        attended=new_inputs(1, shape.heads * shape.head_dim),
+        units=new_inputs(1, max(1, rank)),
+        ids=np.zeros(shape.f + 1, np.int32),
+        hidden=np.zeros(shape.f, np.float32),
+        places=np.zeros(shape.f, np.int32),
+        picked=np.zeros(shape.f, np.int32),
+        scales=np.zeros((1, shape.f), np.float32),
+    )
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@intrinsic
+def _tick(typing_context: Any) -> Any:
+    """The processor's running count of ticks."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), generate
+
+
+@kernel
+def _floats(address, n):  # type: ignore[no-untyped-def]
+    """The f32 vector of n elements at `address`, or an empty one for address 0."""
+    return carray(_pointer(address), (n if address else 0,), np.float32)
+
+
+@kernel
+def _row_bytes(like, columns):  # type: ignore[no-untyped-def]
+    """Bytes of a row; `like` has one row of 128 columns, as long as 128 columns are."""
+    return like.shape[1] * like.itemsize * ((columns + 127) // 128) if like.itemsize == 1 else columns * like.itemsize
+
+
+@kernel
+def _normed(x, weight, bias, eps, layer_norm, out):  # type: ignore[no-untyped-def]
+    if layer_norm:
+        layer_norm_row(x, weight, bias, eps, out)
+    else:
+        rms_norm_row(x, weight, eps, out)
+
+
+@kernel
+def _add_embedding(like, table, row, shape, shared):  # type: ignore[no-untyped-def]
+    """x += one row of an embedding matrix."""
+    d = shape.d
+    padded = shared.sums.shape[1]
+    ids, one = shared.ids[:1], shared.hidden[:, :1]
+    ids[0], one[0, 0] = row, 1
+    sum_rows(like, table, _row_bytes(like, d), ids, one, 1, d, 0, padded, shared.sums, shared.offsets)
+    finish(like, shared.sums[0], shared.offsets[0], d, 0, padded, shared.x[0])
+
+
+@kernel
+def _project(worker, workers, like, weight, bias, n, columns, inputs, out):  # type: ignore[no-untyped-def]
+    """out = this worker's rows of W . input; the input is in form."""
+    first, last = n * worker // workers, n * (worker + 1) // workers
+    gemv_rows(like, weight, _row_bytes(like, columns), first, last, inputs, columns, _floats(bias, n), out)
+
+
+@kernel
+def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
+    """x += attention of norm(x)."""
+    d, heads, head_dim = shape.d, shape.heads, shape.head_dim
+    v = one_input(own.inputs, 0)
+    _normed(shared.x[0], _floats(row[Column.ATTENTION_NORM], d), _floats(row[Column.ATTENTION_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    prepare(like, v, d)
+    width = heads * head_dim
+    _project(worker, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv)
+    if not barrier.wait(state, workers):
+        return False
+    cache = carray(_pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
+    norms = _floats(row[Column.Q_NORM], head_dim), _floats(row[Column.K_NORM], head_dim), eps
+    turn = rotation[0][position], rotation[1][position]
+    rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
+    if not barrier.wait(state, workers):
+        return False
+    first = max(0, position + 1 - row[Column.WINDOW]) if row[Column.WINDOW] else 0
+    q = shared.qkv_heads[:heads]
+    attend_heads(worker, workers, q, cache, blocks, first, position + 1, shared.scores, shared.attended)
+    if not barrier.wait(state, workers):
+        return False
+    v = one_input(own.attended, 0)
+    for h in range(heads):
+        for j in range(head_dim):
+            v[0][h * head_dim + j] = shared.attended[h, j]
+    prepare(like, v, width)
+    first, last = d * worker // workers, d * (worker + 1) // workers
+    bias = _floats(row[Column.OUT_BIAS], d)
+    gemv_rows(like, row[Column.OUT], _row_bytes(like, width), first, last, own.attended, width, bias, shared.projected)
+    for j in range(first, last):
+        shared.x[0, j] += shared.projected[0, j]
+    return barrier.wait(state, workers)
+
+
+@kernel
+def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ignore[no-untyped-def]
+    """The ids of the neurons that the predictor names, in shared.ids; returns their number, -1 when aborted."""
+    d, f, r = shape.d, shape.f, row[Column.RANK]
+    v = one_input(own.inputs, 0)
+    round_input(v, d)
+    start, stop = r * worker // workers, r * (worker + 1) // workers
+    s1, b1 = _floats(row[Column.FC1_SCALE], r), _floats(row[Column.FC1_BIAS], r)
+    hidden_units(like, row[Column.FC1], (d + 127) // 128 * 128, start, stop, v, d, s1, b1, shared.hidden_units)
+    if not barrier.wait(state, workers):
+        return -1
+    v = one_input(own.units, 0)
+    v[0][:r] = shared.hidden_units[:r]
+    round_input(v, r)
+    start, stop = f * worker // workers, f * (worker + 1) // workers
+    s2, b2 = _floats(row[Column.FC2_SCALE], f), _floats(row[Column.FC2_BIAS], f)
+    threshold = np.int32(row[Column.THRESHOLD]).view(np.float32)
+    shared.counts[worker * COUNT_STRIDE] = firing_rows(
+        like, row[Column.FC2], (r + 127) // 128 * 128, start, stop, v, r, s2, b2, threshold, own.ids
+    )
+    if not barrier.wait(state, workers):
+        return -1
+    count = copy_together(worker, workers, shared.counts, own.ids, shared.ids)
+    return count if barrier.wait(state, workers) else -1
+
+
+@kernel
+def _first_of_all(worker, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
+    """shared.hidden = the activation of every neuron of this worker's range."""
+    like, gate, up, down, width, d, gate_bias, up_bias = ffn
+    f = shape.f
+    first, last = f * worker // workers, f * (worker + 1) // workers
+    weight, bias = (gate, gate_bias) if gate else (up, up_bias)
+    gemv_rows(like, weight, width, first, last, own.inputs, d, bias, shared.hidden)
+    for i in range(first, last):
+        shared.hidden[0, i] = activate(shape.activation, shared.hidden[0, i])
+
+
+@kernel
+def _firing(worker, workers, state, shape, shared, own):  # type: ignore[no-untyped-def]
+    """Copy together the neurons whose activation is not 0, ids and values; returns their number, -1 when aborted."""
+    f, count = shape.f, 0
+    for i in range(f * worker // workers, f * (worker + 1) // workers):
+        own.ids[count], own.hidden[count] = i, shared.hidden[0, i]
+        count += shared.hidden[0, i] != 0
+    shared.counts[worker * COUNT_STRIDE] = count
+    if not barrier.wait(state, workers):
+        return -1
+    copy_together(worker, workers, shared.counts, own.hidden, shared.hidden[0])
+    count = copy_together(worker, workers, shared.counts, own.ids, shared.ids)
+    return count if barrier.wait(state, workers) else -1
+
+
+@kernel
+def _tally(row, n, shape, shared):  # type: ignore[no-untyped-def]
+    """Count what was computed and what fired on each side; by one worker."""
+    hot = cold = 0
+    for k in range(n):
+        fired = shared.hidden[0, k] != 0
+        is_hot = shared.ids[k] < row[Column.HOT]
+        hot += fired and is_hot
+        cold += fired and not is_hot
+    shared.tallies[Count.COMPUTED] += n
+    shared.tallies[Count.FIRED_HOT] += hot
+    shared.tallies[Count.FIRED_COLD] += cold
+
+
+@kernel
+def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+    """x += FFN of norm(x)."""
+    d, f, strategy = shape.d, shape.f, shape.strategy
+    begun = _tick()
+    v = one_input(own.inputs, 0)
+    _normed(shared.x[0], _floats(row[Column.FFN_NORM], d), _floats(row[Column.FFN_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    prepare(like, v, d)
+    biases = _floats(row[Column.GATE_BIAS], f), _floats(row[Column.UP_BIAS], f)
+    ffn = like, row[Column.GATE], row[Column.UP], row[Column.DOWN], _row_bytes(like, d), d, biases[0], biases[1]
+    n, skip = f, strategy != DENSE
+    if strategy == LEARNED:
+        n = _predict(worker, workers, state, row, shape, shared, own, like_codes)
+        if worker == 0:
+            now = _tick()
+            shared.ticks[Phase.PREDICTOR] += now - begun
+            begun = now
+    else:
+        _first_of_all(worker, workers, ffn, shape, shared, own)
+        if strategy == EXACT:
+            n = _firing(worker, workers, state, shape, shared, own)
+        else:
+            for i in range(f * worker // workers, f * (worker + 1) // workers):
+                shared.ids[i] = i
+    if n < 0:
+        return False
+    start, stop = n * worker // workers, n * (worker + 1) // workers
+    if strategy == LEARNED:
+        first_rows(ffn, shared.ids, shared.ones, start, stop, own.inputs, shape.activation, shared.hidden)
+    second_rows(ffn, shared.ids, start, stop, own.inputs, shared.hidden, skip, own.places, own.picked)
+    if not barrier.wait(state, workers):
+        return False
+    if worker == workers - 1:
+        _tally(row, n, shape, shared)
+    down_columns(
+        worker, workers, ffn, shared.ids, n, shared.hidden, skip, own.picked, own.scales, shared.sums, shared.offsets,
+        shared.x,
+    )  # fmt: skip
+    if not barrier.wait(state, workers):
+        return False
+    if worker == 0:
+        if row[Column.DOWN_BIAS]:
+            shared.x[0] += _floats(row[Column.DOWN_BIAS], d)
+        shared.ticks[Phase.FFN] += _tick() - begun
+    return barrier.wait(state, workers) if row[Column.DOWN_BIAS] else True
+
+
+@kernel
+def decode_step(
+    worker, workers, state, likes, table, shape, eps, rotation, blocks, token, position, shared, owns
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """logits [1, vocab] of the token after `token`, whose keys and values go to `position` of the KV cache.
+
+    state: the pool's barrier. likes: types of attention, FFN, head, embedding and codes. table: int64 [layers + 1, 27].
+    rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]. blocks: int32, the cache's block table.
+    """
+    layers = table.shape[0] - 1
+    ends, own, d = table[layers], owns[worker], shape.d
+    if worker == 0:
+        shared.x[:] = 0
+        _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared)
+        if ends[Ends.POSITIONS]:
+            _add_embedding(likes[3], ends[Ends.POSITIONS], position + 2, shape, shared)
+    if not barrier.wait(state, workers):
+        return
+    for layer in range(layers):
+        begun, row = _tick(), table[layer]
+        if not _attention(
+            worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own
+        ):
+            return
+        if worker == 0:
+            shared.ticks[Phase.ATTENTION] += _tick() - begun
+        if not _ffn(worker, workers, state, likes[1], likes[4], row, shape, eps, shared, own):
+            return
+    begun = _tick()
+    v = one_input(own.inputs, 0)
+    _normed(shared.x[0], _floats(ends[Ends.FINAL_NORM], d), _floats(ends[Ends.FINAL_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    prepare(likes[2], v, d)
+    _project(worker, workers, likes[2], ends[Ends.HEAD], 0, shape.vocab, d, own.inputs, shared.logits)
+    if barrier.wait(state, workers) and worker == 0:
+        shared.ticks[Phase.HEAD] += _tick() - begun
