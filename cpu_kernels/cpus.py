@@ -11,6 +11,7 @@ from pathlib import Path
 
 _PROCESS = Path("/proc/self")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_UNREADABLE = (OSError, ValueError, ZeroDivisionError)  # a limit in a form that we do not know is none
 
 
 def allowed_cpus() -> list[int]:
@@ -58,10 +59,10 @@ def _upwards(point: Path, root: str, path: str) -> Iterator[Path]:
 
 def _quota(folder: Path) -> float | None:
     """CPU seconds per second that a group may use, None where it has no limit."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_UNREADABLE):
         limit, period = (folder / "cpu.max").read_text().split()
         return None if limit == "max" else int(limit) / int(period)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(*_UNREADABLE):
         limit = (folder / "cpu.cfs_quota_us").read_text()
         share = int(limit) / int((folder / "cpu.cfs_period_us").read_text())
         return share if share > 0 else None
