@@ -231,6 +231,8 @@ class Engine:
         return self.model.logits(hidden[-1:])[0]
 
     def _decode_one(self, token: int, strategy: Strategy) -> torch.Tensor:
+        # What is left to torch for one token, sampling, is too small to share out (8 ms on busy cores for a wait).
+        torch.set_num_threads(1)
         logits = self._step.run(token, strategy)
         self._cached_tokens.append(token)
         return logits

@@ -7,6 +7,7 @@ import pytest
 import torch
 from model_cases import make_model
 
+from cpu_kernels.worker_pool import WorkerPool
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.errors import ArtifactError, ContextError, InputError
 from hybrid.interrupts import InterruptGuard
@@ -94,20 +95,23 @@ def test_closing_an_answer_early_leaves_the_engine_ready(engine):
     assert tokens(engine.generate("abcd", GREEDY)) == whole
 
 
+@pytest.mark.parametrize("computed", [False, True])
 @pytest.mark.parametrize("at", [1, 4, 9])
-def test_an_interrupt_inside_a_step_leaves_the_engine_ready(engine, at, monkeypatch):
+def test_an_interrupt_inside_a_step_leaves_the_engine_ready(engine, at, computed, monkeypatch):
     whole = tokens(engine.generate("abcd", GREEDY))
     engine.reset()
     calls = []
-    real = type(engine.model.ffns[1]).forward
+    real = WorkerPool.run
 
-    def interrupted(ffn, x):
-        calls.append(ffn)
+    def interrupted(pool, *args):
+        calls.append(pool)
         if len(calls) == at:
+            if computed:
+                real(pool, *args)
             raise KeyboardInterrupt
-        return real(ffn, x)
+        return real(pool, *args)
 
-    monkeypatch.setattr(type(engine.model.ffns[1]), "forward", interrupted)
+    monkeypatch.setattr(WorkerPool, "run", interrupted)
     with InterruptGuard(), pytest.raises(KeyboardInterrupt):
         tokens(engine.generate("abcd", GREEDY))
     monkeypatch.undo()
