@@ -201,6 +201,25 @@ def evaluate(model: Path | None, **options: Any) -> None:
 
 @cli.command()
 @_MODEL
+@click.option("--sparsity", metavar="LIST", help="Such as dense,learned  [default: all that the model can]")
+@click.option("--prompt-tokens", type=int, default=128, show_default=True)
+@click.option("--tokens", type=int, default=128, show_default=True, help="Tokens of each answer.")
+@click.option("--runs", type=int, default=5, show_default=True, help="Runs of each strategy, in turn.")
+@click.option("--csv", type=click.Path(path_type=Path), help="Also add a row per strategy to this file.")
+@click.option("--peer", type=click.Choice(["llama.cpp"]), help="Run this in turn too (extra: peers).")
+@click.option("--peer-model", type=click.Path(path_type=Path), help="The peer's GGUF file.")
+@_SEED
+@_THREADS
+@_BUNDLE
+def bench(model: Path | None, **options: Any) -> None:
+    """Measure speed against the ceiling that the memory's read bandwidth sets; ends with one JSON line."""
+    from hybrid import bench
+
+    bench.bench(model, options)
+
+
+@cli.command()
+@_MODEL
 @_BUNDLE
 def inspect(model: Path | None, bundle: Path | None) -> None:
     """Show the model, its artefacts, budgets and where each came from."""

@@ -1,0 +1,206 @@
+"""What `hybrid bench` prints and stores: the ceiling first, then the speeds and their share of it, then the times."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hybrid.console import percent, table
+from hybrid.ffn import FFNCounters
+from hybrid.measurements import Spread
+from hybrid.peers import GreedyRun
+
+PEER = "llama.cpp"
+_PHASES = {
+    "predictor": "predictor_seconds",
+    "attention": "attention_seconds",
+    "FFN": "ffn_seconds",
+    "head": "head_seconds",
+}
+
+
+@dataclass
+class BenchResult:
+    """Runs of each strategy, in turn; bytes a token by part and counters, summed over its runs; bandwidths, bytes/s."""
+
+    runs: dict[str, list[GreedyRun]]
+    bytes: dict[str, dict[str, int]]
+    counters: dict[str, FFNCounters] = field(default_factory=dict)
+    bandwidths: list[float] = field(default_factory=list)
+    peer_runs: list[GreedyRun] = field(default_factory=list)
+
+    @property
+    def bandwidth(self) -> float:
+        return statistics.median(self.bandwidths)
+
+    @property
+    def summaries(self) -> dict[str, Summary]:
+        """Of each strategy, and of the peer where one ran."""
+        ours = {name: self._summary(name) for name in self.runs}
+        return ours | ({PEER: Summary.of(self.peer_runs)} if self.peer_runs else {})
+
+    def _summary(self, name: str) -> Summary:
+        counters, runs = self.counters[name], self.runs[name]
+        summary = Summary.of(runs)
+        summary.bytes_per_token = sum(self.bytes[name].values())
+        summary.share_of_ceiling = summary.speed.p50 * summary.bytes_per_token / self.bandwidth
+        summary.active_share = counters.computed / counters.neurons if counters.neurons else None
+        summary.agreement = agreement(runs[0], self.runs["dense"][0]) if "dense" in self.runs else None
+        summary.milliseconds = milliseconds(runs, counters)
+        if self.peer_runs:
+            summary.over_peer = Ratio.of(runs, self.peer_runs)
+        return summary
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Our speed over the peer's: of the medians, and the least and greatest of runs that followed each other."""
+
+    of_medians: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, ours: Sequence[GreedyRun], theirs: Sequence[GreedyRun]) -> Ratio:
+        speeds = [[run.tokens_per_second for run in side] for side in (ours, theirs)]
+        pairs = [a / b for a, b in zip(*speeds, strict=True)]
+        return cls(statistics.median(speeds[0]) / statistics.median(speeds[1]), min(pairs), max(pairs))
+
+
+@dataclass
+class Summary:
+    """One strategy's numbers, or the peer's, for which what only the engine knows is None. Times are ms.
+
+    prefill: tokens/s up to the first token. ttft: median. tpot: 50th, 90th and 99th percentile over all tokens.
+    speed: decoded tokens/s per run. agreement: share of tokens that are dense's.
+    """
+
+    runs: int
+    prefill: float
+    ttft: float
+    tpot: tuple[float, float, float]
+    speed: Spread
+    bytes_per_token: int | None = None
+    share_of_ceiling: float | None = None
+    active_share: float | None = None
+    agreement: float | None = None
+    milliseconds: dict[str, float] | None = None
+    over_peer: Ratio | None = None
+
+    @classmethod
+    def of(cls, runs: Sequence[GreedyRun]) -> Summary:
+        ttft = statistics.median(run.ttft for run in runs)
+        intervals = [interval for run in runs for interval in run.intervals]
+        p50, p90, p99 = (1e3 * float(value) for value in np.percentile(intervals, (50, 90, 99)))
+        speed = Spread.of([run.tokens_per_second for run in runs])
+        return cls(len(runs), runs[0].prompt_tokens / ttft, 1e3 * ttft, (p50, p90, p99), speed)
+
+
+def agreement(run: GreedyRun, truth: GreedyRun) -> float:
+    """Share of places where both have the same token."""
+    return float(np.mean(np.array(run.tokens) == np.array(truth.tokens)))
+
+
+def milliseconds(runs: Sequence[GreedyRun], counters: FFNCounters) -> dict[str, float]:
+    """Where a token's time went, ms; `rest` is what no phase counted: sampling, text, the loop itself."""
+    count = sum(len(run.intervals) for run in runs)
+    total = 1e3 * sum(sum(run.intervals) for run in runs) / count
+    phases = {name: 1e3 * getattr(counters, attribute) / count for name, attribute in _PHASES.items()}
+    return phases | {"rest": total - sum(phases.values())}
+
+
+def report(result: BenchResult, setting: Mapping[str, Any], same_text: bool) -> str:
+    """All that is printed but the JSON line. same_text: whether the peer computes what dense does."""
+    measured = [bandwidth / 1e9 for bandwidth in result.bandwidths]
+    head = (
+        f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads of {setting['machine']}\n"
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s (median of {min(measured):.1f} to {max(measured):.1f})"
+    )
+    parts = [head, _ceiling_table(result), _speed_table(result), _time_table(result)]
+    if result.peer_runs:
+        parts.append(_peer_lines(result, same_text))
+    return "\n\n".join(parts)
+
+
+def _ceiling_table(result: BenchResult) -> str:
+    parts = list(next(iter(result.bytes.values())))
+    rows: list[list[object]] = [[part, *(f"{b[part] / 1e6:,.1f}" for b in result.bytes.values())] for part in parts]
+    totals = [sum(b.values()) for b in result.bytes.values()]
+    rows.append(["all", *(f"{total / 1e6:,.1f}" for total in totals)])
+    rows.append(["ceiling, tok/s", *(f"{result.bandwidth / total:,.1f}" for total in totals)])
+    return table(["MB per token", *result.bytes], rows)
+
+
+def _speed_table(result: BenchResult) -> str:
+    found = result.summaries
+    lines: dict[str, list[object]] = {
+        "tok/s, median": [f"{s.speed.p50:.1f}" for s in found.values()],
+        "  p20 to p80": [f"{s.speed.p20:.1f} to {s.speed.p80:.1f}" for s in found.values()],
+        "share of ceiling": [percent(s.share_of_ceiling) for s in found.values()],
+        "TPOT p50, ms": [f"{s.tpot[0]:.2f}" for s in found.values()],
+        "TPOT p90, ms": [f"{s.tpot[1]:.2f}" for s in found.values()],
+        "TPOT p99, ms": [f"{s.tpot[2]:.2f}" for s in found.values()],
+        "TTFT, ms": [f"{s.ttft:.1f}" for s in found.values()],
+        "prefill, tok/s": [f"{s.prefill:,.0f}" for s in found.values()],
+        "neurons computed": [percent(s.active_share) for s in found.values()],
+        "tokens as dense": [percent(s.agreement) for s in found.values()],
+    }
+    runs = len(next(iter(result.runs.values())))
+    return table([f"{runs} runs", *found], [[name, *cells] for name, cells in lines.items()])
+
+
+def _time_table(result: BenchResult) -> str:
+    times = {name: s.milliseconds for name, s in result.summaries.items() if s.milliseconds is not None}
+    phases = list(next(iter(times.values())))
+    return table(["ms per token", *times], [[phase, *(f"{t[phase]:.3f}" for t in times.values())] for phase in phases])
+
+
+def _peer_lines(result: BenchResult, same_text: bool) -> str:
+    lines = []
+    for name, summary in result.summaries.items():
+        if (ratio := summary.over_peer) is not None:
+            lines.append(
+                f"{name} over {PEER}: {ratio.of_medians:.2f} (medians; pairs {ratio.least:.2f} to {ratio.greatest:.2f})"
+            )
+    if same_text and "dense" in result.runs:
+        same = agreement(result.peer_runs[0], result.runs["dense"][0])
+        lines.append(f"{percent(same)} of {PEER}'s tokens are those of dense")
+    elif not same_text:
+        lines.append(f"{PEER} computes silu in place of this model's activation: same shape and work, other text")
+    return "\n".join(lines)
+
+
+def csv_rows(result: BenchResult, setting: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per strategy, and one for the peer."""
+    return [
+        {
+            **setting,
+            "strategy": name,
+            "runs": s.runs,
+            "tokens_per_second_p20": s.speed.p20,
+            "tokens_per_second_p50": s.speed.p50,
+            "tokens_per_second_p80": s.speed.p80,
+            "read_bandwidth": result.bandwidth,
+            "bytes_per_token": s.bytes_per_token,
+            "share_of_ceiling": s.share_of_ceiling,
+            "active_share": s.active_share,
+            "agreement": s.agreement,
+            "prefill_tokens_per_second": s.prefill,
+            "ttft_ms": s.ttft,
+            "tpot_ms_p50": s.tpot[0],
+            "tpot_ms_p99": s.tpot[2],
+            "over_peer": s.over_peer.of_medians if s.over_peer else None,
+        }
+        for name, s in result.summaries.items()
+    ]
+
+
+def json_line(result: BenchResult, setting: Mapping[str, Any]) -> str:
+    """Everything measured, on one line."""
+    found = {name: asdict(summary) | {"bytes": result.bytes.get(name)} for name, summary in result.summaries.items()}
+    return json.dumps({**setting, "read_bandwidth": result.bandwidth, "results": found})
