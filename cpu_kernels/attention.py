@@ -18,6 +18,7 @@ import math
 import numpy as np
 from numba import njit
 
+from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import FAST_SUMS, fetch
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -51,7 +52,7 @@ def _fetch_rows(rows):  # type: ignore[no-untyped-def]
             fetch(rows[i], j)
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+@kernel(fastmath=FAST_SUMS)
 def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
     """scores[i] = q . keys[i]; four keys at a time share the loads of q: 5 ns a key of 128, 9 one at a time."""
     n, head_dim = keys.shape
@@ -73,7 +74,7 @@ def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
         scores[i] = s0
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+@kernel(fastmath=FAST_SUMS)
 def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
     """out += sum over i of p[i] * values[i]; four rows at a time: 6 ns a row of 128, 21 one at a time."""
     n, head_dim = values.shape
@@ -89,7 +90,7 @@ def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
             out[j] += p[i] * values[i, j]
 
 
-@njit(fastmath=FAST_SUMS, nogil=True, cache=True)
+@kernel(fastmath=FAST_SUMS)
 def _attend_block(q, keys, values, next_keys, next_values, scores, state, out):  # type: ignore[no-untyped-def]
     """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p.
 
@@ -114,7 +115,7 @@ def _attend_block(q, keys, values, next_keys, next_values, scores, state, out): 
     _add_values(scores, values, out, next_values)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
     """The heads q [n, head_dim] of KV head g; each of them fetches its share of the next block."""
     n, block_size = q.shape[0], cache.shape[3]
@@ -136,7 +137,7 @@ def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ign
             out[h, j] /= scratch[h, block_size + 1]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
     """This worker's heads of `decode_attention` over positions [first, length).
 

@@ -10,8 +10,8 @@ Threads: a head of q, k or v is one worker's, so the answer is the same for any 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from cpu_kernels.compiled import kernel
 from cpu_kernels.norm import rms_norm_row
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -19,7 +19,7 @@ Rotation = tuple[np.ndarray, np.ndarray]
 QKNorm = tuple[np.ndarray, np.ndarray, float]
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)
+@kernel(fastmath={"contract"})
 def _rotate_head(x, cos, sin):  # type: ignore[no-untyped-def]
     half = cos.shape[0]
     for j in range(half):
@@ -28,7 +28,7 @@ def _rotate_head(x, cos, sin):  # type: ignore[no-untyped-def]
         x[half + j] = second * cos[j] + first * sin[j]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def rope_heads(worker, workers, qkv, rotation, norm, cache, table, position):  # type: ignore[no-untyped-def]
     """This worker's heads of `rope`; arguments as there."""
     total, kv_heads, block_size = qkv.shape[0], cache.shape[2], cache.shape[3]

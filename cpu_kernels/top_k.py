@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from cpu_kernels.compiled import kernel
 from cpu_kernels.worker_pool import WorkerPool
 
 _BLOCK = 64  # logits whose largest is compared first; 32000 with k=40 took 15 us, in blocks of 256 26 us
@@ -35,7 +36,7 @@ def _largest_rank(logits):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sift(heap, key, n):  # type: ignore[no-untyped-def]
     """Put `key` in place of the root of the min-heap heap[:n]."""
     at = 0
@@ -50,7 +51,7 @@ def _sift(heap, key, n):  # type: ignore[no-untyped-def]
     heap[at] = key
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def top_k_part(worker, workers, logits, heaps):  # type: ignore[no-untyped-def]
     """Keep the best keys of this worker's range of logits [v] f32 in heaps[worker]; heaps: int64 [workers, k]."""
     v, heap = logits.shape[0], heaps[worker]
@@ -68,7 +69,7 @@ def top_k_part(worker, workers, logits, heaps):  # type: ignore[no-untyped-def]
                 _sift(heap, key, k)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def top_k_merge(heaps, ids):  # type: ignore[no-untyped-def]
     """Once all workers are done: merge their heaps into the first, and write the ids int32 [k], the best first."""
     heap = heaps[0]

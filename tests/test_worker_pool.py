@@ -205,7 +205,7 @@ def test_two_callers_take_turns(pool):
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join(10)
+        caller.join(60)
     assert [sorted(ended[at : at + 2]) for at in (0, 2, 4)] == [[0, 1]] * 3
 
 
