@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from cpu_kernels.compiled import kernel
 
 # Each counter has two cache lines to itself: processors fetch lines in pairs, and sharing one costs a miss a poll.
 _STRIDE = 16
@@ -82,7 +84,7 @@ def new_barrier() -> np.ndarray:
     return raw[skipped : skipped + 3 * _STRIDE]
 
 
-@njit(nogil=True)
+@kernel
 def wait(state, workers):  # type: ignore[no-untyped-def]
     """Wait until all `workers` have called this; what they wrote before is then seen by all. False once aborted."""
     if load_acquire(state, _ABORTED) != 0:
