@@ -66,21 +66,22 @@ def widen_ref(weight: np.ndarray) -> np.ndarray:
 
 
 # The input of a product, in the forms that the row types want: f32 [d]; int16 [P] and its scale f32 [P / 32]; for int4
-# the scales that undo where a mask leaves a code, and 8 times the sums of the blocks, which take off the codes' offset.
-Input = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# the scales that undo where a mask leaves a code, and 8 times the sums of the blocks, which take off the codes' offset;
+# last, room for the products of those scales with the rows', f32 [4 P / 32].
+Input = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def new_inputs(tokens: int, d: int) -> Input:
     """Buffers for inputs of up to `d` elements, one row a token."""
     width = padded(d)
-    scales = (np.zeros((tokens, width // BLOCK), np.float32) for _ in range(3))
+    scales = (np.zeros((tokens, n * width // BLOCK), np.float32) for n in (1, 1, 1, 4))
     return (np.zeros((tokens, d), np.float32), np.zeros((tokens, width), np.int16), *scales)  # type: ignore[return-value]
 
 
 @njit(nogil=True, inline="always")
 def one_input(inputs, t):  # type: ignore[no-untyped-def]
     """Token t's rows of `inputs`."""
-    return inputs[0][t], inputs[1][t], inputs[2][t], inputs[3][t], inputs[4][t]
+    return inputs[0][t], inputs[1][t], inputs[2][t], inputs[3][t], inputs[4][t], inputs[5][t]
 
 
 @njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, forceinline=True)
@@ -94,7 +95,7 @@ def _largest(x, start, stop):  # type: ignore[no-untyped-def]
 @kernel
 def round_input(v, d):  # type: ignore[no-untyped-def]
     """Fill the 16-bit forms of `v` from its f32 form, of which the first `d` elements are the input."""
-    x, codes, scales, nibble_scales, sums = v
+    x, codes, scales, nibble_scales, sums, _ = v
     one = np.float32(1)
     for b in range((d + GROUP - 1) // GROUP * (GROUP // BLOCK)):
         start, stop = min(BLOCK * b, d), min(BLOCK * b + BLOCK, d)
