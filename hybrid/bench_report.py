@@ -23,6 +23,14 @@ _PHASES = {
     "head": "head_seconds",
 }
 
+# Which bytes are read in which phase.
+_READ_IN = {
+    "predictor": ("predictor",),
+    "attention": ("attention", "keys and values"),
+    "FFN": ("FFN",),
+    "head": ("head",),
+}
+
 
 @dataclass
 class BenchResult:
@@ -156,8 +164,19 @@ def _speed_table(result: BenchResult) -> str:
 
 def _time_table(result: BenchResult) -> str:
     times = {name: s.milliseconds for name, s in result.summaries.items() if s.milliseconds is not None}
-    phases = list(next(iter(times.values())))
-    return table(["ms per token", *times], [[phase, *(f"{t[phase]:.3f}" for t in times.values())] for phase in phases])
+    rows: list[list[object]] = []
+    for phase in (*_PHASES, "rest"):
+        cells = [f"{each[phase]:.3f}" for each in times.values()]
+        speeds = [_gigabytes(result.bytes[name], each[phase], phase) for name, each in times.items()]
+        rows.append([phase, *(cell for pair in zip(cells, speeds, strict=True) for cell in pair)])
+    header = [cell for name in times for cell in (name, "GB/s")]
+    return table(["ms per token", *header], rows)
+
+
+def _gigabytes(parts: Mapping[str, int], milliseconds: float, phase: str) -> str:
+    """How fast a phase read its bytes."""
+    read = sum(parts.get(part, 0) for part in _READ_IN.get(phase, ()))
+    return f"{read / milliseconds / 1e6:.1f}" if read and milliseconds > 0 else "-"
 
 
 def _peer_lines(result: BenchResult, same_text: bool) -> str:

@@ -160,7 +160,8 @@ def test_the_ceiling_is_printed_first():
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[1].startswith("read bandwidth 0.0 GB/s")
     places = [
-        lines.index(line) for line in ("ceiling, tok/s 20.0 26.7", "tok/s, median 5.0 20.0", "ms per token dense exact")
+        lines.index(line)
+        for line in ("ceiling, tok/s 20.0 26.7", "tok/s, median 5.0 20.0", "ms per token dense GB/s exact GB/s")
     ]
     assert places == sorted(places)
     assert PEER not in text
