@@ -3,8 +3,8 @@
 A row is one run of bytes, codes first, then the scales, so that reading a neuron is one jump. Rows are padded with
 zeros to P = `padded(d)`, a multiple of 128. With q the codes and s the scales, w[j] = q[j] * s[j // 32]:
 
-    int8   P bytes q, -127 to 127, in order; P / 32 scales                                   array int8  [n, P + P / 16]
-    int4   P / 2 bytes q + 8, 0 to 15; P / 32 scales                                         array uint8 [n, P / 2 + P / 16]
+    int8   P bytes q, -127 to 127, in order; P / 32 scales                               array int8  [n, P + P / 16]
+    int4   P / 2 bytes q + 8, 0 to 15; P / 32 scales                                     array uint8 [n, P / 2 + P / 16]
            128 codes are 32 little-endian uint16: bits 4k to 4k + 3 of number j hold code 32 k + j, so that a mask
            gives the 16-bit lanes of one block, and no lane has to move
 
@@ -25,6 +25,7 @@ Blocks = Literal["int8", "int4"]
 BLOCK = 32
 GROUP = 128
 LARGEST = {"int8": 127, "int4": 7}
+LEAST = {"int8": -127, "int4": -8}
 _OFFSET = 8  # int4 codes are stored with it added
 ARRAY_TYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 # Scales tried for a block, as shares of the largest weight over the largest code.
@@ -77,7 +78,9 @@ def _best_scales(weight, tried, low, high, scales):  # type: ignore[no-untyped-d
 def _as_f16(x):  # type: ignore[no-untyped-def]
     """x with the 11 significant bits that a normal f16 keeps; the launcher rounds what is left exactly."""
     bits = np.float32(x).view(np.int32)
-    return np.int32((bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))) & np.int32(-8192)).view(np.float32)
+    return np.int32((bits + np.int32(0xFFF) + ((bits >> np.int32(13)) & np.int32(1))) & np.int32(-8192)).view(
+        np.float32
+    )
 
 
 def quantize(weight: np.ndarray, kind: Blocks) -> np.ndarray:
@@ -85,21 +88,41 @@ def quantize(weight: np.ndarray, kind: Blocks) -> np.ndarray:
 
     The error of a weight is at most half a scale (int8), or what the least squared error of its block allows (int4).
     """
+    wide = widened(weight)
+    scales = choose_scales(wide, kind)
+    return store(codes_of(wide, scales, kind), scales, kind)
+
+
+def widened(weight: np.ndarray) -> np.ndarray:
+    """A copy of weight [n, d] f32 with rows padded to [n, P]; raises `ValueError` as `quantize` does."""
     n, d = weight.shape
     if not np.isfinite(weight).all() or np.abs(weight).max(initial=0) > 65504:
         raise ValueError("weights must be finite and at most 65504 to be stored in blocks")
     wide = np.zeros((n, padded(d)), np.float32)
     wide[:, :d] = weight
-    high = np.float32(LARGEST[kind])
-    low = np.float32(-127 if kind == "int8" else -8)
-    scales = np.zeros((n, padded(d) // BLOCK), np.float32)
-    _best_scales(wide, _TRIED[kind], low, high, scales)
-    half = scales.astype(np.float16)
-    step = half.astype(np.float32)[:, :, None]
-    blocks = wide.reshape(n, -1, BLOCK)
-    codes = np.divide(blocks, step, out=np.zeros_like(blocks), where=step != 0).round().clip(low, high)
-    stored = codes.reshape(n, -1).astype(np.int8) if kind == "int8" else _as_nibbles(codes)
-    parts = [stored.view(np.uint8).reshape(n, -1), half.view(np.uint8).reshape(n, -1)]
+    return wide
+
+
+def choose_scales(wide: np.ndarray, kind: Blocks) -> np.ndarray:
+    """f16 [n, k] scales of wide [n, 32 k] f32, C-contiguous."""
+    scales = np.zeros((len(wide), wide.shape[1] // BLOCK), np.float32)
+    _best_scales(wide, _TRIED[kind], np.float32(LEAST[kind]), np.float32(LARGEST[kind]), scales)
+    return scales.astype(np.float16)
+
+
+def codes_of(wide: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
+    """The nearest codes of wide [n, 32 k] f32 for scales f16 [n, k], as f32 [n, 32 k]."""
+    step = scales.astype(np.float32)[:, :, None]
+    blocks = wide.reshape(len(wide), -1, BLOCK)
+    codes = np.divide(blocks, step, out=np.zeros_like(blocks), where=step != 0).round()
+    return codes.clip(LEAST[kind], LARGEST[kind]).reshape(len(wide), -1)
+
+
+def store(codes: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
+    """Rows of `kind` from codes f32 [n, P] and scales f16 [n, P / 32]."""
+    n = len(codes)
+    stored = codes.astype(np.int8) if kind == "int8" else _as_nibbles(codes)
+    parts = [stored.view(np.uint8).reshape(n, -1), scales.view(np.uint8).reshape(n, -1)]
     return np.concatenate(parts, axis=1).view(ARRAY_TYPES[kind])
 
 

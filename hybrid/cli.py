@@ -153,6 +153,26 @@ def place(model: Path | None, **options: Any) -> None:
 
 @cli.command()
 @_MODEL
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "f16", "int8", "int4"]), required=True, help="What the weights are stored as."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The new folder  [default: packed-DTYPE in the bundle]"
+)
+@_BUNDLE
+def pack(model: Path | None, **options: Any) -> None:
+    """Write the weights as they are used: neuron by neuron, in the placement's order, in their run-time type.
+
+    The new folder is itself a MODEL, which starts at once. int8 and int4 are blocks of 32 weights with one scale; int4
+    keeps embedding and head in int8.
+    """
+    from hybrid import commands
+
+    commands.pack(model, options)
+
+
+@cli.command()
+@_MODEL
 @_SPARSITY
 @_CONTEXT
 @_THREADS
@@ -263,7 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = error.exit_code
     except click.ClickException as error:
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "hybrid"
-        click.echo(f"hybrid: {error.format_message()} (see {path} --help)", err=True)
+        message = " ".join(error.format_message().split())  # click lists choices on lines of their own
+        click.echo(f"hybrid: {message} (see {path} --help)", err=True)
         code = error.exit_code
     except click.exceptions.Exit as leave:
         code = leave.exit_code

@@ -12,7 +12,7 @@ from typing import Any
 import click
 import torch
 
-from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL
+from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.console import percent, progress, size, table
 from hybrid.engine import Engine, EngineConfig
 from hybrid.errors import InputError
@@ -20,6 +20,8 @@ from hybrid.evaluate import StrategyQuality
 from hybrid.evaluate import evaluate as evaluate_strategies
 from hybrid.generation import SamplingSettings
 from hybrid.loader import ModelFolder
+from hybrid.pack import Packer
+from hybrid.packed import PackedModel
 from hybrid.repl import run_repl
 from hybrid.steps import ProfileRequest, Project
 from hybrid.terminal import open_terminal
@@ -148,6 +150,22 @@ def placement_report(result: PlacementResult, found: NeuronProfile, budget: int,
         f"solver: {solution.solver}, {solution.status}, gap {solution.gap:.4%}, {solution.solver_seconds:.2f} s, "
         f"{solution.columns:,} options"
     )
+
+
+def pack(model: Path | None, options: Options) -> None:
+    """Write and verify a packed copy of a model."""
+    path, dtype = model or EMBEDDED_MODEL, options["dtype"]
+    if PackedModel.is_packed(path):
+        raise InputError(f"{path} is packed already; give the model that it was made from")
+    folder = ModelFolder.open(path)
+    bundle = Bundle.of(folder.path, folder.spec, options["bundle"])
+    out = options["output"] or bundle.path / f"packed-{dtype}"
+    packer = Packer(folder, bundle, dtype, progress)
+    if dtype == "int4" and packer.profile is None and folder.spec.fires_sparsely:
+        click.echo("note: no profile, so int4 is rounded plainly; `hybrid profile` first makes it better", err=True)
+    result = packer.pack(out.absolute())
+    state = "wrote" if result.written else f"{_CURRENT}:"
+    click.echo(f"{state} {out}, {size(result.nbytes)} in {dtype}; it is a model: hybrid chat {out}", err=True)
 
 
 def chat(model: Path | None, system: str | None, options: Options) -> None:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hybrid.config import read_json
+from hybrid.config import Family, read_json
 from hybrid.errors import ModelError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_ARRAY_TYPES = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}  # as kernels see them
 _SAMPLE = 4096
 
 
@@ -43,12 +46,12 @@ class Checkpoint:
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
         for path in _shards(folder):
-            self.infos.update(_read_header(path))
+            self.infos.update(read_table(path))
         self._open: dict[Path, Any] = {}
         self._read: set[str] = set()
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name`, in its stored type. Raises `ModelError` when missing or not of `shape`."""
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """Where the tensor `name` lies. Raises `ModelError` when missing, not of `shape`, or of a type not known."""
         info = self.infos.get(name)
         self._read.add(name)
         if info is None:
@@ -59,6 +62,19 @@ class Checkpoint:
             )
         if info.dtype not in DTYPES:
             raise ModelError(f"{info.path}: tensor '{name}' is {info.dtype}; supported are bf16, f16 and f32")
+        if info.end - info.start != math.prod(shape) * DTYPES[info.dtype].itemsize:
+            raise ModelError(f"{info.path}: tensor '{name}' has {info.end - info.start} bytes; fetch the model again")
+        return info
+
+    def mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor `name` as a read-only map of its own (bf16 as uint16, f16 as int16); dropped, its pages leave
+        memory. Raises `ModelError` as `info` does."""
+        info = self.info(name, shape)
+        return np.memmap(info.path, _ARRAY_TYPES[info.dtype], "r", offset=info.start, shape=shape)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor `name`, in its stored type. Raises `ModelError` when missing or not of `shape`."""
+        info = self.info(name, shape)
         try:
             if info.path not in self._open:
                 self._open[info.path] = safe_open(info.path, framework="pt")
@@ -88,6 +104,24 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
+class TensorNames:
+    """Tensor names of a family; a checkpoint saved without its head may lack the leading `model.`."""
+
+    def __init__(self, family: Family, checkpoint: Checkpoint) -> None:
+        self._family = family
+        self._prefixed = any(name.startswith("model.") for name in checkpoint.infos)
+
+    def of(self, part: str, layer: int | None = None) -> str:
+        """The checkpoint's name of `part`, such as `gate`, without `.weight` or `.bias`."""
+        name = self._family.tensors[part].format(layer)
+        return name if self._prefixed else name.removeprefix("model.")
+
+
+def is_redundant(name: str) -> bool:
+    """Whether a tensor that was never asked for is harmless: a tied head stored again, or stored RoPE frequencies."""
+    return name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq")
+
+
 def _shards(folder: Path) -> list[Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
@@ -106,8 +140,8 @@ def _shards(folder: Path) -> list[Path]:
     raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; no weights to load")
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensor table of one safetensors file, checked against the file's size."""
+def read_table(path: Path) -> dict[str, TensorInfo]:
+    """Tensor table of one safetensors file, checked against the file's size. Raises `ModelError`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -92,7 +92,7 @@ class CostModel:
         """Expected bytes [n_layers, d_ff + 1] read per token from the first 0, 1, ... neurons of `order`."""
         spec = self.plan.spec
         fires = np.take_along_axis(self.firing, self.order, axis=1)
-        first = (spec.d_model + spec.ffn_bias) * spec.element_bytes
+        first = spec.row_bytes(spec.d_model) + spec.ffn_bias * spec.vector_element_bytes
         if self.strategy == "dense":
             per_neuron = np.full_like(fires, spec.neuron_bytes)
         elif self.strategy == "exact":

@@ -110,11 +110,16 @@ def _umask() -> int:
     return mask
 
 
+def header_metadata(header: ArtifactHeader) -> dict[str, str]:
+    """`header` as a safetensors file carries it, under `__metadata__`."""
+    return {_HEADER_KEY: json.dumps(asdict(header), sort_keys=True)}
+
+
 def write_tensors(path: Path, header: ArtifactHeader, tensors: Mapping[str, np.ndarray]) -> None:
     """Write `tensors` and `header` to the safetensors file `path`, atomically."""
     payload = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with atomic_write(path) as file:
-        file.write(save(payload, metadata={_HEADER_KEY: json.dumps(asdict(header), sort_keys=True)}))
+        file.write(save(payload, metadata=header_metadata(header)))
 
 
 def read_tensors(

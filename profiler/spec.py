@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cpu_kernels.blocks import row_bytes
+
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh"]
-DType = Literal["bf16", "f16", "f32"]
+DType = Literal["bf16", "f16", "f32", "int8", "int4"]
 
 SPARSE_ACTIVATIONS = frozenset({"relu", "relu2"})
 DTYPE_BYTES: dict[str, int] = {"bf16": 2, "f16": 2, "f32": 4}
@@ -29,6 +31,8 @@ class ModelSpec:
     """Shape and arithmetic of a decoder-only transformer. Sizes are counts of elements; `*_bytes` are bytes.
 
     `rope=None` means learned positions. `sliding_window` applies to the layers marked in `sliding_layers`.
+    `dtype` is that of the matrices, but for `embedding_dtype` of embedding, positions and head where it is given;
+    norms and biases have it too, or are f32 beside int8 and int4 blocks.
     `fingerprint` identifies the weights; artefacts carry it and are refused against any other model.
     """
 
@@ -55,15 +59,26 @@ class ModelSpec:
     tied: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    embedding_dtype: DType | None = None
 
     @property
     def fires_sparsely(self) -> bool:
         """True when the activation is exactly zero for many inputs, so that neurons can be skipped without loss."""
         return self.activation in SPARSE_ACTIVATIONS
 
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a matrix row of `columns` weights; in blocks this counts scales and padding."""
+        return _row_bytes(self.dtype, columns)
+
     @property
-    def element_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype]
+    def embedding_row_bytes(self) -> int:
+        """Bytes of a row of the embedding, of positions or of the head."""
+        return _row_bytes(self.embedding_dtype or self.dtype, self.d_model)
+
+    @property
+    def vector_element_bytes(self) -> int:
+        """Bytes of one element of a norm or a bias."""
+        return DTYPE_BYTES.get(self.dtype, 4)
 
     @property
     def rows_per_neuron(self) -> int:
@@ -73,7 +88,7 @@ class ModelSpec:
     @property
     def neuron_bytes(self) -> int:
         bias = self.rows_per_neuron - 1 if self.ffn_bias else 0
-        return (self.rows_per_neuron * self.d_model + bias) * self.element_bytes
+        return self.rows_per_neuron * self.row_bytes(self.d_model) + bias * self.vector_element_bytes
 
     @property
     def layer_ffn_bytes(self) -> int:
@@ -84,22 +99,23 @@ class ModelSpec:
     def layer_dense_bytes(self) -> int:
         """Bytes of a layer outside its neurons: attention projections, norms and the down projection's bias."""
         d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        elements = d * (q + 2 * kv) + q * d
-        elements += (q + 2 * kv) * self.qkv_bias + d * self.out_bias + d * self.ffn_bias
-        elements += 2 * d * (1 if self.norm == "rms" else 2) + 2 * self.head_dim * self.qk_norm
-        return elements * self.element_bytes
+        vectors = (q + 2 * kv) * self.qkv_bias + d * self.out_bias + d * self.ffn_bias
+        vectors += 2 * d * (1 if self.norm == "rms" else 2) + 2 * self.head_dim * self.qk_norm
+        matrices = (q + 2 * kv) * self.row_bytes(d) + d * self.row_bytes(q)
+        return matrices + vectors * self.vector_element_bytes
 
     @property
     def head_bytes(self) -> int:
         """Bytes of the output projection and the final norm."""
-        return (self.vocab_size + (1 if self.norm == "rms" else 2)) * self.d_model * self.element_bytes
+        norm = (1 if self.norm == "rms" else 2) * self.d_model * self.vector_element_bytes
+        return self.vocab_size * self.embedding_row_bytes + norm
 
     @property
     def embedding_bytes(self) -> int:
         """Bytes of the input embedding that the head does not share, and of learned positions."""
         rows = 0 if self.tied else self.vocab_size
         rows += 0 if self.rope else self.max_context + 2
-        return rows * self.d_model * self.element_bytes
+        return rows * self.embedding_row_bytes
 
     @property
     def model_bytes(self) -> int:
@@ -109,3 +125,9 @@ class ModelSpec:
     def kv_bytes_per_layer(self, context: int, element_bytes: int = 4) -> int:
         """Bytes of keys and values of one layer for `context` tokens; f32 as the CPU runtime keeps them."""
         return 2 * context * self.n_kv_heads * self.head_dim * element_bytes
+
+
+def _row_bytes(dtype: DType, columns: int) -> int:
+    if dtype == "int8" or dtype == "int4":
+        return row_bytes(dtype, columns)
+    return columns * DTYPE_BYTES[dtype]

@@ -1,0 +1,71 @@
+"""int4 FFN weights rounded with error feedback, from the FFN inputs that the profile sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cpu_kernels.activations import activate_ref
+from hybrid.error_feedback import SPAN, feedback_factor, quantize_by_columns, quantize_by_rows
+from hybrid.errors import ArtifactError
+from hybrid.pack_source import Source, split_name
+from hybrid.packed import Part
+from hybrid.weights import Checkpoint
+from profiler.spec import ModelSpec
+
+_INPUTS = 8192  # sampled tokens in use: 128 MiB of f32 at d=4096
+
+
+class FFNFeedback:
+    """Gate, up and down of one layer after the other, in `parts` order; keeps one layer's inputs and their factors."""
+
+    def __init__(self, profile: Path, spec: ModelSpec, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
+        self._profile, self._spec, self._checkpoint, self._sources = profile, spec, checkpoint, sources
+        self._layer = lru_cache(maxsize=1)(self._read_layer)
+
+    def quantize(self, part: Part) -> Iterator[np.ndarray]:
+        """int4 rows of `part`, block after block. Raises `ValueError` for weights that are not finite."""
+        layer, name, _ = split_name(part.name)
+        if layer is None:
+            raise ValueError(f"'{part.name}' is not of a layer's FFN")
+        source = self._sources[part.name]
+        if name == "down":
+            for start in range(0, self._spec.d_ff, SPAN):
+                rows = slice(start, start + SPAN)
+                factor = feedback_factor(self._fired(layer, rows))
+                yield quantize_by_rows(source.rows(self._checkpoint, rows), factor)
+            return
+        _, factors = self._layer(layer)
+        for block in source.blocks(self._checkpoint):
+            yield quantize_by_columns(block, factors)
+
+    def _read_layer(self, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """FFN inputs f32 [s, d_model] and the factors of their columns. Raises `ArtifactError`."""
+        try:
+            with safe_open(self._profile, framework="numpy") as file:
+                sampled = file.get_slice("inputs")[layer : layer + 1][0]
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{self._profile} is corrupt ({error}); run: hybrid profile") from error
+        inputs = sampled[:: -(-len(sampled) // _INPUTS) or 1].astype(np.float32)
+        columns = range(0, inputs.shape[1], SPAN)
+        return inputs, [feedback_factor(inputs[:, start : start + SPAN]) for start in columns]
+
+    def _fired(self, layer: int, rows: slice) -> np.ndarray:
+        """What some neurons give for the sampled inputs: f32 [s, k]."""
+        inputs, _ = self._layer(layer)
+        up = torch.from_numpy(self._project(layer, "up", inputs, rows))
+        if not self._spec.gated:
+            return activate_ref(self._spec.activation, up).numpy()
+        gate = torch.from_numpy(self._project(layer, "gate", inputs, rows))
+        return (activate_ref(self._spec.activation, gate) * up).numpy()
+
+    def _project(self, layer: int, name: str, inputs: np.ndarray, rows: slice) -> np.ndarray:
+        out = inputs @ self._sources[f"layers.{layer}.{name}"].rows(self._checkpoint, rows).T
+        if self._spec.ffn_bias:
+            out += self._sources[f"layers.{layer}.{name}.bias"].rows(self._checkpoint, rows)
+        return out
