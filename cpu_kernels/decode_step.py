@@ -9,7 +9,7 @@ Weights are addresses in a table, one row a layer (`Column`), so that a call unp
 weights serve as they are. `likes` are empty arrays whose types say how the rows of each kind of matrix are stored.
 
 Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; output and residual; then
-    dense     gate and up of all; down
+    dense     gate of all; up of all; down
     exact     gate of all, the firing copied together; their up; down
     learned   predictor's hidden units; its rows, copied together; their gate and up; down
 """
@@ -34,7 +34,7 @@ from cpu_kernels.lanes import Input, new_inputs, one_input, prepare, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
-from cpu_kernels.row_sum import finish, new_sums, sum_rows
+from cpu_kernels.row_sum import finish, new_steps, new_sums, sum_rows
 from cpu_kernels.sparse_ffn import down_columns, first_rows, second_rows
 
 DENSE, EXACT, LEARNED = 0, 1, 2
@@ -116,6 +116,7 @@ class Own(NamedTuple):
     places: np.ndarray
     picked: np.ndarray
     scales: np.ndarray
+    steps: np.ndarray
 
 
 def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
@@ -154,6 +155,7 @@ def new_own(shape: Shape, rank: int) -> Own:
         places=np.zeros(shape.f, np.int32),
         picked=np.zeros(shape.f, np.int32),
         scales=np.zeros((1, shape.f), np.float32),
+        steps=new_steps(shape.d),
     )
 
 
@@ -197,13 +199,13 @@ def _normed(x, weight, bias, eps, layer_norm, out):  # type: ignore[no-untyped-d
 
 
 @kernel
-def _add_embedding(like, table, row, shape, shared):  # type: ignore[no-untyped-def]
+def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-untyped-def]
     """x += one row of an embedding matrix."""
     d = shape.d
     padded = shared.sums.shape[1]
     ids, one = shared.ids[:1], shared.hidden[:, :1]
     ids[0], one[0, 0] = row, 1
-    sum_rows(like, table, _row_bytes(like, d), ids, one, 1, d, 0, padded, shared.sums, shared.offsets)
+    sum_rows(like, table, _row_bytes(like, d), ids, one, 1, d, 0, padded, shared.sums, shared.offsets, own.steps)
     finish(like, shared.sums[0], shared.offsets[0], d, 0, padded, shared.x[0])
 
 
@@ -340,19 +342,23 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
         else:
             for i in range(f * worker // workers, f * (worker + 1) // workers):
                 shared.ids[i] = i
+            n = f if barrier.wait(state, workers) else -1
     if n < 0:
         return False
-    start, stop = n * worker // workers, n * (worker + 1) // workers
     if strategy == LEARNED:
-        first_rows(ffn, shared.ids, shared.ones, start, stop, own.inputs, shape.activation, shared.hidden)
-    second_rows(ffn, shared.ids, start, stop, own.inputs, shared.hidden, skip, own.places, own.picked)
+        first_rows(
+            worker, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, shared.hidden
+        )
+    second_rows(
+        worker, workers, ffn, shared.ids, n, own.inputs, shared.hidden, skip, own.places, own.picked
+    )
     if not barrier.wait(state, workers):
         return False
     if worker == workers - 1:
         _tally(row, n, shape, shared)
     down_columns(
-        worker, workers, ffn, shared.ids, n, shared.hidden, skip, own.picked, own.scales, shared.sums, shared.offsets,
-        shared.x,
+        worker, workers, ffn, shared.ids, n, shared.hidden, skip, own.picked, own.scales, own.steps, shared.sums,
+        shared.offsets, shared.x,
     )  # fmt: skip
     if not barrier.wait(state, workers):
         return False
@@ -376,9 +382,9 @@ def decode_step(
     ends, own, d = table[layers], owns[worker], shape.d
     if worker == 0:
         shared.x[:] = 0
-        _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared)
+        _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared, own)
         if ends[Ends.POSITIONS]:
-            _add_embedding(likes[3], ends[Ends.POSITIONS], position + 2, shape, shared)
+            _add_embedding(likes[3], ends[Ends.POSITIONS], position + 2, shape, shared, own)
     if not barrier.wait(state, workers):
         return
     for layer in range(layers):

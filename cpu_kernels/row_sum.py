@@ -44,51 +44,74 @@ def _float_sum(code: Code, dtype: Any, rows: _Four, sums: Any, first: Any, last:
             code.store(total, builder.add(at, I64(half * LANES * 4)))
 
 
-def _int8_sum(code: Code, rows: _Four, sums: Any, first: Any, last: Any, codes_bytes: Any) -> None:
+def _put_steps(code: Code, rows: _Four, taken: Any, tables: Any, first: Any, last: Any, codes_bytes: Any) -> None:
+    """Write what each row's codes of each block are multiplied with to `tables`, f32 [row, 2 P / 32].
+
+    int8: row scale times block scale. int4, where `taken` is given: for each group, that over 16^n for the n-th nibble of
+    a 32-bit lane, as codes stay where they lie; the last is shifted down. Their offset of 8 goes to `taken` [P / 32].
+    The sums read these by broadcasting loads, which cost no vector operation.
+    """
     builder = code.builder
-    with cgutils.for_range_slice(builder, first, last, I64(BLOCK), intp=I64) as (column, _):
-        at = builder.add(sums, builder.mul(column, I64(4)))
-        code.fetch_lines(rows.ahead, column, BLOCK)
-        totals = [code.load(at, F32, LANES, half * LANES * 4, 4) for half in (0, 1)]
+    shrink = [[16.0**-n for n in range(4)], [16.0**-4, 16.0**-5, 16.0**-6, 1.0]]
+    factors = [ir.Constant(ir.VectorType(F32, 4), numbers) for numbers in shrink]
+    wide = [code.splat(scale, 4) for scale in rows.scales]
+    start = builder.and_(first, I64(-GROUP))  # whole groups, so that no read leaves the row
+    with cgutils.for_range_slice(builder, start, last, I64(GROUP), intp=I64) as (column, _):
         scale_at = builder.add(codes_bytes, builder.lshr(column, I64(4)))
-        for row, scale in zip(rows.addresses, rows.scales, strict=True):
-            stored = code.widened(builder.add(row, scale_at), types.int16, 1)
-            step = code.splat(builder.fmul(builder.extract_element(stored, I32(0)), scale), LANES)
-            for half in (0, 1):
+        taken_at = None if taken is None else builder.add(taken, builder.lshr(column, I64(3)))
+        offset = None if taken is None else code.load(taken_at, F32, 4, align=4)
+        for number, (row, scale) in enumerate(zip(rows.addresses, wide, strict=True)):
+            steps = builder.fmul(code.widened(builder.add(row, scale_at), types.int16, 4), scale)
+            table = builder.add(tables[number], builder.lshr(column, I64(3 if taken is None else 2)))
+            if taken is None:
+                code.store(steps, table)
+            else:
+                offset = builder.fadd(offset, steps)
+                for half, factor in enumerate(factors):
+                    code.store(builder.fmul(steps, factor), builder.add(table, I64(16 * half)))
+        if taken is not None:
+            code.store(offset, taken_at)
+
+
+def _step(code: Code, table: Any, offset: Any, number: int) -> Any:
+    loaded = code.load(code.builder.add(table, offset), F32, 1, 4 * number, 4)
+    return code.splat(code.builder.extract_element(loaded, I32(0)), LANES)
+
+
+def _int8_sum(code: Code, rows: _Four, sums: Any, tables: Any, first: Any, last: Any, codes_bytes: Any) -> None:
+    builder = code.builder
+    _put_steps(code, rows, None, tables, first, last, codes_bytes)
+    with cgutils.for_range_slice(builder, first, last, I64(BLOCK), intp=I64) as (column, _):
+        at, offset = builder.add(sums, builder.mul(column, I64(4))), builder.lshr(column, I64(3))
+        code.fetch_lines(rows.ahead, column, BLOCK)
+        for half in (0, 1):
+            total = code.load(at, F32, LANES, half * LANES * 4, 4)
+            for row, table in zip(rows.addresses, tables, strict=True):
                 codes = code.load(builder.add(row, column), I8, LANES, half * LANES)
                 wide = builder.sitofp(builder.sext(codes, ir.VectorType(I32, LANES)), ir.VectorType(F32, LANES))
-                totals[half] = code.fused(wide, step, totals[half])
-        for half, total in enumerate(totals):
+                total = code.fused(wide, _step(code, table, offset, 0), total)
             code.store(total, builder.add(at, I64(half * LANES * 4)))
 
 
-def _int4_sum(code: Code, rows: _Four, sums: Any, offsets: Any, first: Any, last: Any, codes_bytes: Any) -> None:
-    """Codes stay where they lie in the 32-bit lanes, scaled back; their offset of 8 goes to a sum per block."""
+def _int4_sum(
+    code: Code, rows: _Four, sums: Any, tables: Any, taken: Any, first: Any, last: Any, codes_bytes: Any
+) -> None:
     builder = code.builder
-    shrink = [[16.0**-n for n in range(4)], [16.0**-4, 16.0**-5, 16.0**-6, 1.0]]  # the last is shifted down
-    factors = [ir.Constant(ir.VectorType(F32, 4), numbers) for numbers in shrink]
-    wide = [code.splat(scale, 4) for scale in rows.scales]
+    _put_steps(code, rows, taken, tables, first, last, codes_bytes)
     with cgutils.for_range_slice(builder, first, last, I64(GROUP), intp=I64) as (column, _):
         at, offset = builder.add(sums, builder.mul(column, I64(4))), builder.lshr(column, I64(1))
         code.fetch_lines(rows.ahead, offset, GROUP // 2)
-        totals = [code.load(at, F32, LANES, part * LANES * 4, 4) for part in range(8)]
-        offsets_at = builder.add(offsets, builder.lshr(column, I64(3)))
-        taken = code.load(offsets_at, F32, 4, align=4)
-        scale_at = builder.add(codes_bytes, builder.lshr(column, I64(4)))
-        for row, scale in zip(rows.addresses, wide, strict=True):
-            steps = builder.fmul(code.widened(builder.add(row, scale_at), types.int16, 4), scale)
-            taken = builder.fadd(taken, steps)
-            halves = [builder.fmul(steps, factor) for factor in factors]
-            words = code.load(builder.add(row, offset), I32, LANES)
-            for part in range(8):
+        words = [code.load(builder.add(row, offset), I32, LANES) for row in rows.addresses]
+        step_at = builder.lshr(column, I64(2))
+        for part in range(8):
+            total = code.load(at, F32, LANES, part * LANES * 4, 4)
+            for word, table in zip(words, tables, strict=True):
                 if part < 7:
-                    codes = builder.and_(words, constant(I32, 15 << 4 * part, LANES))
+                    codes = builder.and_(word, constant(I32, 15 << 4 * part, LANES))
                 else:
-                    codes = builder.lshr(words, constant(I32, 28, LANES))
+                    codes = builder.lshr(word, constant(I32, 28, LANES))
                 number = builder.sitofp(codes, ir.VectorType(F32, LANES))
-                totals[part] = code.fused(number, code.lane(halves[part // 4], part % 4), totals[part])
-        code.store(taken, offsets_at)
-        for part, total in enumerate(totals):
+                total = code.fused(number, _step(code, table, step_at, part), total)
             code.store(total, builder.add(at, I64(part * LANES * 4)))
 
 
@@ -99,8 +122,8 @@ _SUMS = types.Array(types.float32, 1, "C")
 
 @intrinsic
 def _add_rows(
-    typing_context: Any, like: Any, rows: Any, ahead: Any, scales: Any, sums: Any, offsets: Any, first: Any, last: Any,
-    codes_bytes: Any,
+    typing_context: Any, like: Any, rows: Any, ahead: Any, scales: Any, sums: Any, offsets: Any, steps: Any,
+    first: Any, last: Any, codes_bytes: Any,
 ) -> Any:  # fmt: skip
     """sums[first:last] += the four rows' columns, each row times its scale; lines of `ahead` are fetched meanwhile."""
 
@@ -108,16 +131,19 @@ def _add_rows(
         code = Code(context, builder)
         rows = _Four(*([builder.extract_value(args[at], n) for n in range(4)] for at in (1, 2, 3)))
         data, taken = code.data(_SUMS, args[4]), code.data(_SUMS, args[5])
-        start, end, size = args[6:9]
+        start, end, size = args[7:10]
+        (size_of_steps,) = cgutils.unpack_tuple(builder, context.make_array(_SUMS)(context, builder, args[6]).shape)
+        # A quarter of the elements to each row; 4 bytes each.
+        tables = [builder.add(code.data(_SUMS, args[6]), builder.mul(size_of_steps, I64(n))) for n in range(4)]
         if like.dtype in FLOATS:
             _float_sum(code, like.dtype, rows, data, start, end)
         elif like.dtype == types.int8:
-            _int8_sum(code, rows, data, start, end, size)
+            _int8_sum(code, rows, data, tables, start, end, size)
         else:
-            _int4_sum(code, rows, data, taken, start, end, size)
+            _int4_sum(code, rows, data, tables, taken, start, end, size)
         return context.get_dummy_value()
 
-    signature = types.void(like, _FOUR, _FOUR, _SCALES, _SUMS, _SUMS, types.int64, types.int64, types.int64)
+    signature = types.void(like, _FOUR, _FOUR, _SCALES, _SUMS, _SUMS, _SUMS, types.int64, types.int64, types.int64)
     return signature, generate
 
 
@@ -164,11 +190,12 @@ def _four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sum_rows(like, weight, width, ids, scales, count, d, first, last, sums, offsets):  # type: ignore[no-untyped-def]
+def sum_rows(like, weight, width, ids, scales, count, d, first, last, sums, offsets, steps):  # type: ignore[no-untyped-def]
     """sums[t, first:last] = sum over k < count of scales[t, k] * columns [first, last) of row ids[k].
 
     weight: address of the matrix, rows of `width` bytes and `d` columns. first and last are multiples of
-    `columns_unit`. sums: f32 [t, P]; offsets: f32 [t, P / 32], for int4.
+    `columns_unit`. sums: f32 [t, P]; offsets: f32 [t, P / 32], for int4;
+    steps: f32 [4 * 2 P / 32], a worker's own.
     """
     zero, tokens = np.float32(0), scales.shape[0]
     for t in range(tokens):
@@ -190,7 +217,7 @@ def sum_rows(like, weight, width, ids, scales, count, d, first, last, sums, offs
                 scales[t, k + 2] if k + 2 < count else zero,
                 scales[t, k + 3] if k + 3 < count else zero,
             )
-            _add_rows(like, rows, ahead, factors, sums[t], offsets[t], first, whole, codes_bytes)
+            _add_rows(like, rows, ahead, factors, sums[t], offsets[t], steps, first, whole, codes_bytes)
             _last_columns(like, rows, factors, sums[t], whole, end)
 
 
@@ -215,6 +242,11 @@ def _finish(like: Any, sums: Any, offsets: Any, d: Any, first: Any, last: Any, o
             out[j] += sums[place] - np.float32(8) * offsets[j // BLOCK]
 
     return from_lanes if like.dtype == types.uint8 else in_order
+
+
+def new_steps(d: int) -> np.ndarray:
+    """A worker's own buffer for `sum_rows`."""
+    return np.zeros(8 * (padded(d) // BLOCK), np.float32)
 
 
 def new_sums(rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,9 +25,12 @@ from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import Input, new_inputs, one_input, prepare
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_four
-from cpu_kernels.row_sum import columns_unit, finish, new_sums, sum_rows
+from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_rows
 from cpu_kernels.worker_pool import WorkerPool
 
+# Rows that a worker takes in turn: in a placement's order the first are nearly neighbours and the last far apart, so that
+# whole ranges took one worker 243 us and the other 294.
+BLOCK_ROWS = 8
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
 # like, addresses of gate (0 for none), up and down, bytes of a row, d, biases of gate and up (length 0 for none)
@@ -84,22 +87,15 @@ class FFNView:
 
 
 @kernel
-def _dots_of_rows(like, weight, width, ids, k, n, inputs, t, d):  # type: ignore[no-untyped-def]
-    """Dot products of rows ids[k : k + 4] with token t's input, while rows ids[k + 4 : k + 8] are fetched."""
+def _row_addresses(weight, width, ids, k, n):  # type: ignore[no-untyped-def]
+    """Addresses of rows ids[k : k + 4]; beyond the end the last again."""
     last = n - 1
-    rows = (
-        weight + ids[k] * width,
+    return (
+        weight + ids[min(k, last)] * width,
         weight + ids[min(k + 1, last)] * width,
         weight + ids[min(k + 2, last)] * width,
         weight + ids[min(k + 3, last)] * width,
     )
-    ahead = (
-        weight + ids[min(k + 4, last)] * width,
-        weight + ids[min(k + 5, last)] * width,
-        weight + ids[min(k + 6, last)] * width,
-        weight + ids[min(k + 7, last)] * width,
-    )
-    return dot_four(like, rows, ahead, one_input(inputs, t), d)
 
 
 @kernel
@@ -112,41 +108,48 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def first_rows(ffn, ids, masks, start, stop, inputs, code, hidden):  # type: ignore[no-untyped-def]
-    """hidden[t, start:stop] = the activation of each of those rows of `ids` that is token t's, 0 for the others."""
+def first_rows(worker, workers, ffn, ids, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
+    """hidden[t, k] = the activation of row ids[k] < n where it is token t's, 0 where not; this worker's blocks of k."""
     like, gate, up, down, width, d, gate_bias, up_bias = ffn
     weight, bias = (gate, gate_bias) if gate else (up, up_bias)
-    for k in range(start, stop, 4):
-        for t in range(hidden.shape[0]):
-            if not _wanted(masks, k, stop, t):
-                hidden[t, k : min(k + 4, stop)] = 0
-                continue
-            sums = _dots_of_rows(like, weight, width, ids, k, stop, inputs, t, d)
-            for i in range(min(4, stop - k)):
-                z = sums[i]
-                if bias.shape[0]:
-                    z += bias[ids[k + i]]
-                mine = (masks[k + i] >> t) & 1 != 0
-                hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
+    for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
+        for k in range(start, min(start + BLOCK_ROWS, n), 4):
+            rows = _row_addresses(weight, width, ids, k, n)
+            following = k + 4 if k + 4 < start + BLOCK_ROWS else start + workers * BLOCK_ROWS
+            ahead = _row_addresses(weight, width, ids, following, n)
+            for t in range(hidden.shape[0]):
+                if not _wanted(masks, k, n, t):
+                    hidden[t, k : min(k + 4, n)] = 0
+                    continue
+                sums = dot_four(like, rows, ahead, one_input(inputs, t), d)
+                for i in range(min(4, n - k)):
+                    z = sums[i]
+                    if bias.shape[0]:
+                        z += bias[ids[k + i]]
+                    mine = (masks[k + i] >> t) & 1 != 0
+                    hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
 
 
 @kernel
-def second_rows(ffn, ids, start, stop, inputs, hidden, skip, places, picked):  # type: ignore[no-untyped-def]
-    """hidden[:, start:stop] *= up . x, for rows where some token's hidden is not 0 (all where not `skip`)."""
+def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[:, k] *= up . x, for this worker's k where some token's hidden is not 0 (for all of them if not `skip`)."""
     like, gate, up, down, width, d, gate_bias, up_bias = ffn
     if not gate:
         return
     count = 0
-    for k in range(start, stop):
-        live = not skip
-        for t in range(hidden.shape[0]):
-            live |= hidden[t, k] != 0
-        if live:
-            places[count], picked[count] = k, ids[k]
-            count += 1
+    for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
+        for k in range(start, min(start + BLOCK_ROWS, n)):
+            live = not skip
+            for t in range(hidden.shape[0]):
+                live |= hidden[t, k] != 0
+            if live:
+                places[count], picked[count] = k, ids[k]
+                count += 1
     for k in range(0, count, 4):
+        rows = _row_addresses(up, width, picked, k, count)
+        ahead = _row_addresses(up, width, picked, k + 4, count)
         for t in range(hidden.shape[0]):
-            sums = _dots_of_rows(like, up, width, picked, k, count, inputs, t, d)
+            sums = dot_four(like, rows, ahead, one_input(inputs, t), d)
             for i in range(min(4, count - k)):
                 u = sums[i]
                 if up_bias.shape[0]:
@@ -155,10 +158,10 @@ def second_rows(ffn, ids, start, stop, inputs, hidden, skip, places, picked):  #
 
 
 @kernel
-def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, sums, offsets, out):  # type: ignore[no-untyped-def]
+def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, steps, sums, offsets, out):  # type: ignore[no-untyped-def]
     """out[t] += hidden[t] . down, this worker's columns; returns how many values of hidden are not 0.
 
-    picked, scales: this worker's own scratch, int32 [f] and f32 [t, f]; sums, offsets: as `sum_rows` wants them.
+    picked, scales, steps: this worker's own scratch, int32 [f], f32 [t, f] and as `sum_rows` wants it, like sums, offsets.
     """
     like, gate, up, down, width, d, gate_bias, up_bias = ffn
     count = fired = 0
@@ -175,7 +178,7 @@ def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, sum
     unit = columns_unit(like)
     units = (d + unit - 1) // unit
     first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
-    sum_rows(like, down, width, picked, scales, count, d, first, last, sums, offsets)
+    sum_rows(like, down, width, picked, scales, count, d, first, last, sums, offsets, steps)
     for t in range(hidden.shape[0]):
         finish(like, sums[t], offsets[t], d, first, last, out[t])
     return fired
@@ -183,7 +186,7 @@ def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, sum
 
 @kernel
 def _together(
-    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, sums, offsets, out, fired
+    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, steps, sums, offsets, out, fired
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
     n, d = ids.shape[0], x.shape[1]
@@ -191,18 +194,17 @@ def _together(
     for t in range(x.shape[0]):
         own[0][t, :d] = x[t]
         prepare(ffn[0], one_input(own, t), d)
-    start, stop = n * worker // workers, n * (worker + 1) // workers
-    first_rows(ffn, ids, masks, start, stop, own, code, hidden)
-    second_rows(ffn, ids, start, stop, own, hidden, skip, places[worker], picked[worker])
+    first_rows(worker, workers, ffn, ids, n, masks, own, code, hidden)
+    second_rows(worker, workers, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
     if barrier.wait(state, workers):
         fired[worker] = down_columns(
-            worker, workers, ffn, ids, n, hidden, skip, picked[worker], scales[worker], sums, offsets, out
+            worker, workers, ffn, ids, n, hidden, skip, picked[worker], scales[worker], steps[worker], sums, offsets, out
         )
 
 
 @kernel
 def _apart(
-    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, sums, offsets, out, fired
+    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, steps, sums, offsets, out, fired
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """Whole tokens, one after another, each over its own rows."""
     d = x.shape[1]
@@ -213,11 +215,11 @@ def _apart(
         n = ids.shape[0]
         own[0][0, :d] = x[t]
         prepare(ffn[0], one_input(own, 0), d)
-        first_rows(ffn, ids, masks, 0, n, own, code, hidden)
-        second_rows(ffn, ids, 0, n, own, hidden, skip, places[worker], picked[worker])
+        first_rows(0, 1, ffn, ids, n, masks, own, code, hidden)
+        second_rows(0, 1, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
         fired[worker] += down_columns(
             0, 1, ffn, ids, n, hidden, skip, picked[worker], scales[worker][:1],
-            sums[worker : worker + 1], offsets[worker : worker + 1], out[t : t + 1],
+            steps[worker], sums[worker : worker + 1], offsets[worker : worker + 1], out[t : t + 1],
         )  # fmt: skip
 
 
@@ -230,6 +232,7 @@ class SparseFFNScratch:
         self.hidden = np.empty((MAX_BATCH, f), np.float32)
         self.places, self.picked = (np.empty((workers, f), np.int32) for _ in range(2))
         self.scales = np.empty((workers, rows, f), np.float32)
+        self.steps = tuple(new_steps(d) for _ in range(workers))
         self.sums, self.offsets = new_sums(max(MAX_BATCH, workers), d)
         self.ones = np.ones(f, np.uint8)
         self.fired = np.zeros(workers, np.int64)
@@ -263,14 +266,14 @@ def sparse_ffn(
     scratch.fired[:] = 0
     if tokens > MAX_BATCH:
         args = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
-        pool.run(_apart, pool.threads, *args, *own, scratch.scales, *sums, out, scratch.fired)
+        pool.run(_apart, pool.threads, *args, *own, scratch.scales, scratch.steps, *sums, out, scratch.fired)
         return int(scratch.fired.sum())
     ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, len(ffn.up.rows))
     hidden = scratch.hidden[:tokens, : ids.size]
     workers = pool.workers_for(ids.size * ffn.row_bytes)
     args = (pool.barrier, ffn.weights, code, skip_zeros, x, ids, masks, scratch.inputs, hidden)
     scales = scratch.scales[:, :tokens]
-    pool.run(_together, workers, *args, scratch.places, scratch.picked, scales, *sums, out, scratch.fired)
+    pool.run(_together, workers, *args, scratch.places, scratch.picked, scales, scratch.steps, *sums, out, scratch.fired)
     return int(scratch.fired[0])
 
 
