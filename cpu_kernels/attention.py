@@ -116,8 +116,8 @@ def _attend_block(q, keys, values, next_keys, next_values, scores, state, out): 
 
 
 @kernel
-def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
-    """The heads q [n, head_dim] of KV head g; each of them fetches its share of the next block."""
+def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
+    """The heads q [n, head_dim] of KV head g; each fetches its share of the next block, at the end of KV head next_g's."""
     n, block_size = q.shape[0], cache.shape[3]
     out[:] = 0
     scratch[:, block_size] = -np.inf
@@ -126,10 +126,12 @@ def _attend_group(q, cache, g, table, first, length, scratch, out):  # type: ign
     for b in range(first // block_size, last + 1):
         start, end = max(first - b * block_size, 0), min(length - b * block_size, block_size)
         keys, values = cache[table[b], 0, g, start:end], cache[table[b], 1, g, start:end]
-        following = cache[table[min(b + 1, last)]]
+        following, head = (b + 1, g) if b < last else (first // block_size, next_g)
+        begin = max(first - following * block_size, 0)
+        count = min(length - following * block_size, block_size) - begin if b < last or next_g != g else 0
         for h in range(n):
-            low, high = block_size * h // n, block_size * (h + 1) // n
-            next_keys, next_values = following[0, g, low:high], following[1, g, low:high]
+            low, high = begin + count * h // n, begin + count * (h + 1) // n
+            next_keys, next_values = cache[table[following], 0, head, low:high], cache[table[following], 1, head, low:high]
             scores, state = scratch[h, :block_size], scratch[h, block_size:]
             _attend_block(q[h], keys, values, next_keys, next_values, scores, state, out[h])
     for h in range(n):
@@ -145,9 +147,10 @@ def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):
     """
     group = q.shape[0] // cache.shape[2]
     start, end = q.shape[0] * worker // workers, q.shape[0] * (worker + 1) // workers
-    for g in range(start // group, -(-end // group)):
+    last = -(-end // group) - 1
+    for g in range(start // group, last + 1):
         low, high = max(start, g * group), min(end, (g + 1) * group)
-        _attend_group(q[low:high], cache, g, table, first, length, scratch[low:high], out[low:high])
+        _attend_group(q[low:high], cache, g, min(g + 1, last), table, first, length, scratch[low:high], out[low:high])
 
 
 def decode_attention(
