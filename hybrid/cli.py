@@ -40,6 +40,7 @@ _SPARSITY = click.option(
     show_default=True,
     help="auto is learned where the activation fires sparsely, else dense.",
 )
+_MLOCK = click.option("--mlock", is_flag=True, help="Read a packed model at once and keep it in memory.")
 _CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
 _HARDWARE = click.option(
     "--hardware",
@@ -176,6 +177,7 @@ def pack(model: Path | None, **options: Any) -> None:
 @_SPARSITY
 @_CONTEXT
 @_THREADS
+@_MLOCK
 @_BUNDLE
 @_sampling_options
 @click.option("--system", help="System prompt.")
@@ -193,6 +195,7 @@ def chat(model: Path | None, system: str | None, **options: Any) -> None:
 @_SPARSITY
 @_CONTEXT
 @_THREADS
+@_MLOCK
 @_BUNDLE
 @_sampling_options
 def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, **options: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def chat(model: Path | None, system: str | None, options: Options) -> None:
     folder = ModelFolder.open(model or EMBEDDED_MODEL)
     if not TextCodec(folder.path, folder.spec.vocab_size).has_chat_template:
         raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
-    with closing(_engine(model, options)) as engine:
+    with _locked(folder.path, options["mlock"]), closing(_engine(model, options)) as engine:
         settings = _sampling(engine.settings, options)
         name = str(model or "embedded model")
         run_repl(engine, terminal, settings, system, header=_chat_header(engine, name), model_name=name)
@@ -183,7 +183,7 @@ def chat(model: Path | None, system: str | None, options: Options) -> None:
 def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, options: Options) -> None:
     """Stream the continuation to stdout; statistics to stderr."""
     text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
-    with closing(_engine(model, options)) as engine:
+    with _locked(model or EMBEDDED_MODEL, options["mlock"]), closing(_engine(model, options)) as engine:
         for notice in engine.notices:
             click.echo(f"note: {notice}", err=True)
         stats = None
@@ -308,6 +308,19 @@ def _placement_summary(result: PlacementResult, found: NeuronProfile) -> str:
         f"{nothing}share of firings served hot: {percent(share)}; "
         f"predicted {made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']}) on: {made['hardware']}"
     )
+
+
+@contextmanager
+def _locked(path: Path, wanted: bool) -> Iterator[None]:
+    """Inside, a packed model's weights stay in memory if `wanted`; pages locked once serve every map of them."""
+    packed = None
+    if wanted:
+        if not PackedModel.is_packed(path):
+            raise InputError(f"--mlock is for packed models, {path} is not one; make one with `hybrid pack`")
+        packed = PackedModel.open(path)
+        packed.lock()
+    yield
+    del packed  # and with it the map and the lock
 
 
 def _engine(model: Path | None, options: Options) -> Engine:

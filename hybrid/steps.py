@@ -22,6 +22,7 @@ from hybrid.evaluate import perplexity
 from hybrid.ffn import FFNRuntime
 from hybrid.loader import ModelFolder
 from hybrid.model import Transformer
+from hybrid.packed import PackedModel
 from hybrid.text import TextCodec
 from placement import placement as placement_file
 from placement.placement import Placement, PlacementResult, PlacementSettings, place
@@ -104,8 +105,12 @@ class Project:
 
     def use_predictors(self, bank: PredictorBank | None) -> None:
         """Make the model's `learned` strategy use `bank`, or have none."""
+        packed = self.folder.weights if isinstance(self.folder.weights, PackedModel) else None
         for layer, ffn in enumerate(self.model.ffns):
-            ffn.set_predictor(bank.predictors[layer] if bank else None)
+            predictor = bank.predictors[layer] if bank else None
+            if predictor and packed:  # its rows lie in the order of a placement
+                predictor = predictor.reordered(torch.from_numpy(packed.order[layer].astype(np.int64)))
+            ffn.set_predictor(predictor)
 
     def check_context(self, context: int) -> None:
         """Raise `ContextError` unless the model takes `context` tokens."""
@@ -121,6 +126,11 @@ class Project:
                 f"{self.spec.activation} fires densely, so there are no hot and cold neurons to tell apart; "
                 "the model runs dense without preparation"
             )
+
+    def require_source(self) -> None:
+        """Raise `InputError` for a packed model: its neurons have another order, its weights another type."""
+        if isinstance(self.folder.weights, PackedModel):
+            raise InputError(f"{self.folder.path} is packed; profile and train the model that it was packed from")
 
     # Profile
 
@@ -138,6 +148,7 @@ class Project:
 
     def profile(self, request: ProfileRequest) -> NeuronProfile:
         """Run the model over the corpus, and write and return the profile."""
+        self.require_source()
         self.require_sparse()
         header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
         windows = self.windows(request)
@@ -170,6 +181,7 @@ class Project:
 
     def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
         """Train, write and return predictors; their report is with them."""
+        self.require_source()
         self.require_sparse()
         check_seed(seed)
         layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from model_cases import make_model
-from packed_cases import pack, quiet
+from packed_cases import pack, place, quiet
 from safetensors.torch import save_file
 
 from cpu_kernels.blocks import dequantize, quantize
 from hybrid import packed
 from hybrid.bundle import Bundle
+from hybrid.cli import main
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.loader import ModelFolder
 from hybrid.pack import Packer
@@ -103,3 +104,62 @@ def test_a_foreign_file_and_another_config_are_refused(model, tmp_path):
     save_file({"x": torch.zeros(3)}, out / PACKED_FILE)
     with pytest.raises(ArtifactError, match="is not a packed model"):
         PackedModel.open(out)
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dog", "run", "far", "away", "over", "hills"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    lines = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 25)) for n in range(60)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+def hybrid(capfd, *arguments):
+    """Run the command in this process: exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    return left.value.code or 0, *capfd.readouterr()
+
+
+def test_a_packed_folder_is_a_model_for_every_command(model, corpus, tmp_path, capfd):
+    quick = ["--corpus", corpus, "--tokens", "2000", "--window", "32"]
+    assert hybrid(capfd, "prepare", model, *quick, "--vram-budget", "4MiB")[0] == 0
+    out = tmp_path / "packed"
+    assert hybrid(capfd, "pack", model, "--dtype", "bf16", "-o", out)[0] == 0
+    order = PackedModel.open(out).order
+    assert (order != np.arange(order.shape[1])).any(), "the test needs an order of its own"
+    evaluation = ["--corpus", corpus, "--tokens", "256", "--context", "32"]
+    tables = [hybrid(capfd, "eval", folder, *evaluation)[1].splitlines() for folder in (model, out)]
+    for source, ours in zip(*(table[1:4] for table in tables), strict=True):  # bf16 of f32: the same but for rounding
+        source, ours = source.split(), ours.split()
+        assert float(ours[1]) == pytest.approx(float(source[1]), rel=2e-3)
+        assert float(ours[5][:-1]) == pytest.approx(float(source[5][:-1]), abs=1.0), "share of neurons computed"
+    answers = [
+        hybrid(capfd, "generate", out, "-p", "the cat", "--max-new-tokens", "6", "--sparsity", kind, *more)
+        for kind, more in (("dense", []), ("exact", ["--mlock"]), ("learned", ["--threads", "1"]))
+    ]
+    assert all(code == 0 and "6 tokens" in err for code, _, err in answers)
+    assert answers[0][1] == answers[1][1]
+    assert hybrid(capfd, "inspect", out)[0] == 0
+    assert "present and current" in hybrid(capfd, "prepare", out, *quick, "--vram-budget", "4MiB")[2]
+    for command in (["profile", out, *quick[:4]], ["train", out]):
+        code, _, err = hybrid(capfd, *command)
+        assert code == 2 and "is packed; profile and train the model" in err
+
+
+def test_another_placement_beside_packed_weights_is_refused(model, tmp_path, capfd):
+    out = tmp_path / "packed"
+    place(model)
+    pack(model, out)
+    place(model, seed=2)
+    shutil.copy(model / "hybrid" / "placement.safetensors", out / "hybrid")
+    code, _, err = hybrid(capfd, "generate", out, "-p", "x", "--sparsity", "exact")
+    assert code == 2 and "packed in another order" in err and err.count("\n") == 1
+
+
+def test_mlock_is_for_packed_models(model, capfd):
+    code, _, err = hybrid(capfd, "generate", model, "-p", "x", "--sparsity", "dense", "--mlock")
+    assert code == 2 and "make one with `hybrid pack`" in err
