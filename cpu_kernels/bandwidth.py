@@ -85,6 +85,7 @@ class BandwidthProbe:
         if size < _BLOCK * pool.threads:
             raise ValueError(f"a bandwidth probe needs at least {_BLOCK * pool.threads} bytes, got {size}")
         self._pool = pool
+        self.cores = 0.0
         self._buffer = np.ones(size // _BLOCK * (_BLOCK // 8), np.int64)  # written, or all pages were one page of zeros
         self._sums = np.zeros(pool.threads, np.int64)
         for reader in (_one_stream, _four_streams):
@@ -93,13 +94,18 @@ class BandwidthProbe:
                 raise RuntimeError(f"the bandwidth probe read {self._sums.sum()} of {self._buffer.size} words")
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Bytes per second: the median pass of the faster reader. Takes about `seconds`, at least two passes."""
+        """Bytes per second: the median pass of the faster reader. Takes about `seconds`, at least two passes.
+
+        `cores` is then how many cores this process had meanwhile: well below the pool's threads, others used them.
+        """
         times: dict[Any, list[float]] = {_one_stream: [], _four_streams: []}
-        end = time.perf_counter() + seconds
+        start, busy = time.perf_counter(), time.process_time()
         while True:
             for reader, passes in times.items():
                 passes.append(self._pass(reader))
-            if time.perf_counter() >= end:
+            elapsed = time.perf_counter() - start
+            if elapsed >= seconds:
+                self.cores = (time.process_time() - busy) / elapsed
                 return self._buffer.nbytes / min(map(statistics.median, times.values()))
 
     def _pass(self, reader: Callable[..., None]) -> float:

@@ -104,6 +104,7 @@ class Bench:
             self._peer.generate(self._prompt, min(_WARM_UP_TOKENS, self._config.tokens))
         for _ in range(self._config.runs):
             result.bandwidths.append(self._probe.measure())
+            result.cores.append(self._probe.cores)
             for strategy in self.strategies:
                 result.runs[strategy].append(self.ours(strategy, self._config.tokens))
                 _add(counters[strategy], self._engine.runtime.counters)

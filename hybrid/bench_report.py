@@ -34,12 +34,14 @@ _READ_IN = {
 
 @dataclass
 class BenchResult:
-    """Runs of each strategy, in turn; bytes a token by part and counters, summed over its runs; bandwidths, bytes/s."""
+    """Runs of each strategy, in turn, bytes a token by part, and counters summed over them; bandwidths, bytes/s,
+    and how many cores the process had while each was measured."""
 
     runs: dict[str, list[GreedyRun]]
     bytes: dict[str, dict[str, int]]
     counters: dict[str, FFNCounters] = field(default_factory=dict)
     bandwidths: list[float] = field(default_factory=list)
+    cores: list[float] = field(default_factory=list)
     peer_runs: list[GreedyRun] = field(default_factory=list)
 
     @property
@@ -127,7 +129,8 @@ def report(result: BenchResult, setting: Mapping[str, Any], same_text: bool) -> 
     measured = [bandwidth / 1e9 for bandwidth in result.bandwidths]
     head = (
         f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads of {setting['machine']}\n"
-        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s (median of {min(measured):.1f} to {max(measured):.1f})"
+        f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s (median of {min(measured):.1f} to {max(measured):.1f}), "
+        f"measured with {min(result.cores):.1f} to {max(result.cores):.1f} cores"
     )
     parts = [head, _ceiling_table(result), _speed_table(result), _time_table(result)]
     if result.peer_runs:
@@ -222,4 +225,4 @@ def csv_rows(result: BenchResult, setting: Mapping[str, Any]) -> list[dict[str, 
 def json_line(result: BenchResult, setting: Mapping[str, Any]) -> str:
     """Everything measured, on one line."""
     found = {name: asdict(summary) | {"bytes": result.bytes.get(name)} for name, summary in result.summaries.items()}
-    return json.dumps({**setting, "read_bandwidth": result.bandwidth, "results": found})
+    return json.dumps({**setting, "read_bandwidth": result.bandwidth, "cores": result.cores, "results": found})

@@ -32,8 +32,8 @@ _REFERENCE_PASSES = 3  # it is there for the size of the gap only
 
 @dataclass(frozen=True)
 class Timing:
-    """A kernel on some threads. gigabytes: GB/s of a pass; share: of the read bandwidth, where the bytes come from
-    memory; over_torch, over_reference: how many times as fast, by medians."""
+    """A kernel on some threads. gigabytes: GB/s of a pass; cores: the least that this process had during the probes;
+    share: of the read bandwidth, where the bytes come from memory; over_torch, over_reference: speed over theirs."""
 
     case: str
     threads: int
@@ -42,6 +42,7 @@ class Timing:
     microseconds_per_call: float
     gigabytes: Spread
     read_bandwidth: float
+    cores: float
     share: float | None
     over_torch: float | None
     over_reference: float
@@ -56,12 +57,13 @@ def seconds(work: Callable[[], object]) -> float:
 def time_case(case: Case, pool: WorkerPool, probe: BandwidthProbe, passes: int) -> Timing:
     """Probe, kernel and torch in turn, `passes` times, after one of each that is not counted."""
     torch.set_num_threads(pool.threads)
-    bandwidths, ours, theirs = list[float](), list[float](), list[float]()
+    bandwidths, cores, ours, theirs = list[float](), list[float](), list[float](), list[float]()
     for number in range(passes + 1):
         bandwidth, own = probe.measure(0.0), seconds(lambda: case.run(pool))
         other = seconds(case.torch) if case.torch else None
         if number:
             bandwidths.append(bandwidth)
+            cores.append(probe.cores)
             ours.append(own)
             theirs += [other] if other else []
     median, bandwidth = statistics.median(ours), statistics.median(bandwidths)
@@ -75,6 +77,7 @@ def time_case(case: Case, pool: WorkerPool, probe: BandwidthProbe, passes: int) 
         1e6 * median / case.calls,
         Spread.of([case.nbytes / each / 1e9 for each in ours]),
         bandwidth / 1e9,
+        min(cores),
         speed / bandwidth if case.from_memory else None,
         statistics.median(theirs) / median if theirs else None,
         speed / (case.reference_bytes / reference),
@@ -83,14 +86,30 @@ def time_case(case: Case, pool: WorkerPool, probe: BandwidthProbe, passes: int) 
 
 def kernel_table(timings: Sequence[Timing]) -> str:
     """One row per kernel."""
-    header = ["kernel", "MB", "calls", "us a call", "GB/s", "p20", "p80", "read GB/s", "share", "x torch", "x NumPy"]
+    header = [
+        "kernel",
+        "MB",
+        "calls",
+        "us a call",
+        "GB/s",
+        "p20",
+        "p80",
+        "read GB/s",
+        "cores",
+        "share",
+        "x torch",
+        "x NumPy",
+    ]
     rows = [
         [
             t.case,
             f"{t.megabytes:,.1f}",
             t.calls,
             f"{t.microseconds_per_call:,.1f}",
-            *(f"{value:.1f}" for value in (t.gigabytes.p50, t.gigabytes.p20, t.gigabytes.p80, t.read_bandwidth)),
+            *(
+                f"{value:.1f}"
+                for value in (t.gigabytes.p50, t.gigabytes.p20, t.gigabytes.p80, t.read_bandwidth, t.cores)
+            ),
             percent(t.share),
             "-" if t.over_torch is None else f"{t.over_torch:.1f}",
             f"{t.over_reference:,.0f}",

@@ -114,7 +114,7 @@ def gemv_case(dtype: DType, d: int, sizes: Sizes) -> Case:
 @kernel
 def _many_layers(
     worker, workers, state, like, table, width, d, no_bias, code, x, rows, starts, ones, inputs, hidden, places, picked,
-    scales, sums, offsets, out, fired
+    scales, steps, sums, offsets, out, fired
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     """`sparse_ffn` for one token over each layer of `table`, int64 [layers, 3] of addresses of gate, up and down."""
     for n in range(table.shape[0]):
@@ -123,7 +123,7 @@ def _many_layers(
         ffn = (like, table[n, 0], table[n, 1], table[n, 2], width, d, no_bias, no_bias)
         _together(
             worker, workers, state, ffn, code, False, x, ids, ones[:count], inputs, hidden[:count].reshape(1, count),
-            places, picked, scales, sums, offsets, out, fired
+            places, picked, scales, steps, sums, offsets, out, fired
         )  # fmt: skip
         if not barrier.wait(state, workers):  # the next layer overwrites `hidden`
             return
@@ -158,7 +158,7 @@ class SparseLayers:
         scales = s.scales[:, :1]
         pool.run(
             *(_many_layers, pool.threads, pool.barrier, *args, next(self.rows), self.starts, s.ones, s.inputs),
-            *(s.hidden[0], s.places, s.picked, scales, s.sums, s.offsets, self.out, s.fired),
+            *(s.hidden[0], s.places, s.picked, scales, s.steps, s.sums, s.offsets, self.out, s.fired),
         )
 
     def in_torch(self) -> Callable[[], object] | None:

@@ -24,6 +24,8 @@ def test_bandwidth_is_in_bytes_per_second(threads):
     pool = WorkerPool(threads)
     # Any machine reads between 10 MB/s and 100 TB/s: this catches a wrong unit, not a slow machine.
     assert 1e7 < read_bandwidth(pool, 2**20 + 100, seconds=0.0) < 1e14
+    probe = BandwidthProbe(pool, 2**24)
+    assert 1e7 < probe.measure(0.05) < 1e14 and 0 < probe.cores < threads + 1
     pool.close()
 
 

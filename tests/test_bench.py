@@ -51,6 +51,7 @@ def result(peer=False):
             "exact": FFNCounters(100, 10, 5, 5, ffn_seconds=0.3),
         },
         bandwidths=[1000.0, 2000.0, 4000.0],
+        cores=[1.9, 1.0, 2.0],
         peer_runs=[run(10, [1, 2, 3, 3], interval=each) for each in (0.2, 0.2, 0.2)] if peer else [],
     )
 
@@ -158,7 +159,7 @@ def test_numbers_of_a_strategy():
 def test_the_ceiling_is_printed_first():
     text = report(result(), SETTING, same_text=False)
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[1].startswith("read bandwidth 0.0 GB/s")
+    assert lines[1].startswith("read bandwidth 0.0 GB/s") and lines[1].endswith("with 1.0 to 2.0 cores")
     places = [
         lines.index(line)
         for line in ("ceiling, tok/s 20.0 26.7", "tok/s, median 5.0 20.0", "ms per token dense GB/s exact GB/s")
@@ -200,7 +201,9 @@ def test_machine_and_commit_are_known():
 
 
 def test_the_command_ends_with_one_json_line(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("hybrid.bench.BandwidthProbe", lambda pool, size: SimpleNamespace(measure=lambda: 1e9))
+    monkeypatch.setattr(
+        "hybrid.bench.BandwidthProbe", lambda pool, size: SimpleNamespace(measure=lambda: 1e9, cores=2.0)
+    )
     arguments = ["--sparsity", "exact", "--prompt-tokens", "9", "--tokens", "5", "--runs", "2", "--threads", "2"]
     with pytest.raises(SystemExit) as end:
         main(["bench", str(folder), *arguments, "--csv", str(tmp_path / "b.csv")])
