@@ -117,7 +117,7 @@ def _attend_block(q, keys, values, next_keys, next_values, scores, state, out): 
 
 @kernel
 def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
-    """The heads q [n, head_dim] of KV head g; each fetches its share of the next block, at the end of KV head next_g's."""
+    """The heads q [n, head_dim] of KV head g; each fetches its share of the next block, in the end of next_g's."""
     n, block_size = q.shape[0], cache.shape[3]
     out[:] = 0
     scratch[:, block_size] = -np.inf
@@ -131,7 +131,10 @@ def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # t
         count = min(length - following * block_size, block_size) - begin if b < last or next_g != g else 0
         for h in range(n):
             low, high = begin + count * h // n, begin + count * (h + 1) // n
-            next_keys, next_values = cache[table[following], 0, head, low:high], cache[table[following], 1, head, low:high]
+            next_keys, next_values = (
+                cache[table[following], 0, head, low:high],
+                cache[table[following], 1, head, low:high],
+            )
             scores, state = scratch[h, :block_size], scratch[h, block_size:]
             _attend_block(q[h], keys, values, next_keys, next_values, scores, state, out[h])
     for h in range(n):

@@ -1,12 +1,12 @@
 """One token through all layers in one compiled call: embedding, attention, FFN, final norm, head.
 
-Threads: every worker of a `WorkerPool` runs `decode_step` at once. Between phases they meet at the pool's barrier, which
-polls; nobody waits anywhere else, nothing is allocated, and no Python runs. A phase reads what the phase before it wrote
-to the shared buffers, and each worker writes its own range of rows, heads or columns, so that the answer is the same, bit
-for bit, for any number of workers. Norms are computed by every worker for itself: 0.6 us at d=4096, less than a barrier.
+Threads: every worker of a `WorkerPool` runs `decode_step` at once. Between phases they meet at the pool's barrier,
+which polls; nobody waits anywhere else, nothing is allocated, and no Python runs. A phase reads what the phase before
+wrote to the shared buffers, and each worker writes its own rows, heads or columns, so that the answer is the same, bit
+for bit, for any number of workers. Norms are computed by every worker for itself: 0.6 us at d=4096, less than a wait.
 
-Weights are addresses in a table, one row a layer (`Column`), so that a call unpacks no arrays per layer, and memory-mapped
-weights serve as they are. `likes` are empty arrays whose types say how the rows of each kind of matrix are stored.
+Weights are addresses in a table, one row a layer (`Column`), so that a call unpacks no arrays per layer, and
+memory-mapped weights serve as they are. `likes` are empty arrays whose types say how each kind of matrix is stored.
 
 Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; output and residual; then
     dense     gate of all; up of all; down
@@ -16,8 +16,7 @@ Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; o
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -29,134 +28,14 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.compiled import kernel
+from cpu_kernels.decode_state import DENSE, EXACT, LEARNED, Column, Count, Ends, Phase
 from cpu_kernels.gemv import gemv_rows
-from cpu_kernels.lanes import Input, new_inputs, one_input, prepare, round_input
+from cpu_kernels.lanes import one_input, prepare, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
-from cpu_kernels.row_sum import finish, new_steps, new_sums, sum_rows
-from cpu_kernels.sparse_ffn import down_columns, first_rows, second_rows
-
-DENSE, EXACT, LEARNED = 0, 1, 2
-
-
-class Column(IntEnum):
-    """Columns of the table: addresses, 0 where a layer has no such part, and numbers; `_BIAS`, norms, scales are f32."""
-
-    QKV, QKV_BIAS, OUT, OUT_BIAS = 0, 1, 2, 3
-    ATTENTION_NORM, ATTENTION_NORM_BIAS, FFN_NORM, FFN_NORM_BIAS, Q_NORM, K_NORM = 4, 5, 6, 7, 8, 9
-    GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 10, 11, 12, 13, 14, 15
-    KV, WINDOW, HOT = 16, 17, 18
-    FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
-
-
-class Ends(IntEnum):
-    """Entries of the table's last row, which belongs to no layer."""
-
-    EMBEDDING, POSITIONS, FINAL_NORM, FINAL_NORM_BIAS, HEAD = 0, 1, 2, 3, 4
-
-
-class Phase(IntEnum):
-    """Where ticks are counted."""
-
-    ATTENTION, PREDICTOR, FFN, HEAD = 0, 1, 2, 3
-
-
-class Count(IntEnum):
-    """What is counted over the layers."""
-
-    COMPUTED, FIRED_HOT, FIRED_COLD = 0, 1, 2
-
-
-class Shape(NamedTuple):
-    """Sizes that the step needs, in the order in which compiled code unpacks them."""
-
-    d: int
-    f: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    blocks: int
-    block_size: int
-    layer_norm: int
-    activation: int
-    strategy: int
-
-
-class Shared(NamedTuple):
-    """Buffers of all workers: the residual x [1, d], and what each phase leaves to the next."""
-
-    x: np.ndarray
-    qkv: np.ndarray
-    qkv_heads: np.ndarray
-    attended: np.ndarray
-    projected: np.ndarray
-    scores: np.ndarray
-    hidden_units: np.ndarray
-    counts: np.ndarray
-    ids: np.ndarray
-    hidden: np.ndarray
-    ones: np.ndarray
-    sums: np.ndarray
-    offsets: np.ndarray
-    logits: np.ndarray
-    tallies: np.ndarray
-    ticks: np.ndarray
-
-
-class Own(NamedTuple):
-    """Buffers of one worker alone."""
-
-    inputs: Input
-    attended: Input
-    units: Input
-    ids: np.ndarray
-    hidden: np.ndarray
-    places: np.ndarray
-    picked: np.ndarray
-    scales: np.ndarray
-    steps: np.ndarray
-
-
-def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
-    """Shared buffers; `rank` is the largest of the predictors', or 0."""
-    heads = shape.heads + 2 * shape.kv_heads
-    qkv = np.zeros((1, heads * shape.head_dim), np.float32)
-    sums, offsets = new_sums(1, shape.d)
-    return Shared(
-        x=np.zeros((1, shape.d), np.float32),
-        qkv=qkv,
-        qkv_heads=qkv.reshape(heads, shape.head_dim),
-        attended=np.zeros((shape.heads, shape.head_dim), np.float32),
-        projected=np.zeros((1, shape.d), np.float32),
-        scores=np.zeros((shape.heads, shape.block_size + 2), np.float32),
-        hidden_units=np.zeros(rank, np.float32),
-        counts=np.zeros(workers * COUNT_STRIDE, np.int64),
-        ids=np.zeros(shape.f, np.int32),
-        hidden=np.zeros((1, shape.f), np.float32),
-        ones=np.ones(shape.f, np.uint8),
-        sums=sums,
-        offsets=offsets,
-        logits=np.zeros((1, shape.vocab), np.float32),
-        tallies=np.zeros(len(Count), np.int64),
-        ticks=np.zeros(len(Phase), np.int64),
-    )
-
-
-def new_own(shape: Shape, rank: int) -> Own:
-    """Buffers of one worker."""
-    return Own(
-        inputs=new_inputs(1, shape.d),
-        attended=new_inputs(1, shape.heads * shape.head_dim),
-        units=new_inputs(1, max(1, rank)),
-        ids=np.zeros(shape.f + 1, np.int32),
-        hidden=np.zeros(shape.f, np.float32),
-        places=np.zeros(shape.f, np.int32),
-        picked=np.zeros(shape.f, np.int32),
-        scales=np.zeros((1, shape.f), np.float32),
-        steps=new_steps(shape.d),
-    )
+from cpu_kernels.row_sum import finish, sum_rows
+from cpu_kernels.sparse_ffn import FFNWeights, down_columns, first_rows, second_rows
 
 
 @intrinsic
@@ -221,10 +100,19 @@ def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, 
     """x += attention of norm(x)."""
     d, heads, head_dim = shape.d, shape.heads, shape.head_dim
     v = one_input(own.inputs, 0)
-    _normed(shared.x[0], _floats(row[Column.ATTENTION_NORM], d), _floats(row[Column.ATTENTION_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    _normed(
+        shared.x[0],
+        _floats(row[Column.ATTENTION_NORM], d),
+        _floats(row[Column.ATTENTION_NORM_BIAS], d),
+        eps,
+        shape.layer_norm,
+        v[0],
+    )
     prepare(like, v, d)
     width = heads * head_dim
-    _project(worker, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv)
+    _project(
+        worker, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv
+    )
     if not barrier.wait(state, workers):
         return False
     cache = carray(_pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
@@ -280,11 +168,10 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
 @kernel
 def _first_of_all(worker, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
     """shared.hidden = the activation of every neuron of this worker's range."""
-    like, gate, up, down, width, d, gate_bias, up_bias = ffn
     f = shape.f
     first, last = f * worker // workers, f * (worker + 1) // workers
-    weight, bias = (gate, gate_bias) if gate else (up, up_bias)
-    gemv_rows(like, weight, width, first, last, own.inputs, d, bias, shared.hidden)
+    weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
+    gemv_rows(ffn.like, weight, ffn.width, first, last, own.inputs, ffn.d, bias, shared.hidden)
     for i in range(first, last):
         shared.hidden[0, i] = activate(shape.activation, shared.hidden[0, i])
 
@@ -324,10 +211,18 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     d, f, strategy = shape.d, shape.f, shape.strategy
     begun = _tick()
     v = one_input(own.inputs, 0)
-    _normed(shared.x[0], _floats(row[Column.FFN_NORM], d), _floats(row[Column.FFN_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    _normed(
+        shared.x[0],
+        _floats(row[Column.FFN_NORM], d),
+        _floats(row[Column.FFN_NORM_BIAS], d),
+        eps,
+        shape.layer_norm,
+        v[0],
+    )
     prepare(like, v, d)
     biases = _floats(row[Column.GATE_BIAS], f), _floats(row[Column.UP_BIAS], f)
-    ffn = like, row[Column.GATE], row[Column.UP], row[Column.DOWN], _row_bytes(like, d), d, biases[0], biases[1]
+    matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
+    ffn = FFNWeights(like, matrices[0], matrices[1], matrices[2], _row_bytes(like, d), d, biases[0], biases[1])
     n, skip = f, strategy != DENSE
     if strategy == LEARNED:
         n = _predict(worker, workers, state, row, shape, shared, own, like_codes)
@@ -346,12 +241,8 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     if n < 0:
         return False
     if strategy == LEARNED:
-        first_rows(
-            worker, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, shared.hidden
-        )
-    second_rows(
-        worker, workers, ffn, shared.ids, n, own.inputs, shared.hidden, skip, own.places, own.picked
-    )
+        first_rows(worker, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, shared.hidden)
+    second_rows(worker, workers, ffn, shared.ids, n, own.inputs, shared.hidden, skip, own.places, own.picked)
     if not barrier.wait(state, workers):
         return False
     if worker == workers - 1:
@@ -370,9 +261,9 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
 
 
 @kernel
-def decode_step(
+def decode_step(  # type: ignore[no-untyped-def]
     worker, workers, state, likes, table, shape, eps, rotation, blocks, token, position, shared, owns
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """logits [1, vocab] of the token after `token`, whose keys and values go to `position` of the KV cache.
 
     state: the pool's barrier. likes: types of attention, FFN, head, embedding and codes. table: int64 [layers + 1, 27].
@@ -389,9 +280,7 @@ def decode_step(
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
-        if not _attention(
-            worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own
-        ):
+        if not _attention(worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own):
             return
         if worker == 0:
             shared.ticks[Phase.ATTENTION] += _tick() - begun
@@ -399,7 +288,14 @@ def decode_step(
             return
     begun = _tick()
     v = one_input(own.inputs, 0)
-    _normed(shared.x[0], _floats(ends[Ends.FINAL_NORM], d), _floats(ends[Ends.FINAL_NORM_BIAS], d), eps, shape.layer_norm, v[0])
+    _normed(
+        shared.x[0],
+        _floats(ends[Ends.FINAL_NORM], d),
+        _floats(ends[Ends.FINAL_NORM_BIAS], d),
+        eps,
+        shape.layer_norm,
+        v[0],
+    )
     prepare(likes[2], v, d)
     _project(worker, workers, likes[2], ends[Ends.HEAD], 0, shape.vocab, d, own.inputs, shared.logits)
     if barrier.wait(state, workers) and worker == 0:

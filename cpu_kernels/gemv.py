@@ -1,7 +1,7 @@
 """GEMV and small-batch GEMM: y[t] = W x[t] + b, for one or a few tokens, with f32 sums.
 
-Each row is summed by one worker, so the answer does not depend on how many there are. A worker reads its range of rows as
-four streams, a quarter of the range apart, four rows at a time: int4 rows of 2048 weights come at 32 GB/s so, four
+Each row is summed by one worker, so the answer does not depend on how many there are. A worker reads its range of rows
+as four streams, a quarter of the range apart, four rows at a time: int4 rows of 2048 weights come at 32 GB/s so, four
 neighbouring ones at 24, on two cores.
 """
 

@@ -6,13 +6,12 @@ are stored. NumPy has no bf16 and no 4-bit type, so the five types are told apar
     float32 f32    uint16 bf16    int16 f16    int8 blocks of int8    uint8 blocks of int4 (`blocks.py`)
 
 bf16, f16 and f32 rows are multiplied with the input in f32. Rows in blocks are multiplied in integers with an input of
-16 bits, one f32 scale a block (`Input`), by the instruction that multiplies pairs of 16-bit lanes and adds them (pmaddwd),
-which every x86-64 has: an input rounded to 1 part in 65,534 of its block's largest element changes nothing that is
-seen in the answer, one of 8 bits would. Sums have one order on every CPU; only fused products round otherwise.
+16 bits, one f32 scale a block (`Input`), by the instruction that multiplies pairs of 16-bit lanes and adds them
+(pmaddwd), which every x86-64 has: an input rounded to 1 part in 65,534 of its block's largest element changes nothing
+that is seen in the answer, one of 8 bits would. Sums have one order on every CPU; only fused products round otherwise.
 
-`delta` is the distance in bytes to a line that will be read later: while a row is read, lines that far ahead are
-fetched into L2. A row of a list is a jump that no hardware prefetcher foresees: 10 GB/s by one core; with the next row of
-8 KB fetched meanwhile, 20 GB/s.
+While rows are read, those that come next are fetched into L2. A row of a list is a jump that no hardware prefetcher
+foresees: 10 GB/s by one core; with the next row of 8 KB fetched meanwhile, 20 GB/s.
 """
 
 from __future__ import annotations
@@ -297,7 +296,7 @@ class Code:
         return self.picked(vector, zeros, [min(n, count) for n in range(lanes)])
 
     def nibbles(self, words: Any, number: int) -> Any:
-        """Codes of block `number` in the i16 [32] of a group, where they lie, but for the last, which is shifted down."""
+        """Codes of block `number` in a group's i16 [32], where they lie, but for the last, which is shifted down."""
         if number == 3:
             return self.builder.lshr(words, constant(I16, 12, BLOCK))
         return self.builder.and_(words, constant(I16, 15 << 4 * number, BLOCK))

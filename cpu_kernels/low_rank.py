@@ -62,12 +62,9 @@ class PredictorView:
         r, f = len(b1), len(b2)
         if fc1.shape[0] != r or s1.shape != (r,) or fc2.shape != (f, r) or s2.shape != (f,):
             raise ValueError(f"predictor shapes do not fit: fc1 {tuple(fc1.shape)}, fc2 {tuple(fc2.shape)}, {r}, {f}")
-        vectors = [tensor.float().contiguous().numpy() for tensor in (s1, b1, s2, b2)]
-        return cls(
-            *(pad_codes(fc1.numpy()), *vectors[:2], pad_codes(fc2.numpy()), *vectors[2:]),
-            threshold=np.float32(threshold),
-            d=fc1.shape[1],
-        )
+        v1, w1, v2, w2 = (tensor.float().contiguous().numpy() for tensor in (s1, b1, s2, b2))
+        codes = pad_codes(fc1.numpy()), pad_codes(fc2.numpy())
+        return cls(codes[0], v1, w1, codes[1], v2, w2, np.float32(threshold), fc1.shape[1])
 
 
 def pad_codes(codes: np.ndarray) -> np.ndarray:
@@ -121,9 +118,10 @@ def copy_together(worker, workers, counts, ids, rows):  # type: ignore[no-untype
 
 
 @kernel
-def _predict(
-    worker, workers, state, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts, rows
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _predict(  # type: ignore[no-untyped-def]
+    worker, workers, state, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts,
+    rows
+):  # fmt: skip
     d, r, f = x.shape[0], b1.shape[0], b2.shape[0]
     v = one_input(inputs[worker], 0)
     v[0][:d] = x
@@ -161,9 +159,9 @@ def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: Wor
 
 
 @kernel
-def _predict_tokens(
+def _predict_tokens(  # type: ignore[no-untyped-def]
     worker, workers, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Whole tokens, one after another."""
     d, r, f = x.shape[1], b1.shape[0], b2.shape[0]
     for t in range(worker, x.shape[0], workers):
@@ -198,8 +196,6 @@ def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tupl
 def predict_rows_ref(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: WorkerPool | None) -> int:
     """`predict_rows` in NumPy."""
     hidden = np.maximum(view.fc1[:, : view.d].astype(np.float32) @ x * view.s1 + view.b1, 0)
-    found = np.flatnonzero(
-        view.fc2[:, : len(hidden)].astype(np.float32) @ hidden * view.s2 + view.b2 >= view.threshold
-    )
+    found = np.flatnonzero(view.fc2[:, : len(hidden)].astype(np.float32) @ hidden * view.s2 + view.b2 >= view.threshold)
     rows[: len(found)] = found
     return len(found)

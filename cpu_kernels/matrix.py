@@ -64,8 +64,10 @@ class Matrix:
         stored = self.rows[rows]
         if self.dtype in ("int8", "int4"):
             return _widen_blocks(stored, self.columns)
-        return _as_tensor(stored.view(np.int16)).view(_TORCH_TYPES[self.dtype]).float() if stored.itemsize == 2 else (
-            _as_tensor(stored)
+        return (
+            _as_tensor(stored.view(np.int16)).view(_TORCH_TYPES[self.dtype]).float()
+            if stored.itemsize == 2
+            else (_as_tensor(stored))
         )
 
 

@@ -130,7 +130,7 @@ def _add_block(code: Code, codes: Any, inputs: Any, table: Any, group: Any, bloc
 
 def is_input(kind: Any) -> bool:
     """Whether a Numba type is that of `Input`."""
-    return isinstance(kind, types.BaseTuple) and len(kind) == 6 and kind[0].dtype == types.float32
+    return isinstance(kind, types.BaseTuple) and len(kind) == 6
 
 
 def _unpacked(code: Code, value: Any, count: int) -> list[Any]:

@@ -47,8 +47,9 @@ def _float_sum(code: Code, dtype: Any, rows: _Four, sums: Any, first: Any, last:
 def _put_steps(code: Code, rows: _Four, taken: Any, tables: Any, first: Any, last: Any, codes_bytes: Any) -> None:
     """Write what each row's codes of each block are multiplied with to `tables`, f32 [row, 2 P / 32].
 
-    int8: row scale times block scale. int4, where `taken` is given: for each group, that over 16^n for the n-th nibble of
-    a 32-bit lane, as codes stay where they lie; the last is shifted down. Their offset of 8 goes to `taken` [P / 32].
+    int8: row scale times block scale. int4, where `taken` is given: for each group, that over 16^n for the n-th nibble
+    of a 32-bit lane, as codes stay where they lie; the last is shifted down. Their offset of 8 goes to `taken`
+    [P / 32].
     The sums read these by broadcasting loads, which cost no vector operation.
     """
     builder = code.builder

@@ -7,14 +7,15 @@ Weights are neuron-major: row i of gate, up and (transposed) down belong to neur
 activation comes out 0 is left there and its other rows are never read; the sum is the same.
 
 Threads: for one token, and for up to 8 over the union of their rows, workers share the rows of gate and up, meet at
-the pool's barrier, and share the columns of down. More tokens are shared out whole. A value of `hidden` is one worker's, and
-a column of the sum too, which adds its rows in the order given: the answer is the same, bit for bit, for any number of
-workers and whether a token comes alone or among others.
+the pool's barrier, and share the columns of down. More tokens are shared out whole. A value of `hidden` is one
+worker's, and a column of the sum too, which adds its rows in the order given: the answer is the same, bit for bit, for
+any number of workers and whether a token comes alone or among others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +29,24 @@ from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_rows
 from cpu_kernels.worker_pool import WorkerPool
 
-# Rows that a worker takes in turn: in a placement's order the first are nearly neighbours and the last far apart, so that
-# whole ranges took one worker 243 us and the other 294.
+# Rows that a worker takes in turn: in a placement's order the first are nearly neighbours and the last far apart, so
+# that whole ranges took one worker 243 us and the other 294.
 BLOCK_ROWS = 8
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
-# like, addresses of gate (0 for none), up and down, bytes of a row, d, biases of gate and up (length 0 for none)
-FFNWeights = tuple[np.ndarray, int, int, int, int, int, np.ndarray, np.ndarray]
+
+class FFNWeights(NamedTuple):
+    """One layer's neurons in compiled code: the type of a row, addresses of the matrices (gate 0 for none), bytes of a
+    row, its columns, biases f32 [f] (of length 0 for none)."""
+
+    like: np.ndarray
+    gate: int
+    up: int
+    down: int
+    width: int
+    d: int
+    gate_bias: np.ndarray
+    up_bias: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +76,22 @@ class FFNView:
         for name, part in (("gate", gate), ("down", down)):
             if part is not None and (part.shape != up.shape or part.dtype != up.dtype):
                 raise ValueError(f"{name} has shape {part.shape} of {part.dtype}, up is {up.shape} of {up.dtype}")
-        biases = []
+        biases: list[np.ndarray] = []
         for name, bias in (("gate_bias", gate_bias), ("up_bias", up_bias)):
             if bias is not None and tuple(bias.shape) != (up.shape[0],):
                 raise ValueError(
                     f"{name} has shape {tuple(bias.shape)}, expected {(up.shape[0],)} beside up {up.shape}"
                 )
             biases.append(np.empty(0, np.float32) if bias is None else bias.float().contiguous().numpy())
-        return cls(gate, up, down, *biases, activation)
+        return cls(gate, up, down, biases[0], biases[1], activation)
 
     @property
     def weights(self) -> FFNWeights:
         """The form in which kernels take it; valid as long as the view."""
         gate = 0 if self.gate is None else self.gate.rows.ctypes.data
         up, down = self.up.rows.ctypes.data, self.down.rows.ctypes.data
-        return self.up.rows, gate, up, down, self.up.row_bytes, self.up.columns, self.gate_bias, self.up_bias
+        sizes = self.up.row_bytes, self.up.columns
+        return FFNWeights(self.up.rows, gate, up, down, *sizes, self.gate_bias, self.up_bias)
 
     @property
     def row_bytes(self) -> int:
@@ -110,18 +123,17 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
 @kernel
 def first_rows(worker, workers, ffn, ids, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
     """hidden[t, k] = the activation of row ids[k] < n where it is token t's, 0 where not; this worker's blocks of k."""
-    like, gate, up, down, width, d, gate_bias, up_bias = ffn
-    weight, bias = (gate, gate_bias) if gate else (up, up_bias)
+    weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
     for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
         for k in range(start, min(start + BLOCK_ROWS, n), 4):
-            rows = _row_addresses(weight, width, ids, k, n)
+            rows = _row_addresses(weight, ffn.width, ids, k, n)
             following = k + 4 if k + 4 < start + BLOCK_ROWS else start + workers * BLOCK_ROWS
-            ahead = _row_addresses(weight, width, ids, following, n)
+            ahead = _row_addresses(weight, ffn.width, ids, following, n)
             for t in range(hidden.shape[0]):
                 if not _wanted(masks, k, n, t):
                     hidden[t, k : min(k + 4, n)] = 0
                     continue
-                sums = dot_four(like, rows, ahead, one_input(inputs, t), d)
+                sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
                 for i in range(min(4, n - k)):
                     z = sums[i]
                     if bias.shape[0]:
@@ -132,9 +144,8 @@ def first_rows(worker, workers, ffn, ids, n, masks, inputs, code, hidden):  # ty
 
 @kernel
 def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, picked):  # type: ignore[no-untyped-def]
-    """hidden[:, k] *= up . x, for this worker's k where some token's hidden is not 0 (for all of them if not `skip`)."""
-    like, gate, up, down, width, d, gate_bias, up_bias = ffn
-    if not gate:
+    """hidden[:, k] *= up . x, for this worker's k where some token's hidden is not 0 (for all if not `skip`)."""
+    if not ffn.gate:
         return
     count = 0
     for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
@@ -146,24 +157,25 @@ def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, pick
                 places[count], picked[count] = k, ids[k]
                 count += 1
     for k in range(0, count, 4):
-        rows = _row_addresses(up, width, picked, k, count)
-        ahead = _row_addresses(up, width, picked, k + 4, count)
+        rows = _row_addresses(ffn.up, ffn.width, picked, k, count)
+        ahead = _row_addresses(ffn.up, ffn.width, picked, k + 4, count)
         for t in range(hidden.shape[0]):
-            sums = dot_four(like, rows, ahead, one_input(inputs, t), d)
+            sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
             for i in range(min(4, count - k)):
                 u = sums[i]
-                if up_bias.shape[0]:
-                    u += up_bias[picked[k + i]]
+                if ffn.up_bias.shape[0]:
+                    u += ffn.up_bias[picked[k + i]]
                 hidden[t, places[k + i]] *= u
 
 
 @kernel
-def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, steps, sums, offsets, out):  # type: ignore[no-untyped-def]
+def down_columns(  # type: ignore[no-untyped-def]
+    worker, workers, ffn, ids, n, hidden, skip, picked, scales, steps, sums, offsets, out
+):  # fmt: skip
     """out[t] += hidden[t] . down, this worker's columns; returns how many values of hidden are not 0.
 
-    picked, scales, steps: this worker's own scratch, int32 [f], f32 [t, f] and as `sum_rows` wants it, like sums, offsets.
+    picked, scales: this worker's own scratch, int32 [f] and f32 [t, f]; steps, sums, offsets: as `sum_rows` wants them.
     """
-    like, gate, up, down, width, d, gate_bias, up_bias = ffn
     count = fired = 0
     for k in range(n):
         live = not skip
@@ -175,37 +187,51 @@ def down_columns(worker, workers, ffn, ids, n, hidden, skip, picked, scales, ste
             for t in range(hidden.shape[0]):
                 scales[t, count] = hidden[t, k]
             count += 1
-    unit = columns_unit(like)
-    units = (d + unit - 1) // unit
+    unit = columns_unit(ffn.like)
+    units = (ffn.d + unit - 1) // unit
     first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
-    sum_rows(like, down, width, picked, scales, count, d, first, last, sums, offsets, steps)
+    sum_rows(ffn.like, ffn.down, ffn.width, picked, scales, count, ffn.d, first, last, sums, offsets, steps)
     for t in range(hidden.shape[0]):
-        finish(like, sums[t], offsets[t], d, first, last, out[t])
+        finish(ffn.like, sums[t], offsets[t], ffn.d, first, last, out[t])
     return fired
 
 
 @kernel
-def _together(
-    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, steps, sums, offsets, out, fired
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _together(  # type: ignore[no-untyped-def]
+    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, steps, sums,
+    offsets, out, fired
+):  # fmt: skip
     """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
     n, d = ids.shape[0], x.shape[1]
     own = inputs[worker]
     for t in range(x.shape[0]):
         own[0][t, :d] = x[t]
-        prepare(ffn[0], one_input(own, t), d)
+        prepare(ffn.like, one_input(own, t), d)
     first_rows(worker, workers, ffn, ids, n, masks, own, code, hidden)
     second_rows(worker, workers, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
     if barrier.wait(state, workers):
         fired[worker] = down_columns(
-            worker, workers, ffn, ids, n, hidden, skip, picked[worker], scales[worker], steps[worker], sums, offsets, out
+            worker,
+            workers,
+            ffn,
+            ids,
+            n,
+            hidden,
+            skip,
+            picked[worker],
+            scales[worker],
+            steps[worker],
+            sums,
+            offsets,
+            out,
         )
 
 
 @kernel
-def _apart(
-    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, steps, sums, offsets, out, fired
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _apart(  # type: ignore[no-untyped-def]
+    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, steps, sums, offsets,
+    out, fired
+):  # fmt: skip
     """Whole tokens, one after another, each over its own rows."""
     d = x.shape[1]
     own = inputs[worker]
@@ -214,7 +240,7 @@ def _apart(
         ids = rows[starts[t] : starts[t + 1]]
         n = ids.shape[0]
         own[0][0, :d] = x[t]
-        prepare(ffn[0], one_input(own, 0), d)
+        prepare(ffn.like, one_input(own, 0), d)
         first_rows(0, 1, ffn, ids, n, masks, own, code, hidden)
         second_rows(0, 1, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
         fired[worker] += down_columns(
@@ -265,15 +291,17 @@ def sparse_ffn(
     sums = (scratch.sums, scratch.offsets)
     scratch.fired[:] = 0
     if tokens > MAX_BATCH:
-        args = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
-        pool.run(_apart, pool.threads, *args, *own, scratch.scales, scratch.steps, *sums, out, scratch.fired)
+        tokens_apart = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
+        pool.run(_apart, pool.threads, *tokens_apart, *own, scratch.scales, scratch.steps, *sums, out, scratch.fired)
         return int(scratch.fired.sum())
     ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, len(ffn.up.rows))
     hidden = scratch.hidden[:tokens, : ids.size]
     workers = pool.workers_for(ids.size * ffn.row_bytes)
     args = (pool.barrier, ffn.weights, code, skip_zeros, x, ids, masks, scratch.inputs, hidden)
     scales = scratch.scales[:, :tokens]
-    pool.run(_together, workers, *args, scratch.places, scratch.picked, scales, scratch.steps, *sums, out, scratch.fired)
+    pool.run(
+        _together, workers, *args, scratch.places, scratch.picked, scales, scratch.steps, *sums, out, scratch.fired
+    )
     return int(scratch.fired[0])
 
 

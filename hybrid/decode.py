@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.activations import ACTIVATION_CODES
-from cpu_kernels.decode_step import (
+from cpu_kernels.decode_state import (
     DENSE,
     EXACT,
     LEARNED,
@@ -17,10 +17,10 @@ from cpu_kernels.decode_step import (
     Ends,
     Phase,
     Shape,
-    decode_step,
     new_own,
     new_shared,
 )
+from cpu_kernels.decode_step import decode_step
 from cpu_kernels.low_rank import PredictorView
 from cpu_kernels.matrix import Matrix, row_width
 from hybrid.ffn import FFNRuntime, Strategy

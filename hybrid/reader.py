@@ -144,8 +144,10 @@ class MatrixReader:
 
         return FFNMatrices(
             None if t.gate is None else matrix(t.gate),
-            *(matrix(t.up), matrix(t.down)),
-            *(None if bias is None else pick(bias).float() for bias in (t.gate_bias, t.up_bias)),
+            matrix(t.up),
+            matrix(t.down),
+            None if t.gate_bias is None else pick(t.gate_bias).float(),
+            None if t.up_bias is None else pick(t.up_bias).float(),
             None if t.down_bias is None else t.down_bias.float(),
         )
 

@@ -1,0 +1,133 @@
+"""What the compiled decode step works on: columns of its table of addresses, sizes, and its buffers."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from cpu_kernels.lanes import Input, new_inputs
+from cpu_kernels.low_rank import COUNT_STRIDE
+from cpu_kernels.row_sum import new_steps, new_sums
+
+DENSE, EXACT, LEARNED = 0, 1, 2
+
+
+class Column(IntEnum):
+    """Columns of the table: addresses, 0 where a layer has no such part, and numbers; biases, norms, scales: f32."""
+
+    QKV, QKV_BIAS, OUT, OUT_BIAS = 0, 1, 2, 3
+    ATTENTION_NORM, ATTENTION_NORM_BIAS, FFN_NORM, FFN_NORM_BIAS, Q_NORM, K_NORM = 4, 5, 6, 7, 8, 9
+    GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 10, 11, 12, 13, 14, 15
+    KV, WINDOW, HOT = 16, 17, 18
+    FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
+
+
+class Ends(IntEnum):
+    """Entries of the table's last row, which belongs to no layer."""
+
+    EMBEDDING, POSITIONS, FINAL_NORM, FINAL_NORM_BIAS, HEAD = 0, 1, 2, 3, 4
+
+
+class Phase(IntEnum):
+    """Where ticks are counted."""
+
+    ATTENTION, PREDICTOR, FFN, HEAD = 0, 1, 2, 3
+
+
+class Count(IntEnum):
+    """What is counted over the layers."""
+
+    COMPUTED, FIRED_HOT, FIRED_COLD = 0, 1, 2
+
+
+class Shape(NamedTuple):
+    """Sizes that the step needs, in the order in which compiled code unpacks them."""
+
+    d: int
+    f: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    blocks: int
+    block_size: int
+    layer_norm: int
+    activation: int
+    strategy: int
+
+
+class Shared(NamedTuple):
+    """Buffers of all workers: the residual x [1, d], and what each phase leaves to the next."""
+
+    x: np.ndarray
+    qkv: np.ndarray
+    qkv_heads: np.ndarray
+    attended: np.ndarray
+    projected: np.ndarray
+    scores: np.ndarray
+    hidden_units: np.ndarray
+    counts: np.ndarray
+    ids: np.ndarray
+    hidden: np.ndarray
+    ones: np.ndarray
+    sums: np.ndarray
+    offsets: np.ndarray
+    logits: np.ndarray
+    tallies: np.ndarray
+    ticks: np.ndarray
+
+
+class Own(NamedTuple):
+    """Buffers of one worker alone."""
+
+    inputs: Input
+    attended: Input
+    units: Input
+    ids: np.ndarray
+    hidden: np.ndarray
+    places: np.ndarray
+    picked: np.ndarray
+    scales: np.ndarray
+    steps: np.ndarray
+
+
+def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
+    """Shared buffers; `rank` is the largest of the predictors', or 0."""
+    heads = shape.heads + 2 * shape.kv_heads
+    qkv = np.zeros((1, heads * shape.head_dim), np.float32)
+    sums, offsets = new_sums(1, shape.d)
+    return Shared(
+        x=np.zeros((1, shape.d), np.float32),
+        qkv=qkv,
+        qkv_heads=qkv.reshape(heads, shape.head_dim),
+        attended=np.zeros((shape.heads, shape.head_dim), np.float32),
+        projected=np.zeros((1, shape.d), np.float32),
+        scores=np.zeros((shape.heads, shape.block_size + 2), np.float32),
+        hidden_units=np.zeros(rank, np.float32),
+        counts=np.zeros(workers * COUNT_STRIDE, np.int64),
+        ids=np.zeros(shape.f, np.int32),
+        hidden=np.zeros((1, shape.f), np.float32),
+        ones=np.ones(shape.f, np.uint8),
+        sums=sums,
+        offsets=offsets,
+        logits=np.zeros((1, shape.vocab), np.float32),
+        tallies=np.zeros(len(Count), np.int64),
+        ticks=np.zeros(len(Phase), np.int64),
+    )
+
+
+def new_own(shape: Shape, rank: int) -> Own:
+    """Buffers of one worker."""
+    return Own(
+        inputs=new_inputs(1, shape.d),
+        attended=new_inputs(1, shape.heads * shape.head_dim),
+        units=new_inputs(1, max(1, rank)),
+        ids=np.zeros(shape.f + 1, np.int32),
+        hidden=np.zeros(shape.f, np.float32),
+        places=np.zeros(shape.f, np.int32),
+        picked=np.zeros(shape.f, np.int32),
+        scales=np.zeros((1, shape.f), np.float32),
+        steps=new_steps(shape.d),
+    )
