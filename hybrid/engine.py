@@ -88,7 +88,7 @@ class Engine:
         strategy = choose_strategy(config.sparsity, spec.activation, spec.fires_sparsely)
         bundle = Bundle.of(folder.path, spec, config.bundle)
         cache = KVCache(spec, config.context or spec.max_context)
-        if strategy == "learned" and bank is None:
+        if strategy == "learned" and bank is None and not folder.is_packed:
             bank = bundle.load_predictors(spec)
         notices = [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
         if placement is None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from cpu_kernels.low_rank import PredictorView
 from hybrid.config import FAMILIES, parse_config, read_json
 from hybrid.errors import InputError, ModelError
 from hybrid.ffn import FFNRuntime, HybridFFN
 from hybrid.model import Attention, Block, Linear, Transformer
 from hybrid.packed import PackedModel
+from hybrid.packed_predictors import open_predictors
 from hybrid.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
 from hybrid.weights import Checkpoint, TensorNames
 from placement.placement import Placement
@@ -52,6 +54,10 @@ class ModelFolder:
         return cls(path, spec, checkpoint)
 
     @property
+    def is_packed(self) -> bool:
+        return isinstance(self.weights, PackedModel)
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The Hugging Face weights. Raises `InputError` for a packed folder, which has none."""
         if isinstance(self.weights, PackedModel):
@@ -65,17 +71,23 @@ class ModelFolder:
     def build(self, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None) -> Transformer:
         """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
 
-        Raises `ArtifactError` for a placement other than that which the folder was packed by.
+        A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
+        `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
         """
         reader: Reader
+        mapped: list[PredictorView] = []
         if isinstance(self.weights, PackedModel):
             if placement is not None:
                 self.weights.check_order(placement.order)
             self.weights.advise(runtime.strategy != "dense")
             reader = PackedReader(self.weights)
+            if runtime.strategy == "learned" and bank is None:
+                mapped = open_predictors(self.path, self.spec, self.weights.order)
         else:
             reader = MatrixReader(self.spec, self.weights, placement)
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
+        for block, predictor in zip(blocks, mapped, strict=False):
+            block.ffn.set_predictor(predictor)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         head = embedding if self.spec.tied else reader.head()
         reader.finish()

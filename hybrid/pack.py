@@ -8,7 +8,6 @@ was read back and held against the source; a killed run leaves that folder, and 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -35,20 +34,21 @@ from hybrid.packed import (
     ALIGNMENT,
     KIND,
     PACKED_FILE,
-    STORED_AS,
     PackedDType,
     PackedModel,
     Part,
     config_hash,
+    file_header,
     order_hash,
     packed_spec,
     parts,
 )
 from hybrid.packed_check import within_bounds
+from hybrid.packed_predictors import pack_predictors
 from hybrid.weights import TensorNames, is_redundant
 from placement.placement import Placement
 from profiler import profile as neuron_profile
-from profiler.artifact import ArtifactHeader, header_metadata, read_header
+from profiler.artifact import ArtifactHeader, read_header
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -147,10 +147,12 @@ class Packer:
         for path in (bundle.profile, bundle.predictors, bundle.report, bundle.placement):
             if path.is_file():
                 copy_if_changed(path, out / "hybrid" / path.name)
+        if bundle.predictors.is_file():
+            pack_predictors(bundle.predictors, self._spec, self._order, out)
 
     def _write(self, file: BinaryIO) -> dict[str, int]:
         """Write the packed file; returns the CRC of each part."""
-        file.write(_file_header(self._header(), self._parts))
+        file.write(file_header(self._header(), self._parts))
         sums = dict.fromkeys((part.name for part in self._parts), 0)
         with (
             self._progress("pack", self.nbytes, "byte") as advance,
@@ -247,19 +249,3 @@ def _narrow(block: np.ndarray, dtype: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return block.astype(np.float16).view(np.int16)
     return block
-
-
-def _file_header(header: ArtifactHeader, found: list[Part]) -> bytes:
-    """The start of a safetensors file up to its data. Its format knows no holes, so gaps are tensors too."""
-    table: dict[str, object] = {"__metadata__": header_metadata(header)}
-    at = 0
-    for number, part in enumerate(found):
-        if gap := -at % ALIGNMENT:
-            table[f"_pad.{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
-            at += gap
-        offsets = [at, at + part.nbytes]
-        table[part.name] = {"dtype": STORED_AS[part.dtype], "shape": part.stored_shape, "data_offsets": offsets}
-        at += part.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

@@ -31,17 +31,17 @@ from hybrid.config import parse_config, read_json
 from hybrid.console import size
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.weights import TensorInfo, read_table
-from profiler.artifact import ArtifactHeader, read_header
+from profiler.artifact import ArtifactHeader, header_metadata, read_header
 from profiler.spec import DType, ModelSpec
 
 PACKED_FILE = "packed.safetensors"
 KIND = "packed model"
 ALIGNMENT = 64
 PackedDType = Literal["bf16", "f16", "int8", "int4"]
-PartType = DType | Literal["i32"]
+PartType = DType | Literal["i32", "i8"]
 PACKED_DTYPES: tuple[PackedDType, ...] = get_args(PackedDType)
 STORED_AS: dict[PartType, str] = {
-    "bf16": "BF16", "f16": "F16", "f32": "F32", "int8": "I8", "int4": "U8", "i32": "I32"
+    "bf16": "BF16", "f16": "F16", "f32": "F32", "int8": "I8", "int4": "U8", "i32": "I32", "i8": "I8"
 }  # fmt: skip
 _ARRAY_TYPES = {"I32": np.dtype(np.int32)} | {STORED_AS[kind]: DTYPES[kind] for kind in get_args(DType)}
 _REPAIR = "hybrid pack SOURCE_MODEL"
@@ -174,7 +174,7 @@ class PackedModel:
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """The matrix `name` of [rows, columns] weights, a view on the map. Raises `ModelError` for another shape."""
         info = self._info(name)
-        dtype = next(kind for kind, stored in STORED_AS.items() if stored == info.dtype)
+        dtype = next((kind for kind in get_args(DType) if STORED_AS[kind] == info.dtype), "f32")
         _check(self.path / PACKED_FILE, Part(name, (rows, columns), dtype), info)
         return Matrix(self.stored(name), columns)
 
@@ -208,11 +208,22 @@ class PackedModel:
 
         Here and there, it reads no page that was not asked for; else it reads ahead.
         """
-        for name, info in self._table.items():
+        for name in self._table:
             if name.endswith((".gate", ".up", ".down")):
-                start = -(-info.start // mmap.PAGESIZE) * mmap.PAGESIZE
-                if info.end > start:
-                    self._map.madvise(mmap.MADV_RANDOM if learned else mmap.MADV_NORMAL, start, info.end - start)
+                self._advise(mmap.MADV_RANDOM if learned else mmap.MADV_NORMAL, name, name)
+
+    def prefetch(self, layer: int) -> None:
+        """Start to read all neurons of `layer`, as a dense pass needs them, whatever was advised; returns at once."""
+        self._advise(
+            mmap.MADV_WILLNEED, f"layers.{layer}.{'gate' if self.spec.gated else 'up'}", f"layers.{layer}.down"
+        )
+
+    def _advise(self, advice: int, first: str, last: str) -> None:
+        """Give `advice` for the whole pages from tensor `first` to tensor `last`."""
+        start = -(-self._info(first).start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = self._info(last).end
+        if end > start:
+            self._map.madvise(advice, start, end - start)
 
     def release(self) -> None:
         """Take the map's pages out of this process's memory; they come back from the file when they are used."""
@@ -243,6 +254,22 @@ class PackedModel:
         if info is None:
             raise ModelError(f"{self.path / PACKED_FILE} has no tensor '{name}'; pack the model again")
         return info
+
+
+def file_header(header: ArtifactHeader, found: list[Part]) -> bytes:
+    """The start of a safetensors file up to its data. Its format knows no holes, so gaps are tensors too."""
+    table: dict[str, object] = {"__metadata__": header_metadata(header)}
+    at = 0
+    for number, part in enumerate(found):
+        if gap := -at % ALIGNMENT:
+            table[f"_pad.{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            at += gap
+        offsets = [at, at + part.nbytes]
+        table[part.name] = {"dtype": STORED_AS[part.dtype], "shape": part.stored_shape, "data_offsets": offsets}
+        at += part.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _libc() -> ctypes.CDLL:
