@@ -73,6 +73,7 @@ def test_locking_and_advice(model, tmp_path, monkeypatch):
     found = PackedModel.open(tmp_path / "packed")
     for learned in (True, False):
         found.advise(learned)
+    found.prefetch(2)
     found.matrix("embedding", 131, 48).widen()
     assert 0 < found.resident_share() <= 1
 
