@@ -25,7 +25,7 @@ from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref
 from cpu_kernels.rope import rope, rope_ref
-from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, _together, sparse_ffn_ref
+from cpu_kernels.sparse_ffn import FFNView, FFNWeights, SparseFFNScratch, _together, sparse_ffn_ref
 from cpu_kernels.top_k import top_k, top_k_ref
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -112,19 +112,18 @@ def gemv_case(dtype: DType, d: int, sizes: Sizes) -> Case:
 
 
 @kernel
-def _many_layers(
-    worker, workers, state, like, table, width, d, no_bias, code, x, rows, starts, ones, inputs, hidden, places, picked,
-    scales, steps, sums, offsets, out, fired
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    """`sparse_ffn` for one token over each layer of `table`, int64 [layers, 3] of addresses of gate, up and down."""
+def _many_layers(worker, workers, state, first, table, code, x, rows, starts, ones, inputs, hidden, rest):  # type: ignore[no-untyped-def]
+    """`sparse_ffn` for one token over each layer of `table`, int64 [layers, 3] of addresses of gate, up and down.
+
+    first: the weights of one of them, whose type and sizes all share. rest: the last arguments of the FFN's kernel.
+    """
     for n in range(table.shape[0]):
         ids = rows[starts[n] : starts[n + 1]]
         count = ids.shape[0]
-        ffn = (like, table[n, 0], table[n, 1], table[n, 2], width, d, no_bias, no_bias)
-        _together(
-            worker, workers, state, ffn, code, False, x, ids, ones[:count], inputs, hidden[:count].reshape(1, count),
-            places, picked, scales, steps, sums, offsets, out, fired
-        )  # fmt: skip
+        gate, up, down = table[n, 0], table[n, 1], table[n, 2]
+        ffn = FFNWeights(first.like, gate, up, down, first.width, first.d, first.gate_bias, first.up_bias)
+        own = hidden[:count].reshape(1, count)
+        _together(worker, workers, state, ffn, code, False, x, ids, ones[:count], inputs, own, *rest)
         if not barrier.wait(state, workers):  # the next layer overwrites `hidden`
             return
 
@@ -147,19 +146,16 @@ class SparseLayers:
         picked = [np.sort(rng.choice(f, self.active, replace=False)) for _ in range(2 * steps)]
         self.rows = itertools.cycle(np.concatenate(half).astype(np.int32) for half in (picked[:steps], picked[steps:]))
         self.starts = np.arange(steps + 1, dtype=np.int64) * self.active
-        self.table = np.array([view.weights[1:4] for view in self.order])
+        self.table = np.array([(view.weights.gate, view.weights.up, view.weights.down) for view in self.order])
         self.x, self.out = _vector(1, d), np.zeros((1, d), np.float32)
         self._scratch = SparseFFNScratch(d, f, sizes.workers)
 
     def run(self, pool: WorkerPool) -> None:
         """All layers of a pass in one call."""
-        s, weights = self._scratch, self.views[0].weights
-        args = (weights[0], self.table, weights[4], weights[5], _NO_BIAS, ACTIVATION_CODES["relu"], self.x)
-        scales = s.scales[:, :1]
-        pool.run(
-            *(_many_layers, pool.threads, pool.barrier, *args, next(self.rows), self.starts, s.ones, s.inputs),
-            *(s.hidden[0], s.places, s.picked, scales, s.steps, s.sums, s.offsets, self.out, s.fired),
-        )
+        s, code = self._scratch, ACTIVATION_CODES["relu"]
+        rest = (s.places, s.picked, s.scales[:, :1], s.steps, s.sums, s.offsets, self.out, s.fired)
+        args = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.inputs)
+        pool.run(_many_layers, pool.threads, pool.barrier, *args, s.hidden[0], rest)
 
     def in_torch(self) -> Callable[[], object] | None:
         parts = [[as_torch(matrix) for matrix in (view.gate, view.up, view.down) if matrix] for view in self.views]
