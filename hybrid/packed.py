@@ -174,7 +174,7 @@ class PackedModel:
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """The matrix `name` of [rows, columns] weights, a view on the map. Raises `ModelError` for another shape."""
         info = self._info(name)
-        dtype = next((kind for kind in get_args(DType) if STORED_AS[kind] == info.dtype), "f32")
+        dtype: DType = next((kind for kind in get_args(DType) if STORED_AS[kind] == info.dtype), "f32")
         _check(self.path / PACKED_FILE, Part(name, (rows, columns), dtype), info)
         return Matrix(self.stored(name), columns)
 
