@@ -348,7 +348,7 @@ def test_weights_that_a_type_cannot_hold_are_refused(tmp_path, value, dtype):
 
 def test_interrupted_by_a_signal(tmp_path):
     """Ctrl-C in the middle: one line, exit code 130, and nothing left."""
-    large_model(tmp_path / "model", layers=4)
+    large_model(tmp_path / "model", layers=2)
     command = [sys.executable, "-m", "hybrid", "pack", tmp_path / "model", "--dtype", "int4", "-o", tmp_path / "out"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         deadline = time.monotonic() + 60
