@@ -82,10 +82,13 @@ def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-unt
     """x += one row of an embedding matrix."""
     d = shape.d
     padded = shared.sums.shape[1]
-    ids, one = shared.ids[:1], shared.hidden[:, :1]
-    ids[0], one[0, 0] = row, 1
-    sum_rows(like, table, _row_bytes(like, d), ids, one, 1, d, 0, padded, shared.sums, shared.offsets, own.steps)
-    finish(like, shared.sums[0], shared.offsets[0], d, 0, padded, shared.x[0])
+    own.picked[0], own.scales[0, 0] = row, 1
+    first, count = np.int64(0), np.int64(1)
+    sums, offsets = shared.sums, shared.offsets
+    sum_rows(
+        like, table, _row_bytes(like, d), own.picked, own.scales, count, d, first, padded, sums, offsets, own.steps
+    )  # fmt: skip
+    finish(like, sums[0], offsets[0], d, first, padded, shared.x[0])
 
 
 @kernel
@@ -297,6 +300,6 @@ def decode_step(  # type: ignore[no-untyped-def]
         v[0],
     )
     prepare(likes[2], v, d)
-    _project(worker, workers, likes[2], ends[Ends.HEAD], 0, shape.vocab, d, own.inputs, shared.logits)
+    _project(worker, workers, likes[2], ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
     if barrier.wait(state, workers) and worker == 0:
         shared.ticks[Phase.HEAD] += _tick() - begun

@@ -65,7 +65,7 @@ def gemv(matrix: Matrix, x: np.ndarray, bias: np.ndarray, out: np.ndarray, pool:
         raise ValueError(f"gemv wants f32 x, bias and out, got {x.dtype}, {bias.dtype}, {out.dtype}")
     workers = pool.workers_for(matrix.nbytes)
     inputs = tuple(new_inputs(tokens, d) for _ in range(workers))
-    pool.run(_gemv, workers, matrix.rows, matrix.rows.ctypes.data, matrix.row_bytes, x, inputs, bias, out)
+    pool.run(_gemv, workers, matrix.like, matrix.rows.ctypes.data, matrix.row_bytes, x, inputs, bias, out)
 
 
 def gemv_ref(matrix: Matrix, x: np.ndarray, bias: np.ndarray, out: np.ndarray, pool: WorkerPool | None) -> None:

@@ -23,6 +23,7 @@ from cpu_kernels.lanes import new_inputs, one_input, round_input
 from cpu_kernels.row_dot import dot_codes
 from cpu_kernels.worker_pool import WorkerPool
 
+_LIKE = np.empty((1, 128), np.int8)  # says how rows are stored
 COUNT_STRIDE = 16  # int64 between the counts of two workers: a pair of cache lines
 
 
@@ -154,7 +155,7 @@ def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: Wor
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
     scratch = (inputs, np.empty(r, np.float32), ids, counts, rows)
-    pool.run(_predict, workers, pool.barrier, view.fc1, *first, *second, view.threshold, x, *scratch)
+    pool.run(_predict, workers, pool.barrier, _LIKE, *first, *second, view.threshold, x, *scratch)
     return int(counts[workers * COUNT_STRIDE])
 
 
@@ -163,16 +164,16 @@ def _predict_tokens(  # type: ignore[no-untyped-def]
     worker, workers, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts
 ):  # fmt: skip
     """Whole tokens, one after another."""
-    d, r, f = x.shape[1], b1.shape[0], b2.shape[0]
+    d, r, f, first = x.shape[1], b1.shape[0], b2.shape[0], np.int64(0)
     for t in range(worker, x.shape[0], workers):
         v = one_input(inputs[worker], 0)
         v[0][:d] = x[t]
         round_input(v, d)
-        hidden_units(like, fc1, width1, 0, r, v, d, s1, b1, hidden[worker])
+        hidden_units(like, fc1, width1, first, r, v, d, s1, b1, hidden[worker])
         v = one_input(inputs[worker], 1)
         v[0][:r] = hidden[worker]
         round_input(v, r)
-        counts[t] = firing_rows(like, fc2, width2, 0, f, v, r, s2, b2, threshold, ids[t])
+        counts[t] = firing_rows(like, fc2, width2, first, f, v, r, s2, b2, threshold, ids[t])
 
 
 def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +189,7 @@ def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tupl
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
     hidden = np.empty((workers, r), np.float32)
-    pool.run(_predict_tokens, workers, view.fc1, *first, *second, view.threshold, x, inputs, hidden, ids, counts)
+    pool.run(_predict_tokens, workers, _LIKE, *first, *second, view.threshold, x, inputs, hidden, ids, counts)
     chosen = [ids[t, :count] for t, count in enumerate(counts)]
     return np.concatenate(chosen), np.concatenate(([0], counts.cumsum()))
 

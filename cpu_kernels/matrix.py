@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cpu_kernels.blocks import ARRAY_TYPES, BLOCK, Blocks, padded, quantize, row_bytes
+from cpu_kernels.blocks import ARRAY_TYPES, BLOCK, GROUP, Blocks, padded, quantize, row_bytes
 from cpu_kernels.lanes import kernel_view
 
 DType = Literal["bf16", "f16", "f32", "int8", "int4"]
@@ -46,6 +46,12 @@ class Matrix:
     @property
     def dtype(self) -> DType:
         return _NAMES[self.rows.dtype]
+
+    @property
+    def like(self) -> np.ndarray:
+        """An array of one row of 128 columns whose type says how rows are stored; the same for mapped rows, which are
+        read-only and would have every kernel compiled once more."""
+        return np.empty((1, row_width(self.dtype, GROUP)), self.rows.dtype)
 
     @property
     def shape(self) -> tuple[int, int]:

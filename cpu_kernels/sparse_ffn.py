@@ -91,7 +91,7 @@ class FFNView:
         gate = 0 if self.gate is None else self.gate.rows.ctypes.data
         up, down = self.up.rows.ctypes.data, self.down.rows.ctypes.data
         sizes = self.up.row_bytes, self.up.columns
-        return FFNWeights(self.up.rows, gate, up, down, *sizes, self.gate_bias, self.up_bias)
+        return FFNWeights(self.up.like, gate, up, down, *sizes, self.gate_bias, self.up_bias)
 
     @property
     def row_bytes(self) -> int:
@@ -147,7 +147,7 @@ def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, pick
     """hidden[:, k] *= up . x, for this worker's k where some token's hidden is not 0 (for all if not `skip`)."""
     if not ffn.gate:
         return
-    count = 0
+    count = np.int64(0)
     for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
         for k in range(start, min(start + BLOCK_ROWS, n)):
             live = not skip
@@ -176,7 +176,7 @@ def down_columns(  # type: ignore[no-untyped-def]
 
     picked, scales: this worker's own scratch, int32 [f] and f32 [t, f]; steps, sums, offsets: as `sum_rows` wants them.
     """
-    count = fired = 0
+    count = fired = np.int64(0)  # a literal 0 would have every callee compiled for itself
     for k in range(n):
         live = not skip
         for t in range(hidden.shape[0]):
@@ -234,6 +234,7 @@ def _apart(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Whole tokens, one after another, each over its own rows."""
     d = x.shape[1]
+    alone, one = np.int64(0), np.int64(1)
     own = inputs[worker]
     hidden = scales[worker][1:2]
     for t in range(worker, x.shape[0], workers):
@@ -241,10 +242,10 @@ def _apart(  # type: ignore[no-untyped-def]
         n = ids.shape[0]
         own[0][0, :d] = x[t]
         prepare(ffn.like, one_input(own, 0), d)
-        first_rows(0, 1, ffn, ids, n, masks, own, code, hidden)
-        second_rows(0, 1, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
+        first_rows(alone, one, ffn, ids, n, masks, own, code, hidden)
+        second_rows(alone, one, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
         fired[worker] += down_columns(
-            0, 1, ffn, ids, n, hidden, skip, picked[worker], scales[worker][:1],
+            alone, one, ffn, ids, n, hidden, skip, picked[worker], scales[worker][:1],
             steps[worker], sums[worker : worker + 1], offsets[worker : worker + 1], out[t : t + 1],
         )  # fmt: skip
 
@@ -255,9 +256,10 @@ class SparseFFNScratch:
     def __init__(self, d: int, f: int, workers: int) -> None:
         rows = max(MAX_BATCH, 2)
         self.inputs: tuple[Input, ...] = tuple(new_inputs(MAX_BATCH, d) for _ in range(workers))
-        self.hidden = np.empty((MAX_BATCH, f), np.float32)
+        # Flat, so that what a call takes of them is contiguous, and kernels are compiled for one layout.
+        self.hidden = np.empty(MAX_BATCH * f, np.float32)
         self.places, self.picked = (np.empty((workers, f), np.int32) for _ in range(2))
-        self.scales = np.empty((workers, rows, f), np.float32)
+        self.scales = np.empty(workers * rows * f, np.float32)
         self.steps = tuple(new_steps(d) for _ in range(workers))
         self.sums, self.offsets = new_sums(max(MAX_BATCH, workers), d)
         self.ones = np.ones(f, np.uint8)
@@ -286,19 +288,20 @@ def sparse_ffn(
         raise ValueError(f"sparse_ffn wants f32 x and out, int32 rows, int64 offsets; got {x.dtype}, {rows.dtype}")
     if not rows.size:
         return 0
-    code = ACTIVATION_CODES[ffn.activation]
+    code, f = ACTIVATION_CODES[ffn.activation], ffn.up.shape[0]
     own = (scratch.inputs, scratch.places, scratch.picked)
     sums = (scratch.sums, scratch.offsets)
     scratch.fired[:] = 0
     if tokens > MAX_BATCH:
+        scales = scratch.scales[: pool.threads * 2 * f].reshape(pool.threads, 2, f)
         tokens_apart = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
-        pool.run(_apart, pool.threads, *tokens_apart, *own, scratch.scales, scratch.steps, *sums, out, scratch.fired)
+        pool.run(_apart, pool.threads, *tokens_apart, *own, scales, scratch.steps, *sums, out, scratch.fired)
         return int(scratch.fired.sum())
-    ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, len(ffn.up.rows))
-    hidden = scratch.hidden[:tokens, : ids.size]
+    ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, f)
+    hidden = scratch.hidden[: tokens * ids.size].reshape(tokens, -1)
     workers = pool.workers_for(ids.size * ffn.row_bytes)
     args = (pool.barrier, ffn.weights, code, skip_zeros, x, ids, masks, scratch.inputs, hidden)
-    scales = scratch.scales[:, :tokens]
+    scales = scratch.scales[: pool.threads * tokens * f].reshape(pool.threads, tokens, f)
     pool.run(
         _together, workers, *args, scratch.places, scratch.picked, scales, scratch.steps, *sums, out, scratch.fired
     )

@@ -22,7 +22,6 @@ from cpu_kernels.decode_state import (
 )
 from cpu_kernels.decode_step import decode_step
 from cpu_kernels.low_rank import PredictorView
-from cpu_kernels.matrix import Matrix, row_width
 from hybrid.ffn import FFNRuntime, Strategy
 from hybrid.kv_cache import KVCache
 from hybrid.model import Block, Norm, Transformer
@@ -59,7 +58,8 @@ class DecodeStep:
         self._owns = tuple(new_own(self._shape, rank) for _ in range(workers))
         self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
         attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
-        self._likes = (*map(_like, (attention, ffn, model.head.matrix, model.embedding)), np.empty((1, 128), np.int8))
+        matrices = (attention, ffn, model.head.matrix, model.embedding)
+        self._likes = (*(matrix.like for matrix in matrices), np.empty((1, 128), np.int8))
         self._rotation = self._angles(cache.capacity)
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
@@ -170,8 +170,3 @@ class DecodeStep:
 
 def _weight(norm: Norm | None) -> torch.Tensor | None:
     return None if norm is None else norm.weight
-
-
-def _like(matrix: Matrix) -> np.ndarray:
-    """An array that only says how rows are stored, with one row of 128 columns; read-only arrays are another type."""
-    return np.empty((1, row_width(matrix.dtype, 128)), matrix.rows.dtype)

@@ -29,8 +29,8 @@ from placement.placement import Placement
 from predictor.bank import PredictorBank
 
 PREFILL_CHUNK = 256
-# A piece of a prompt this short goes through the decode step, dense: widening all weights for a GEMM takes longer.
-_STEP_TOKENS = 8
+# Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
+_FEW_TOKENS = 32
 _CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
 
 
@@ -94,7 +94,7 @@ class Engine:
         if placement is None:
             placement = _stored_placement(bundle, folder, strategy, notices)
         codec = TextCodec(folder.path, spec.vocab_size)
-        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff)
+        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
         settings, ends = generation_defaults(folder.path)
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
@@ -222,8 +222,8 @@ class Engine:
 
     def _read(self, tokens: list[int]) -> torch.Tensor:
         """Logits after some more tokens of a prompt, dense."""
-        if len(tokens) <= _STEP_TOKENS:
-            return [self._decode_one(token, "dense") for token in tokens][-1]
+        if len(tokens) == 1:
+            return self._decode_one(tokens[0], "dense")
         torch.set_num_threads(self.runtime.pool.threads)
         self.runtime.as_decode = False
         hidden = self.model(torch.tensor(tokens), self._cache)

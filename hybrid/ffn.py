@@ -22,15 +22,13 @@ from torch import nn
 from cpu_kernels.activations import activate_ref
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
+from cpu_kernels.sparse_ffn import MAX_BATCH, FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
+from hybrid.gemm import blocks, widened
 from predictor.low_rank import LowRankPredictor
 
 Strategy = Literal["dense", "exact", "learned"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
-
-# Rows widened to f32 at a time: 32 MB at d=4096, and large enough for GEMM to run at full speed.
-GEMM_ROWS = 2048
 
 
 @dataclass
@@ -51,7 +49,9 @@ class FFNCounters:
 class FFNRuntime:
     """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters.
 
-    as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does.
+    as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does, all of it.
+    few: up to so many tokens of a prompt at once go through the kernels, which the profiler does not see, rather than
+    GEMMs on widened weights.
     """
 
     strategy: Strategy
@@ -59,6 +59,7 @@ class FFNRuntime:
     d_model: int
     d_ff: int
     as_decode: bool = False
+    few: int = 0
     counters: FFNCounters = field(default_factory=FFNCounters)
 
     def __post_init__(self) -> None:
@@ -118,13 +119,12 @@ class HybridFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
         if not self.runtime.as_decode:
-            return self._gemm(x)
+            return self._all_of_few(x) if x.shape[0] <= self.runtime.few else self._gemm(x)
         start = perf_counter()
         rows, offsets = self._select(x)
         chosen = perf_counter()
         out = self._hot_and_cold(x, rows, offsets)
-        if self.matrices.down_bias is not None:
-            out += self.matrices.down_bias
+        out = self._biased(out)
         counters = self.runtime.counters
         counters.predictor_seconds += chosen - start
         counters.ffn_seconds += perf_counter() - chosen
@@ -163,24 +163,29 @@ class HybridFFN(nn.Module):
         is_hot = rows < self.hot
         return [(rows[side], np.concatenate(([0], np.cumsum(side)))[offsets]) for side in (is_hot, ~is_hot)]
 
+    def _all_of_few(self, x: torch.Tensor) -> torch.Tensor:
+        """All neurons for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
+        out, tokens = np.zeros(tuple(x.shape), np.float32), np.ascontiguousarray(x.numpy())
+        for start in range(0, len(out), MAX_BATCH):
+            few = slice(start, start + MAX_BATCH)
+            count = len(out[few])
+            offsets = np.arange(count + 1, dtype=np.int64) * self._all.size
+            rows = self._all if count == 1 else np.tile(self._all, count)
+            sparse_ffn(self.view, tokens[few], rows, offsets, out[few], self.runtime.scratch, self.runtime.pool)
+        return self._biased(torch.from_numpy(out))
+
     def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        """All neurons for several tokens, in f32 GEMMs over blocks of neurons, hot and cold summed apart."""
-        neurons = self._all.size
-        hot, cold = self._gemm_range(x, 0, self.hot), self._gemm_range(x, self.hot, neurons)
-        out = hot + cold
+        """All neurons for several tokens, in f32 GEMMs over blocks of neurons."""
+        out, m, pool = torch.zeros_like(x), self.matrices, self.runtime.pool
+        for block in blocks(self._all.size):
+
+            def project(weight: Matrix, bias: torch.Tensor | None, block: slice = block) -> torch.Tensor:
+                return nn.functional.linear(x, widened(weight, block, pool), None if bias is None else bias[block])
+
+            up = project(m.up, m.up_bias)
+            hidden = self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up
+            out += hidden @ widened(m.down, block, pool)
+        return self._biased(out)
+
+    def _biased(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.matrices.down_bias is None else out + self.matrices.down_bias
-
-    def _gemm_range(self, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for start in range(first, last, GEMM_ROWS):
-            block = slice(start, min(start + GEMM_ROWS, last))
-            out += self._hidden_block(x, block) @ self.down.widen(block)
-        return out
-
-    def _hidden_block(self, x: torch.Tensor, block: slice) -> torch.Tensor:
-        def project(weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
-            return nn.functional.linear(x, weight.widen(block), None if bias is None else bias[block].float())
-
-        m = self.matrices
-        up = project(m.up, m.up_bias)
-        return self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up

@@ -80,18 +80,18 @@ class ModelFolder:
             if placement is not None:
                 self.weights.check_order(placement.order)
             self.weights.advise(runtime.strategy != "dense")
-            reader = PackedReader(self.weights)
+            reader = PackedReader(self.weights, runtime)
             if runtime.strategy == "learned" and bank is None:
                 mapped = open_predictors(self.path, self.spec, self.weights.order)
         else:
-            reader = MatrixReader(self.spec, self.weights, placement)
+            reader = MatrixReader(self.spec, self.weights, placement, runtime)
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
         for block, predictor in zip(blocks, mapped, strict=False):
             block.ffn.set_predictor(predictor)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         head = embedding if self.spec.tied else reader.head()
         reader.finish()
-        return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None))
+        return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
 
     def _block(
         self, reader: Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None

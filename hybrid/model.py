@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpu_kernels.matrix import Matrix
-from hybrid.ffn import GEMM_ROWS, HybridFFN
+from hybrid.ffn import FFNRuntime, HybridFFN
+from hybrid.gemm import linear, linear_few
 from hybrid.kv_cache import KVCache
 from profiler.spec import ModelSpec, RopeSpec
 
@@ -24,19 +25,16 @@ OPT_POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that ar
 
 
 class Linear(nn.Module):
-    """y = x W^T + b for several tokens, W in its stored type, widened to f32 some rows at a time."""
+    """y = x W^T + b for several tokens, W in its stored type."""
 
-    def __init__(self, matrix: Matrix, bias: torch.Tensor | None) -> None:
+    def __init__(self, matrix: Matrix, bias: torch.Tensor | None, runtime: FFNRuntime) -> None:
         super().__init__()
-        self.matrix = matrix
+        self.matrix, self.runtime = matrix, runtime
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(x.shape[0], self.matrix.shape[0])
-        for start in range(0, out.shape[1], GEMM_ROWS):
-            rows = slice(start, start + GEMM_ROWS)
-            out[:, rows] = F.linear(x, self.matrix.widen(rows), None if self.bias is None else self.bias[rows])
-        return out
+        product = linear_few if x.shape[0] <= self.runtime.few else linear
+        return product(x, self.matrix, self.bias, self.runtime.pool)
 
 
 class Norm(nn.Module):

@@ -10,7 +10,7 @@ import torch
 
 from cpu_kernels.matrix import Matrix
 from hybrid.config import FAMILIES
-from hybrid.ffn import FFNMatrices
+from hybrid.ffn import FFNMatrices, FFNRuntime
 from hybrid.model import Linear, Norm
 from hybrid.packed import PackedModel
 from hybrid.weights import Checkpoint, TensorNames, is_redundant
@@ -121,8 +121,11 @@ class MatrixReader:
     The matrices of all layers that one kernel takes have one type; where a checkpoint mixes types there, they are f32.
     """
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, placement: Placement | None) -> None:
+    def __init__(
+        self, spec: ModelSpec, checkpoint: Checkpoint, placement: Placement | None, runtime: FFNRuntime
+    ) -> None:
         self._spec, self._source, self._placement = spec, CheckpointReader(spec, checkpoint), placement
+        self._runtime = runtime
         names, family = TensorNames(FAMILIES[spec.family], checkpoint), FAMILIES[spec.family].tensors
 
         def mixed(*parts: str) -> bool:
@@ -154,7 +157,8 @@ class MatrixReader:
     def attention(self, layer: int) -> AttentionParts:
         linears = []
         for weight, bias in (self._source.qkv(layer), self._source.out(layer)):
-            linears.append(Linear(Matrix.of(weight.float() if self._mixed_attention else weight), bias))
+            matrix = Matrix.of(weight.float() if self._mixed_attention else weight)
+            linears.append(Linear(matrix, bias, self._runtime))
         norms: list[Norm | None] = [None, None]
         if self._spec.qk_norm:
             norms = [self._source.norm(part, layer, self._spec.head_dim) for part in ("q_norm", "k_norm")]
@@ -180,8 +184,8 @@ class MatrixReader:
 class PackedReader:
     """A packed file's parts, all of them views on its map."""
 
-    def __init__(self, packed: PackedModel) -> None:
-        self._packed, self._spec = packed, packed.spec
+    def __init__(self, packed: PackedModel, runtime: FFNRuntime) -> None:
+        self._packed, self._spec, self._runtime = packed, packed.spec, runtime
 
     def ffn(self, layer: int) -> FFNMatrices:
         spec, at = self._spec, f"layers.{layer}"
@@ -231,7 +235,8 @@ class PackedReader:
         """A packed file holds nothing else: it was written by the same list of parts."""
 
     def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
-        return Linear(self._packed.matrix(name, *shape), self._vector(f"{name}.bias", shape[0]) if biased else None)
+        bias = self._vector(f"{name}.bias", shape[0]) if biased else None
+        return Linear(self._packed.matrix(name, *shape), bias, self._runtime)
 
     def _vector(self, name: str, n: int) -> torch.Tensor:
         return torch.from_numpy(self._packed.vector(name, n).copy())
