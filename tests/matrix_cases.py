@@ -1,0 +1,42 @@
+"""Random weight matrices of every stored type, and how far a kernel's product with them may be from the exact one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cpu_kernels.matrix import DType, Matrix
+
+DTYPES: tuple[DType, ...] = ("f32", "bf16", "f16", "int8", "int4")
+SHAPES = [(1, 1), (3, 17), (65, 17), (300, 384), (129, 1023), (129, 4095)]
+THREADS = (1, 2, 3, 7)
+
+_TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def stored(weight: torch.Tensor, dtype: DType) -> Matrix:
+    """`weight` [n, d] f32 as rows of `dtype`."""
+    return Matrix.of(weight, dtype) if dtype in ("int8", "int4") else Matrix.of(weight.to(_TORCH[dtype]))
+
+
+def random_matrix(n: int, d: int, dtype: DType, seed: int = 0, scale: float = 1.0) -> Matrix:
+    generator = torch.Generator().manual_seed(31 * n + d + 7919 * seed)
+    return stored(torch.randn(n, d, generator=generator) * scale, dtype)
+
+
+def random_input(tokens: int, d: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([tokens, d, seed]).standard_normal((tokens, d)).astype(np.float32)
+
+
+def product_bound(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """The largest error [t, n] of matrix . x[t] that arithmetic in f32 explains.
+
+    Floats: 1e-6 of the sum of |w x|. Blocks: an input is rounded to 1 / 65,534 = 1.5e-5 of its block's largest, so 2e-5
+    of the sum of |w| times that, which leaves 0.5e-5 for the sums.
+    """
+    weight, x = np.abs(matrix.widen().numpy().astype(np.float64)), np.abs(x.astype(np.float64))
+    if matrix.dtype not in ("int8", "int4"):
+        return 1e-6 * x @ weight.T
+    blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
+    largest = np.repeat(blocks.max(-1), 32, axis=1)[:, : x.shape[1]]
+    return 2e-5 * largest @ weight.T
