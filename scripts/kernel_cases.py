@@ -153,9 +153,10 @@ class SparseLayers:
     def run(self, pool: WorkerPool) -> None:
         """All layers of a pass in one call."""
         s, code = self._scratch, ACTIVATION_CODES["relu"]
-        rest = (s.places, s.picked, s.scales[:, :1], s.steps, s.sums, s.offsets, self.out, s.fired)
+        scales = s.scales[: pool.threads * self.f].reshape(pool.threads, 1, self.f)
+        rest = (s.places, s.picked, scales, s.steps, s.sums, s.offsets, self.out, s.fired)
         args = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.inputs)
-        pool.run(_many_layers, pool.threads, pool.barrier, *args, s.hidden[0], rest)
+        pool.run(_many_layers, pool.threads, pool.barrier, *args, s.hidden, rest)
 
     def in_torch(self) -> Callable[[], object] | None:
         parts = [[as_torch(matrix) for matrix in (view.gate, view.up, view.down) if matrix] for view in self.views]
