@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from scipy.linalg.lapack import dtrtri
 
 from cpu_kernels.blocks import BLOCK, choose_scales, codes_of, store, widened
 
@@ -25,7 +26,9 @@ def feedback_factor(inputs: np.ndarray) -> np.ndarray:
     if mean == 0:
         return np.eye(len(square), dtype=np.float32)
     square[np.diag_indices_from(square)] += _DAMPING * mean
-    return np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(square)).T.astype(np.float32))
+    # H = V V^T with V upper triangular, from the Cholesky factor of H in reverse order; then U is V's inverse.
+    upper = np.linalg.cholesky(square[::-1, ::-1])[::-1, ::-1]
+    return np.ascontiguousarray(dtrtri(upper)[0].astype(np.float32))
 
 
 def quantize_by_columns(weight: np.ndarray, factors: list[np.ndarray]) -> np.ndarray:

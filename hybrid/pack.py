@@ -12,13 +12,15 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 from zlib import crc32
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from cpu_kernels.blocks import dequantize, quantize
 from cpu_kernels.lanes import widen_ref
@@ -157,6 +159,8 @@ class Packer:
         with (
             self._progress("pack", self.nbytes, "byte") as advance,
             ThreadPoolExecutor(min(_CODERS, available_cpus())) as coders,
+            # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
+            threadpool_limits(1, "blas"),
         ):
             for part in self._parts:
                 file.write(bytes(-file.tell() % ALIGNMENT))
@@ -176,17 +180,24 @@ class Packer:
         if part.name == "order":
             yield self._order.astype(np.int32)
             return
-        source = self._sources[part.name]
-        if self._is_fed(part):
-            with _named(part):
-                yield from self._feedback.quantize(part)
-            return
         waiting: deque[Future[np.ndarray]] = deque()
-        for block in source.blocks(self._folder.checkpoint):
-            waiting.append(coders.submit(encode, part, block))
-            if len(waiting) > _CODERS:
-                yield waiting.popleft().result()
-        yield from (future.result() for future in waiting)
+        try:
+            for task in self._tasks(part):
+                waiting.append(coders.submit(task))
+                if len(waiting) > _CODERS:
+                    yield waiting.popleft().result()
+            yield from (future.result() for future in waiting)
+        except ValueError as error:
+            raise ModelError(
+                f"weights for '{part.name}': {error}; check the model's files, or try --dtype bf16"
+            ) from error
+
+    def _tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
+        if self._is_fed(part):
+            yield from self._feedback.tasks(part)
+            return
+        for block in self._sources[part.name].blocks(self._folder.checkpoint):
+            yield partial(encode, part, block)
 
     def verify(self, target: Path, sums: Mapping[str, int]) -> None:
         """Read back every tensor, with the source's beside it; `sums`: CRCs of what was to be written.
@@ -217,24 +228,14 @@ class Packer:
         return found == expected
 
 
-@contextmanager
-def _named(part: Part) -> Iterator[None]:
-    """Make what numbers refuse into a `ModelError` that names the tensor."""
-    try:
-        yield
-    except ValueError as error:
-        raise ModelError(f"weights for '{part.name}': {error}; check the model's files, or try --dtype bf16") from error
-
-
 def encode(part: Part, block: np.ndarray) -> np.ndarray:
-    """`block` f32 as the file stores it, by plain rounding. Raises `ModelError` for what the type cannot hold."""
-    with _named(part):
-        if part.dtype == "int8" or part.dtype == "int4":
-            return quantize(block, part.dtype)
-        stored = _narrow(block, part.dtype)
-        if not np.isfinite(widen_ref(stored)).all():
-            raise ValueError(f"{part.dtype} cannot hold all of them, the largest is {np.abs(block).max():.3g}")
-        return stored
+    """`block` f32 as the file stores it, by plain rounding. Raises `ValueError` for what the type cannot hold."""
+    if part.dtype == "int8" or part.dtype == "int4":
+        return quantize(block, part.dtype)
+    stored = _narrow(block, part.dtype)
+    if not np.isfinite(widen_ref(stored)).all():
+        raise ValueError(f"{part.dtype} cannot hold all of them, the largest is {np.abs(block).max():.3g}")
+    return stored
 
 
 def _narrow(block: np.ndarray, dtype: str) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +28,22 @@ class FFNFeedback:
         self._profile, self._spec, self._checkpoint, self._sources = profile, spec, checkpoint, sources
         self._layer = lru_cache(maxsize=1)(self._read_layer)
 
-    def quantize(self, part: Part) -> Iterator[np.ndarray]:
-        """int4 rows of `part`, block after block. Raises `ValueError` for weights that are not finite."""
+    def tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
+        """What makes the int4 rows of `part`, block after block; may run at once, before the next part's."""
         layer, name, _ = split_name(part.name)
         if layer is None:
             raise ValueError(f"'{part.name}' is not of a layer's FFN")
-        source = self._sources[part.name]
+        _, factors = self._layer(layer)
         if name == "down":
             for start in range(0, self._spec.d_ff, SPAN):
-                rows = slice(start, start + SPAN)
-                factor = feedback_factor(self._fired(layer, rows))
-                yield quantize_by_rows(source.rows(self._checkpoint, rows), factor)
+                yield partial(self._down_rows, layer, slice(start, start + SPAN))
             return
-        _, factors = self._layer(layer)
-        for block in source.blocks(self._checkpoint):
-            yield quantize_by_columns(block, factors)
+        for block in self._sources[part.name].blocks(self._checkpoint):
+            yield partial(quantize_by_columns, block, factors)
+
+    def _down_rows(self, layer: int, rows: slice) -> np.ndarray:
+        weight = self._sources[f"layers.{layer}.down"].rows(self._checkpoint, rows)
+        return quantize_by_rows(weight, feedback_factor(self._fired(layer, rows)))
 
     def _read_layer(self, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """FFN inputs f32 [s, d_model] and the factors of their columns. Raises `ArtifactError`."""
