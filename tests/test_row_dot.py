@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from matrix_cases import DTYPES, product_bound, random_input, random_matrix
+from matrix_cases import DTYPES, in_f64, product_bound, random_input, random_matrix
 
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
@@ -41,7 +41,7 @@ def product(matrix, x, ids):
 @pytest.mark.parametrize("d", LENGTHS)
 def test_four_rows_match_f64(d, dtype):
     matrix, x = random_matrix(9, d, dtype), random_input(1, d)
-    truth = (x.astype(np.float64) @ matrix.widen().double().numpy().T)[0]
+    truth = (x.astype(np.float64) @ in_f64(matrix).T)[0]
     ours = product(matrix, x, [7, 0, 3, 8])
     assert (np.abs(ours - truth[[7, 0, 3, 8]]) <= product_bound(matrix, x)[0, [7, 0, 3, 8]]).all()
 
@@ -76,7 +76,7 @@ def test_an_input_of_zeros_and_tiny_and_huge_blocks(dtype):
     x[0, :32] *= 1e-20
     x[0, 32:64] *= 1e20
     x[0, 64:96] = 0
-    truth = (x.astype(np.float64) @ matrix.widen().double().numpy().T)[0]
+    truth = (x.astype(np.float64) @ in_f64(matrix).T)[0]
     assert (np.abs(product(matrix, x, [0, 1, 2, 3]) - truth) <= product_bound(matrix, x)[0]).all()
 
 

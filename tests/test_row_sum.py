@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from matrix_cases import DTYPES, random_input, random_matrix
+from matrix_cases import DTYPES, in_f64, random_input, random_matrix
 
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
@@ -35,7 +35,7 @@ def run(matrix, ids, scales, parts=1):
 @pytest.mark.parametrize("d", [1, 17, 33, 128, 129, 384, 1023, 4095])
 def test_matches_f64(d, dtype):
     matrix = random_matrix(40, d, dtype)
-    wide = matrix.widen().double().numpy()
+    wide = in_f64(matrix)
     for count in (0, 1, 2, 3, 4, 5, 31):
         ids, scales = np.arange(39, 39 - count, -1), random_input(2, count, seed=d)
         truth = 1 + scales.astype(np.float64) @ wide[ids]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from matrix_cases import DTYPES, SHAPES, THREADS, product_bound, random_input, random_matrix, stored
+from matrix_cases import DTYPES, SHAPES, THREADS, in_f64, product_bound, random_input, random_matrix, stored
 
 from cpu_kernels.activations import ACTIVATION_CODES, activate_ref
 from cpu_kernels.blocks import padded
@@ -53,7 +53,7 @@ def check(view, tokens, kind, skip=True):
 
 def relu_bound(view, x, rows, offsets):
     """The largest error of a gated ReLU FFN: what the errors of its products make of it, and 1e-6 of its sums."""
-    gate, up, down = (part.widen().double().numpy() for part in (view.gate, view.up, view.down))
+    gate, up, down = map(in_f64, (view.gate, view.up, view.down))
     z, u = x @ gate.T, x @ up.T
     z_error, u_error = product_bound(view.gate, x), product_bound(view.up, x)
     error = z_error * np.abs(u) + (np.maximum(z, 0) + z_error) * u_error + 1e-6 * np.abs(np.maximum(z, 0) * u)
