@@ -19,7 +19,7 @@ from cpu_kernels.compiled import kernel
 
 # Each counter has two cache lines to itself: processors fetch lines in pairs, and sharing one costs a miss a poll.
 _STRIDE = 16
-_ARRIVED, _GENERATION, _ABORTED = 0, _STRIDE, 2 * _STRIDE
+_ARRIVED, _GENERATION, _ABORTED, _TAKEN = 0, _STRIDE, 2 * _STRIDE, 3 * _STRIDE
 _LINE_BYTES = 128
 # Polls before the first `sched_yield`: some 5 us, longer than workers of one kernel differ, far below a time slice.
 _SPINS = 200
@@ -79,9 +79,9 @@ def pause(typing_context: Any) -> Any:
 
 def new_barrier() -> np.ndarray:
     """The state of one barrier: int64, zeros, aligned so that no counter shares a cache line."""
-    raw = np.zeros(4 * _STRIDE, np.int64)
+    raw = np.zeros(5 * _STRIDE, np.int64)
     skipped = -raw.ctypes.data % _LINE_BYTES // raw.itemsize
-    return raw[skipped : skipped + 3 * _STRIDE]
+    return raw[skipped : skipped + 4 * _STRIDE]
 
 
 @kernel
@@ -92,6 +92,7 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
     generation = load_acquire(state, _GENERATION)
     if fetch_add(state, _ARRIVED, 1) == workers - 1:
         store_release(state, _ARRIVED, 0)
+        store_release(state, _TAKEN, 0)
         store_release(state, _GENERATION, generation + 1)
         return True
     spins = 0
@@ -104,6 +105,21 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
         else:
             _sched_yield()
     return True
+
+
+@kernel
+def take(state):  # type: ignore[no-untyped-def]
+    """The next piece of work, 0 first; between two waits each number goes to one worker, whichever asks next.
+
+    Who takes what differs from run to run, so a piece's result must not depend on it.
+    """
+    return fetch_add(state, _TAKEN, 1)
+
+
+@kernel
+def restart(state):  # type: ignore[no-untyped-def]
+    """Number the pieces of work from 0 again; for a state that only the calling worker uses."""
+    store_release(state, _TAKEN, 0)
 
 
 def abort(state: np.ndarray) -> None:

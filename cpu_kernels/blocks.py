@@ -113,9 +113,9 @@ def choose_scales(wide: np.ndarray, kind: Blocks) -> np.ndarray:
 def codes_of(wide: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
     """The nearest codes of wide [n, 32 k] f32 for scales f16 [n, k], as f32 [n, 32 k]."""
     step = scales.astype(np.float32)[:, :, None]
-    blocks = wide.reshape(len(wide), -1, BLOCK)
+    blocks = wide.reshape(len(wide), wide.shape[1] // BLOCK, BLOCK)
     codes = np.divide(blocks, step, out=np.zeros_like(blocks), where=step != 0).round()
-    return codes.clip(LEAST[kind], LARGEST[kind]).reshape(len(wide), -1)
+    return codes.clip(LEAST[kind], LARGEST[kind]).reshape(wide.shape)
 
 
 def store(codes: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
@@ -135,7 +135,7 @@ def dequantize(rows: np.ndarray, d: int) -> np.ndarray:
     scales = np.ascontiguousarray(raw[:, codes_bytes:]).view(np.float16).astype(np.float32)
     stored = np.ascontiguousarray(raw[:, :codes_bytes])
     codes = stored.view(np.int8).astype(np.float32) if kind == "int8" else _from_nibbles(stored)
-    return (codes.reshape(n, -1, BLOCK) * scales[:, :, None]).reshape(n, width)[:, :d]
+    return (codes.reshape(n, width // BLOCK, BLOCK) * scales[:, :, None]).reshape(n, width)[:, :d]
 
 
 def _as_nibbles(codes: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import numpy as np
 
 from cpu_kernels.lanes import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
-from cpu_kernels.row_sum import new_steps, new_sums
+from cpu_kernels.row_sum import new_sums
+from cpu_kernels.sparse_ffn import DownScratch, new_down_scratch, sum_parts
 
 DENSE, EXACT, LEARNED = 0, 1, 2
 
@@ -88,16 +89,14 @@ class Own(NamedTuple):
     ids: np.ndarray
     hidden: np.ndarray
     places: np.ndarray
-    picked: np.ndarray
-    scales: np.ndarray
-    steps: np.ndarray
+    down: DownScratch
 
 
 def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
     """Shared buffers; `rank` is the largest of the predictors', or 0."""
     heads = shape.heads + 2 * shape.kv_heads
     qkv = np.zeros((1, heads * shape.head_dim), np.float32)
-    sums, offsets = new_sums(1, shape.d)
+    sums, offsets = new_sums(int(sum_parts(shape.f)), shape.d)
     return Shared(
         x=np.zeros((1, shape.d), np.float32),
         qkv=qkv,
@@ -127,7 +126,5 @@ def new_own(shape: Shape, rank: int) -> Own:
         ids=np.zeros(shape.f + 1, np.int32),
         hidden=np.zeros(shape.f, np.float32),
         places=np.zeros(shape.f, np.int32),
-        picked=np.zeros(shape.f, np.int32),
-        scales=np.zeros((1, shape.f), np.float32),
-        steps=new_steps(shape.d),
+        down=new_down_scratch(shape.d, shape.f, 1),
     )

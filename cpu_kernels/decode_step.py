@@ -1,17 +1,19 @@
 """One token through all layers in one compiled call: embedding, attention, FFN, final norm, head.
 
 Threads: every worker of a `WorkerPool` runs `decode_step` at once. Between phases they meet at the pool's barrier,
-which polls; nobody waits anywhere else, nothing is allocated, and no Python runs. A phase reads what the phase before
-wrote to the shared buffers, and each worker writes its own rows, heads or columns, so that the answer is the same, bit
-for bit, for any number of workers. Norms are computed by every worker for itself: 0.6 us at d=4096, less than a wait.
+which polls; nobody waits anywhere else, nothing is allocated, and no Python runs. A phase reads what the one before it
+wrote to the shared buffers. Within a phase workers take pieces of rows until none is left, as some are faster, or have
+heads or columns of their own; a result is one worker's and does not depend on whose, so that the answer is the same,
+bit for bit, for any number of workers. Norms are computed by every worker for itself: 0.6 us at d=4096, less than a
+wait.
 
 Weights are addresses in a table, one row a layer (`Column`), so that a call unpacks no arrays per layer, and
 memory-mapped weights serve as they are. `likes` are empty arrays whose types say how each kind of matrix is stored.
 
 Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; output and residual; then
-    dense     gate of all; up of all; down
-    exact     gate of all, the firing copied together; their up; down
-    learned   predictor's hidden units; its rows, copied together; their gate and up; down
+    dense     gate of all; up of all; down; merge
+    exact     gate of all; the firing copied together; their up; down; merge
+    learned   predictor's hidden units; its rows, copied together; their gate and up; down; merge
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ from cpu_kernels.activations import activate
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.compiled import kernel
 from cpu_kernels.decode_state import DENSE, EXACT, LEARNED, Column, Count, Ends, Phase
-from cpu_kernels.gemv import gemv_rows
+from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
 from cpu_kernels.lanes import one_input, prepare, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_sum import finish, sum_rows
-from cpu_kernels.sparse_ffn import FFNWeights, down_columns, first_rows, second_rows
+from cpu_kernels.sparse_ffn import FFNWeights, down_parts, gate_and_up, merge_parts
 
 
 @intrinsic
@@ -80,22 +82,18 @@ def _normed(x, weight, bias, eps, layer_norm, out):  # type: ignore[no-untyped-d
 @kernel
 def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-untyped-def]
     """x += one row of an embedding matrix."""
-    d = shape.d
-    padded = shared.sums.shape[1]
-    own.picked[0], own.scales[0, 0] = row, 1
-    first, count = np.int64(0), np.int64(1)
-    sums, offsets = shared.sums, shared.offsets
-    sum_rows(
-        like, table, _row_bytes(like, d), own.picked, own.scales, count, d, first, padded, sums, offsets, own.steps
-    )  # fmt: skip
-    finish(like, sums[0], offsets[0], d, first, padded, shared.x[0])
+    d, first, one = shape.d, np.int64(0), np.int64(1)
+    _, picked, scales, steps = own.down
+    picked[0], scales[0, 0] = row, 1
+    sums, offsets = shared.sums[:1], shared.offsets[:1]
+    sum_rows(like, table, _row_bytes(like, d), picked, scales, first, one, first, d, sums, offsets, steps)
+    finish(like, sums[0], offsets[0], d, first, sums.shape[1], shared.x[0])
 
 
 @kernel
-def _project(worker, workers, like, weight, bias, n, columns, inputs, out):  # type: ignore[no-untyped-def]
-    """out = this worker's rows of W . input; the input is in form."""
-    first, last = n * worker // workers, n * (worker + 1) // workers
-    gemv_rows(like, weight, _row_bytes(like, columns), first, last, inputs, columns, _floats(bias, n), out)
+def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # type: ignore[no-untyped-def]
+    """out = W . input, which is in form; workers take pieces of the rows."""
+    gemv_shared(state, workers, like, weight, _row_bytes(like, columns), n, inputs, columns, _floats(bias, n), out)
 
 
 @kernel
@@ -114,7 +112,7 @@ def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, 
     prepare(like, v, d)
     width = heads * head_dim
     _project(
-        worker, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv
+        state, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv
     )
     if not barrier.wait(state, workers):
         return False
@@ -134,12 +132,21 @@ def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, 
         for j in range(head_dim):
             v[0][h * head_dim + j] = shared.attended[h, j]
     prepare(like, v, width)
-    first, last = d * worker // workers, d * (worker + 1) // workers
-    bias = _floats(row[Column.OUT_BIAS], d)
-    gemv_rows(like, row[Column.OUT], _row_bytes(like, width), first, last, own.attended, width, bias, shared.projected)
-    for j in range(first, last):
-        shared.x[0, j] += shared.projected[0, j]
+    _add_output(state, workers, like, row, d, width, shared, own)
     return barrier.wait(state, workers)
+
+
+@kernel
+def _add_output(state, workers, like, row, d, width, shared, own):  # type: ignore[no-untyped-def]
+    """x += W_out . attended, by pieces of rows."""
+    bias, size, chunk = _floats(row[Column.OUT_BIAS], d), _row_bytes(like, width), chunk_rows(d, workers)
+    first = barrier.take(state) * chunk
+    while first < d:
+        last = min(first + chunk, d)
+        gemv_rows(like, row[Column.OUT], size, first, last, own.attended, width, bias, shared.projected)
+        for j in range(first, last):
+            shared.x[0, j] += shared.projected[0, j]
+        first = barrier.take(state) * chunk
 
 
 @kernel
@@ -169,14 +176,18 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
 
 
 @kernel
-def _first_of_all(worker, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
-    """shared.hidden = the activation of every neuron of this worker's range."""
-    f = shape.f
-    first, last = f * worker // workers, f * (worker + 1) // workers
+def _first_of_all(state, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
+    """shared.hidden = the activation of every neuron, by pieces of the rows."""
+    f, chunk = shape.f, chunk_rows(shape.f, workers)
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
-    gemv_rows(ffn.like, weight, ffn.width, first, last, own.inputs, ffn.d, bias, shared.hidden)
-    for i in range(first, last):
-        shared.hidden[0, i] = activate(shape.activation, shared.hidden[0, i])
+    first = barrier.take(state) * chunk
+    while first < f:
+        last = min(first + chunk, f)
+        gemv_rows(ffn.like, weight, ffn.width, first, last, own.inputs, ffn.d, bias, shared.hidden)
+        for i in range(first, last):
+            shared.hidden[0, i] = activate(shape.activation, shared.hidden[0, i])
+        first = barrier.take(state) * chunk
+    return barrier.wait(state, workers)
 
 
 @kernel
@@ -233,27 +244,29 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
             now = _tick()
             shared.ticks[Phase.PREDICTOR] += now - begun
             begun = now
+    elif not _first_of_all(state, workers, ffn, shape, shared, own):
+        n = -1
+    elif strategy == EXACT:
+        n = _firing(worker, workers, state, shape, shared, own)
     else:
-        _first_of_all(worker, workers, ffn, shape, shared, own)
-        if strategy == EXACT:
-            n = _firing(worker, workers, state, shape, shared, own)
-        else:
-            for i in range(f * worker // workers, f * (worker + 1) // workers):
-                shared.ids[i] = i
-            n = f if barrier.wait(state, workers) else -1
+        for i in range(f * worker // workers, f * (worker + 1) // workers):
+            shared.ids[i] = i
+        n = f if barrier.wait(state, workers) else -1
     if n < 0:
         return False
-    if strategy == LEARNED:
-        first_rows(worker, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, shared.hidden)
-    second_rows(worker, workers, ffn, shared.ids, n, own.inputs, shared.hidden, skip, own.places, own.picked)
+    gate_and_up(
+        state, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED, shared.hidden,
+        own.places, own.down[1],
+    )  # fmt: skip
     if not barrier.wait(state, workers):
         return False
     if worker == workers - 1:
         _tally(row, n, shape, shared)
-    down_columns(
-        worker, workers, ffn, shared.ids, n, shared.hidden, skip, own.picked, own.scales, own.steps, shared.sums,
-        shared.offsets, shared.x,
-    )  # fmt: skip
+    parts = shared.sums.shape[0]
+    down_parts(state, ffn, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets)
+    if not barrier.wait(state, workers):
+        return False
+    merge_parts(worker, workers, like, d, parts, shared.sums, shared.offsets, shared.x)
     if not barrier.wait(state, workers):
         return False
     if worker == 0:
@@ -265,7 +278,7 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
 
 @kernel
 def decode_step(  # type: ignore[no-untyped-def]
-    worker, workers, state, likes, table, shape, eps, rotation, blocks, token, position, shared, owns
+    worker, workers, state, likes, table, shape, eps, rotation, blocks, token, position, shared, own
 ):  # fmt: skip
     """logits [1, vocab] of the token after `token`, whose keys and values go to `position` of the KV cache.
 
@@ -273,7 +286,7 @@ def decode_step(  # type: ignore[no-untyped-def]
     rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]. blocks: int32, the cache's block table.
     """
     layers = table.shape[0] - 1
-    ends, own, d = table[layers], owns[worker], shape.d
+    ends, d = table[layers], shape.d
     if worker == 0:
         shared.x[:] = 0
         _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared, own)
@@ -300,6 +313,6 @@ def decode_step(  # type: ignore[no-untyped-def]
         v[0],
     )
     prepare(likes[2], v, d)
-    _project(worker, workers, likes[2], ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
+    _project(state, workers, likes[2], ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
     if barrier.wait(state, workers) and worker == 0:
         shared.ticks[Phase.HEAD] += _tick() - begun

@@ -21,7 +21,7 @@ from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import new_inputs, one_input, round_input
 from cpu_kernels.row_dot import dot_codes
-from cpu_kernels.worker_pool import WorkerPool
+from cpu_kernels.worker_pool import Each, WorkerPool
 
 _LIKE = np.empty((1, 128), np.int8)  # says how rows are stored
 COUNT_STRIDE = 16  # int64 between the counts of two workers: a pair of cache lines
@@ -124,13 +124,13 @@ def _predict(  # type: ignore[no-untyped-def]
     rows
 ):  # fmt: skip
     d, r, f = x.shape[0], b1.shape[0], b2.shape[0]
-    v = one_input(inputs[worker], 0)
+    v = one_input(inputs, 0)
     v[0][:d] = x
     round_input(v, d)
     hidden_units(like, fc1, width1, r * worker // workers, r * (worker + 1) // workers, v, d, s1, b1, hidden)
     if not barrier.wait(state, workers):
         return
-    v = one_input(inputs[worker], 1)
+    v = one_input(inputs, 1)
     v[0][:r] = hidden
     round_input(v, r)
     start, stop = f * worker // workers, f * (worker + 1) // workers
@@ -150,7 +150,7 @@ def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: Wor
     if rows.shape != (f,) or rows.dtype != np.int32:
         raise ValueError(f"predict_rows wants int32 rows of {f}, got {rows.dtype} {rows.shape}")
     workers = pool.workers_for(view.fc1.nbytes + view.fc2.nbytes)
-    inputs = tuple(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    inputs = Each(new_inputs(2, max(view.d, r)) for _ in range(workers))
     counts, ids = np.zeros((workers + 1) * COUNT_STRIDE, np.int64), np.empty((workers, f + 1), np.int32)
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
@@ -166,12 +166,12 @@ def _predict_tokens(  # type: ignore[no-untyped-def]
     """Whole tokens, one after another."""
     d, r, f, first = x.shape[1], b1.shape[0], b2.shape[0], np.int64(0)
     for t in range(worker, x.shape[0], workers):
-        v = one_input(inputs[worker], 0)
+        v = one_input(inputs, 0)
         v[0][:d] = x[t]
         round_input(v, d)
-        hidden_units(like, fc1, width1, first, r, v, d, s1, b1, hidden[worker])
-        v = one_input(inputs[worker], 1)
-        v[0][:r] = hidden[worker]
+        hidden_units(like, fc1, width1, first, r, v, d, s1, b1, hidden)
+        v = one_input(inputs, 1)
+        v[0][:r] = hidden
         round_input(v, r)
         counts[t] = firing_rows(like, fc2, width2, first, f, v, r, s2, b2, threshold, ids[t])
 
@@ -184,11 +184,11 @@ def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tupl
     if x.shape[1:] != (view.d,) or x.dtype != np.float32:
         raise ValueError(f"predict_tokens wants f32 x of {view.d} columns, got {x.dtype} {x.shape}")
     f, r, workers = len(view.b2), len(view.b1), pool.threads
-    inputs = tuple(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    inputs = Each(new_inputs(2, max(view.d, r)) for _ in range(workers))
     ids, counts = np.empty((len(x), f + 1), np.int32), np.zeros(len(x), np.int64)
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
-    hidden = np.empty((workers, r), np.float32)
+    hidden = Each(np.empty(r, np.float32) for _ in range(workers))
     pool.run(_predict_tokens, workers, _LIKE, *first, *second, view.threshold, x, inputs, hidden, ids, counts)
     chosen = [ids[t, :count] for t, count in enumerate(counts)]
     return np.concatenate(chosen), np.concatenate(([0], counts.cumsum()))

@@ -95,10 +95,11 @@ def _widen_blocks(rows: np.ndarray, d: int) -> torch.Tensor:
     scales = raw[:, codes_bytes:].contiguous().view(torch.float16).float()
     stored = raw[:, :codes_bytes]
     if rows.dtype == np.int8:
-        codes = stored.reshape(n, -1, BLOCK).float()
+        codes = stored.reshape(n, width // BLOCK, BLOCK).float()
     else:
-        words = stored.contiguous().view(torch.int16).view(n, -1, 1, BLOCK)
-        codes = ((words >> torch.arange(0, 16, 4, dtype=torch.int16)[:, None]) & 15).float().sub_(8).view(n, -1, BLOCK)
+        words = stored.contiguous().view(torch.int16).view(n, width // GROUP, 1, BLOCK)
+        shifts = torch.arange(0, 16, 4, dtype=torch.int16)[:, None]
+        codes = ((words >> shifts) & 15).float().sub_(8).view(n, width // BLOCK, BLOCK)
     return codes.mul_(scales[:, :, None]).view(n, width)[:, :d]
 
 

@@ -1,7 +1,4 @@
-"""Sums of scaled rows, out += sum_k c[k] * row[k], over a slice of their columns, four rows at a time.
-
-A worker takes a slice of columns and goes through all rows in order, so that a sum has one order however many workers
-there are, and none has to be merged. Four rows share the loads and stores of the sum.
+"""Sums of scaled rows, sum_k c[k] * row[k], four rows at a time, which share the loads and stores of the sum.
 
 Sums of int4 rows lie in another order, `finish` puts them right: within a group of 128, the 16 even columns of each of
 the four blocks, then the odd ones, as the 32-bit lanes of a group hold them.
@@ -191,32 +188,27 @@ def _four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sum_rows(like, weight, width, ids, scales, count, d, first, last, sums, offsets, steps):  # type: ignore[no-untyped-def]
-    """sums[t, first:last] = sum over k < count of scales[t, k] * columns [first, last) of row ids[k].
+def sum_rows(like, weight, width, ids, scales, start, stop, following, d, sums, offsets, steps):  # type: ignore[no-untyped-def]
+    """sums[t] = sum over start <= k < stop of scales[t, k] * row ids[k]; rows from ids[following] on come next.
 
-    weight: address of the matrix, rows of `width` bytes and `d` columns. first and last are multiples of
-    `columns_unit`. sums: f32 [t, P]; offsets: f32 [t, P / 32], for int4;
+    weight: address of the matrix, rows of `width` bytes and `d` columns. sums: f32 [t, P]; offsets: f32 [t, P / 32];
     steps: f32 [4 * 2 P / 32], a worker's own.
     """
-    zero, tokens = np.float32(0), scales.shape[0]
-    for t in range(tokens):
-        sums[t, first:last] = 0
-        offsets[t, first // BLOCK : last // BLOCK] = 0
+    zero, tokens, first = np.float32(0), scales.shape[0], np.int64(0)
+    sums[:tokens] = 0
+    offsets[:tokens] = 0
     padded_width = (d + GROUP - 1) // GROUP * GROUP
     codes_bytes = padded_width // 2 if columns_unit(like) == GROUP else padded_width
-    whole, end = last, last
-    if like.itemsize > 1:
-        end = min(last, d)
-        whole = first + ((end - first) & -BLOCK)
-    for k in range(0, count, 4):
-        rows = _four_rows(weight, width, ids, k, count)
-        ahead = _four_rows(weight, width, ids, k + 4, count)
+    whole, end = (d & -BLOCK, d) if like.itemsize > 1 else (padded_width, padded_width)
+    for k in range(start, stop, 4):
+        rows = _four_rows(weight, width, ids, k, stop)
+        ahead = _four_rows(weight, width, ids, k + 4 if k + 4 < stop else following, ids.shape[0])
         for t in range(tokens):
             factors = (
                 scales[t, k],
-                scales[t, k + 1] if k + 1 < count else zero,
-                scales[t, k + 2] if k + 2 < count else zero,
-                scales[t, k + 3] if k + 3 < count else zero,
+                scales[t, k + 1] if k + 1 < stop else zero,
+                scales[t, k + 2] if k + 2 < stop else zero,
+                scales[t, k + 3] if k + 3 < stop else zero,
             )
             _add_rows(like, rows, ahead, factors, sums[t], offsets[t], steps, first, whole, codes_bytes)
             _last_columns(like, rows, factors, sums[t], whole, end)
@@ -251,5 +243,5 @@ def new_steps(d: int) -> np.ndarray:
 
 
 def new_sums(rows: int, d: int) -> tuple[np.ndarray, np.ndarray]:
-    """Buffers for `sum_rows`: f32 [rows, P] and [rows, P / 32]."""
+    """Buffers for `rows` results of `sum_rows`: f32 [rows, P] and [rows, P / 32]."""
     return np.zeros((rows, padded(d)), np.float32), np.zeros((rows, padded(d) // BLOCK), np.float32)

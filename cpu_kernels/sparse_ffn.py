@@ -6,15 +6,19 @@
 Weights are neuron-major: row i of gate, up and (transposed) down belong to neuron i. With `skip_zeros`, a neuron whose
 activation comes out 0 is left there and its other rows are never read; the sum is the same.
 
-Threads: for one token, and for up to 8 over the union of their rows, workers share the rows of gate and up, meet at
-the pool's barrier, and share the columns of down. More tokens are shared out whole. A value of `hidden` is one
-worker's, and a column of the sum too, which adds its rows in the order given: the answer is the same, bit for bit, for
-any number of workers and whether a token comes alone or among others.
+Threads: for one token, and for up to 8 over the union of their rows, workers take blocks of rows of gate and up, meet
+at the pool's barrier, take parts of the rows of down, each summed apart, meet again, and each adds the parts of its
+columns. Who takes what depends on who is faster: on 16 cores of a shared host fixed shares waited 40% longer for the
+slowest. Whole rows rather than each worker's columns of every row: at 16 workers those are pieces of 256 bytes, and
+took twice as long. More than 8 tokens are shared out whole. A value of `hidden` is one worker's, the parts depend on a
+neuron's number alone and are added in order: the answer is the same, bit for bit, for any number of workers, whether a
+token comes alone or among others, and with or without `skip_zeros`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +27,14 @@ import torch
 from cpu_kernels import barrier
 from cpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
 from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import Input, new_inputs, one_input, prepare
+from cpu_kernels.lanes import new_inputs, one_input, prepare
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_rows
-from cpu_kernels.worker_pool import WorkerPool
+from cpu_kernels.worker_pool import Each, WorkerPool
 
-# Rows that a worker takes in turn: in a placement's order the first are nearly neighbours and the last far apart, so
-# that whole ranges took one worker 243 us and the other 294.
-BLOCK_ROWS = 8
+BLOCK_ROWS = 8  # rows of gate and up that a worker takes at a time
+MAX_PARTS = 32  # in which the rows of down are summed
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
 
@@ -121,41 +124,54 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def first_rows(worker, workers, ffn, ids, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
-    """hidden[t, k] = the activation of row ids[k] < n where it is token t's, 0 where not; this worker's blocks of k."""
-    weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
-    for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
-        for k in range(start, min(start + BLOCK_ROWS, n), 4):
-            rows = _row_addresses(weight, ffn.width, ids, k, n)
-            following = k + 4 if k + 4 < start + BLOCK_ROWS else start + workers * BLOCK_ROWS
-            ahead = _row_addresses(weight, ffn.width, ids, following, n)
-            for t in range(hidden.shape[0]):
-                if not _wanted(masks, k, n, t):
-                    hidden[t, k : min(k + 4, n)] = 0
-                    continue
-                sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
-                for i in range(min(4, n - k)):
-                    z = sums[i]
-                    if bias.shape[0]:
-                        z += bias[ids[k + i]]
-                    mine = (masks[k + i] >> t) & 1 != 0
-                    hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
+def gate_and_up(state, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the blocks of k
+    that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
 
-
-@kernel
-def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, picked):  # type: ignore[no-untyped-def]
-    """hidden[:, k] *= up . x, for this worker's k where some token's hidden is not 0 (for all if not `skip`)."""
-    if not ffn.gate:
-        return
-    count = np.int64(0)
-    for start in range(worker * BLOCK_ROWS, n, workers * BLOCK_ROWS):
-        for k in range(start, min(start + BLOCK_ROWS, n)):
+    given: hidden has the activations already. places, picked: this worker's own scratch, int32 [f].
+    """
+    count = np.int64(0)  # a literal 0 would have every callee compiled for itself
+    start = barrier.take(state) * BLOCK_ROWS
+    while start < n:
+        following = barrier.take(state) * BLOCK_ROWS
+        stop = min(start + BLOCK_ROWS, n)
+        if not given:
+            _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden)
+        for k in range(start, stop):
             live = not skip
             for t in range(hidden.shape[0]):
                 live |= hidden[t, k] != 0
             if live:
                 places[count], picked[count] = k, ids[k]
                 count += 1
+        start = following
+    if ffn.gate:
+        _second_rows(ffn, count, inputs, hidden, places, picked)
+
+
+@kernel
+def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
+    """The activations of rows ids[start:stop], while those that come next are fetched, in the end ids[following]."""
+    weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
+    for k in range(start, stop, 4):
+        rows = _row_addresses(weight, ffn.width, ids, k, n)
+        ahead = _row_addresses(weight, ffn.width, ids, k + 4 if k + 4 < stop else following, n)
+        for t in range(hidden.shape[0]):
+            if not _wanted(masks, k, stop, t):
+                hidden[t, k : min(k + 4, stop)] = 0
+                continue
+            sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
+            for i in range(min(4, stop - k)):
+                z = sums[i]
+                if bias.shape[0]:
+                    z += bias[ids[k + i]]
+                mine = (masks[k + i] >> t) & 1 != 0
+                hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
+
+
+@kernel
+def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[:, places[i]] *= up . x of row picked[i], for i < count."""
     for k in range(0, count, 4):
         rows = _row_addresses(ffn.up, ffn.width, picked, k, count)
         ahead = _row_addresses(ffn.up, ffn.width, picked, k + 4, count)
@@ -169,101 +185,170 @@ def second_rows(worker, workers, ffn, ids, n, inputs, hidden, skip, places, pick
 
 
 @kernel
-def down_columns(  # type: ignore[no-untyped-def]
-    worker, workers, ffn, ids, n, hidden, skip, picked, scales, steps, sums, offsets, out
-):  # fmt: skip
-    """out[t] += hidden[t] . down, this worker's columns; returns how many values of hidden are not 0.
+def sum_parts(f):  # type: ignore[no-untyped-def]
+    """Parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
+    return max(1, min(MAX_PARTS, f // 256))
 
-    picked, scales: this worker's own scratch, int32 [f] and f32 [t, f]; steps, sums, offsets: as `sum_rows` wants them.
+
+@kernel
+def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type: ignore[no-untyped-def]
+    """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
+    `starts`; returns how many values of hidden are not 0.
+
+    Blocks of eight neurons go to the parts in turn, as neighbours fire alike in a placement's order.
     """
-    count = fired = np.int64(0)  # a literal 0 would have every callee compiled for itself
+    fired = np.int64(0)
+    starts[: parts + 1] = 0
     for k in range(n):
         live = not skip
         for t in range(hidden.shape[0]):
             fired += hidden[t, k] != 0
             live |= hidden[t, k] != 0
         if live:
-            picked[count] = ids[k]
+            starts[(ids[k] // BLOCK_ROWS) % parts + 1] += 1
+    for part in range(parts):
+        starts[part + 1] += starts[part]
+    for k in range(n):
+        live = not skip
+        for t in range(hidden.shape[0]):
+            live |= hidden[t, k] != 0
+        if live:
+            part = (ids[k] // BLOCK_ROWS) % parts
+            at = starts[part]
+            starts[part] += 1
+            picked[at] = ids[k]
             for t in range(hidden.shape[0]):
-                scales[t, count] = hidden[t, k]
-            count += 1
-    unit = columns_unit(ffn.like)
-    units = (ffn.d + unit - 1) // unit
-    first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
-    sum_rows(ffn.like, ffn.down, ffn.width, picked, scales, count, ffn.d, first, last, sums, offsets, steps)
-    for t in range(hidden.shape[0]):
-        finish(ffn.like, sums[t], offsets[t], ffn.d, first, last, out[t])
+                scales[t, at] = hidden[t, k]
+    for part in range(parts, 0, -1):
+        starts[part] = starts[part - 1]
+    starts[0] = 0
     return fired
 
 
 @kernel
+def down_parts(state, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
+    """Sum hidden . down over each part of the rows that this worker takes; returns how many values of hidden fired.
+
+    own: starts int64 [parts + 1], picked int32 [f], scales f32 [t, f] and steps of `sum_rows`, all of them this
+    worker's. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
+    """
+    starts, picked, scales, steps = own
+    tokens = hidden.shape[0]
+    fired = _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales)
+    part = barrier.take(state)
+    while part < parts:
+        after = barrier.take(state)
+        following = starts[min(after, parts - 1)]
+        rows = slice(part * tokens, (part + 1) * tokens)
+        sum_rows(
+            ffn.like, ffn.down, ffn.width, picked[: max(1, starts[parts])], scales, starts[part], starts[part + 1],
+            following, ffn.d, sums[rows], offsets[rows], steps,
+        )  # fmt: skip
+        part = after
+    return fired
+
+
+@kernel
+def merge_parts(worker, workers, like, d, parts, sums, offsets, out):  # type: ignore[no-untyped-def]
+    """out[t] += the parts' sums, in order, of this worker's columns."""
+    tokens = out.shape[0]
+    unit = columns_unit(like)
+    units = (d + unit - 1) // unit
+    first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
+    for t in range(tokens):
+        for part in range(1, parts):
+            row = part * tokens + t
+            for j in range(first, last):
+                sums[t, j] += sums[row, j]
+            for b in range(first // 32, last // 32):
+                offsets[t, b] += offsets[row, b]
+        finish(like, sums[t], offsets[t], d, first, last, out[t])
+
+
+@kernel
 def _together(  # type: ignore[no-untyped-def]
-    worker, workers, state, ffn, code, skip, x, ids, masks, inputs, hidden, places, picked, scales, steps, sums,
-    offsets, out, fired
+    worker, workers, state, ffn, code, skip, x, ids, masks, parts, mine, hidden, places, own, sums, offsets, out, fired
 ):  # fmt: skip
     """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
     n, d = ids.shape[0], x.shape[1]
-    own = inputs[worker]
     for t in range(x.shape[0]):
-        own[0][t, :d] = x[t]
-        prepare(ffn.like, one_input(own, t), d)
-    first_rows(worker, workers, ffn, ids, n, masks, own, code, hidden)
-    second_rows(worker, workers, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
+        mine[0][t, :d] = x[t]
+        prepare(ffn.like, one_input(mine, t), d)
+    gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+    if not barrier.wait(state, workers):
+        return
+    fired[worker] = down_parts(state, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
     if barrier.wait(state, workers):
-        fired[worker] = down_columns(
-            worker,
-            workers,
-            ffn,
-            ids,
-            n,
-            hidden,
-            skip,
-            picked[worker],
-            scales[worker],
-            steps[worker],
-            sums,
-            offsets,
-            out,
-        )
+        merge_parts(worker, workers, ffn.like, d, parts, sums, offsets, out)
 
 
 @kernel
 def _apart(  # type: ignore[no-untyped-def]
-    worker, workers, ffn, code, skip, x, rows, starts, masks, inputs, places, picked, scales, steps, sums, offsets,
+    worker, workers, state, ffn, code, skip, x, rows, starts, masks, parts, mine, hidden, places, own, sums, offsets,
     out, fired
 ):  # fmt: skip
     """Whole tokens, one after another, each over its own rows."""
     d = x.shape[1]
     alone, one = np.int64(0), np.int64(1)
-    own = inputs[worker]
-    hidden = scales[worker][1:2]
     for t in range(worker, x.shape[0], workers):
         ids = rows[starts[t] : starts[t + 1]]
         n = ids.shape[0]
-        own[0][0, :d] = x[t]
-        prepare(ffn.like, one_input(own, 0), d)
-        first_rows(alone, one, ffn, ids, n, masks, own, code, hidden)
-        second_rows(alone, one, ffn, ids, n, own, hidden, skip, places[worker], picked[worker])
-        fired[worker] += down_columns(
-            alone, one, ffn, ids, n, hidden, skip, picked[worker], scales[worker][:1],
-            steps[worker], sums[worker : worker + 1], offsets[worker : worker + 1], out[t : t + 1],
+        mine[0][0, :d] = x[t]
+        prepare(ffn.like, one_input(mine, 0), d)
+        barrier.restart(state)
+        gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+        barrier.restart(state)
+        fired[worker] += down_parts(
+            state, ffn, ids, n, hidden, skip, parts, own, sums, offsets
         )  # fmt: skip
+        merge_parts(alone, one, ffn.like, d, parts, sums, offsets, out[t : t + 1])
+
+
+# What a worker needs alone for `down_parts`: starts of the parts int64, picked int32 [f], scales f32 [t, f], steps.
+DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
+    """One worker's scratch for `tokens` tokens."""
+    return np.zeros(MAX_PARTS + 1, np.int64), np.zeros(f, np.int32), np.zeros((tokens, f), np.float32), new_steps(d)
 
 
 class SparseFFNScratch:
-    """Buffers of `sparse_ffn` for `f` neurons of width `d`, made once; what a worker needs alone has a row for each."""
+    """Buffers of `sparse_ffn` for `f` neurons of width `d` and a pool of `workers`, made once, some when first used."""
 
     def __init__(self, d: int, f: int, workers: int) -> None:
-        rows = max(MAX_BATCH, 2)
-        self.inputs: tuple[Input, ...] = tuple(new_inputs(MAX_BATCH, d) for _ in range(workers))
-        # Flat, so that what a call takes of them is contiguous, and kernels are compiled for one layout.
+        self.d, self.f, self.workers, self.parts = d, f, workers, int(sum_parts(f))
+        self.inputs = Each(new_inputs(MAX_BATCH, d) for _ in range(workers))
+        self.places = Each(np.empty(f, np.int32) for _ in range(workers))
+        # Flat, so that what a call takes of it is contiguous, and kernels are compiled for one layout.
         self.hidden = np.empty(MAX_BATCH * f, np.float32)
-        self.places, self.picked = (np.empty((workers, f), np.int32) for _ in range(2))
-        self.scales = np.empty(workers * rows * f, np.float32)
-        self.steps = tuple(new_steps(d) for _ in range(workers))
-        self.sums, self.offsets = new_sums(max(MAX_BATCH, workers), d)
         self.ones = np.ones(f, np.uint8)
         self.fired = np.zeros(workers, np.int64)
+        self._owns: dict[int, Each] = {}
+        self._sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def owns(self, tokens: int) -> Each:
+        """A `DownScratch` for each worker."""
+        if tokens not in self._owns:
+            self._owns[tokens] = Each(new_down_scratch(self.d, self.f, tokens) for _ in range(self.workers))
+        return self._owns[tokens]
+
+    def sums(self, results: int) -> tuple[np.ndarray, np.ndarray]:
+        """Room for so many results of `sum_rows`."""
+        if results not in self._sums:
+            self._sums[results] = new_sums(results, self.d)
+        return self._sums[results]
+
+    @cached_property
+    def apart(self) -> tuple[Each, Each, Each, Each]:
+        """For whole tokens, for each worker: a state to take pieces of work from, hidden f32 [1, f], sums, offsets."""
+        sums = [new_sums(self.parts, self.d) for _ in range(self.workers)]
+        return (
+            Each(barrier.new_barrier() for _ in range(self.workers)),
+            Each(np.empty((1, self.f), np.float32) for _ in range(self.workers)),
+            Each(pair[0] for pair in sums),
+            Each(pair[1] for pair in sums),
+        )
 
 
 def sparse_ffn(
@@ -288,24 +373,20 @@ def sparse_ffn(
         raise ValueError(f"sparse_ffn wants f32 x and out, int32 rows, int64 offsets; got {x.dtype}, {rows.dtype}")
     if not rows.size:
         return 0
-    code, f = ACTIVATION_CODES[ffn.activation], ffn.up.shape[0]
-    own = (scratch.inputs, scratch.places, scratch.picked)
-    sums = (scratch.sums, scratch.offsets)
-    scratch.fired[:] = 0
+    code, f, s = ACTIVATION_CODES[ffn.activation], ffn.up.shape[0], scratch
+    s.fired[:] = 0
     if tokens > MAX_BATCH:
-        scales = scratch.scales[: pool.threads * 2 * f].reshape(pool.threads, 2, f)
-        tokens_apart = (ffn.weights, code, skip_zeros, x, rows, offsets, scratch.ones)
-        pool.run(_apart, pool.threads, *tokens_apart, *own, scales, scratch.steps, *sums, out, scratch.fired)
-        return int(scratch.fired.sum())
-    ids, masks = (rows, scratch.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, f)
-    hidden = scratch.hidden[: tokens * ids.size].reshape(tokens, -1)
-    workers = pool.workers_for(ids.size * ffn.row_bytes)
-    args = (pool.barrier, ffn.weights, code, skip_zeros, x, ids, masks, scratch.inputs, hidden)
-    scales = scratch.scales[: pool.threads * tokens * f].reshape(pool.threads, tokens, f)
-    pool.run(
-        _together, workers, *args, scratch.places, scratch.picked, scales, scratch.steps, *sums, out, scratch.fired
-    )
-    return int(scratch.fired[0])
+        states, hiddens, sums, taken = s.apart
+        given = (ffn.weights, code, skip_zeros, x, rows, offsets, s.ones, s.parts)
+        buffers = (s.inputs, hiddens, s.places, s.owns(1), sums, taken)
+        pool.run(_apart, pool.threads, states, *given, *buffers, out, s.fired)
+        return int(s.fired.sum())
+    ids, masks = (rows, s.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, f)
+    hidden = s.hidden[: tokens * ids.size].reshape(tokens, -1)
+    what = (ffn.weights, code, skip_zeros, x, ids, masks, s.parts)
+    own = (s.inputs, hidden, s.places, s.owns(tokens), *s.sums(s.parts * tokens))
+    pool.run(_together, pool.workers_for(ids.size * ffn.row_bytes), pool.barrier, *what, *own, out, s.fired)
+    return int(s.fired[0])
 
 
 def _union(rows: np.ndarray, offsets: np.ndarray, f: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from cpu_kernels.decode_state import (
 )
 from cpu_kernels.decode_step import decode_step
 from cpu_kernels.low_rank import PredictorView
+from cpu_kernels.worker_pool import Each
 from hybrid.ffn import FFNRuntime, Strategy
 from hybrid.kv_cache import KVCache
 from hybrid.model import Block, Norm, Transformer
@@ -55,7 +56,7 @@ class DecodeStep:
         )
         workers = runtime.pool.threads
         self._shared = new_shared(self._shape, rank, workers)
-        self._owns = tuple(new_own(self._shape, rank) for _ in range(workers))
+        self._owns = Each(new_own(self._shape, rank) for _ in range(workers))
         self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
         attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
         matrices = (attention, ffn, model.head.matrix, model.embedding)
