@@ -112,18 +112,24 @@ def gemv_case(dtype: DType, d: int, sizes: Sizes) -> Case:
 
 
 @kernel
-def _many_layers(worker, workers, state, first, table, code, x, rows, starts, ones, inputs, hidden, rest):  # type: ignore[no-untyped-def]
+def _many_layers(  # type: ignore[no-untyped-def]
+    worker, workers, state, first, table, code, x, rows, starts, ones, parts, inputs, hidden, places, own, sums,
+    offsets, out, fired
+):  # fmt: skip
     """`sparse_ffn` for one token over each layer of `table`, int64 [layers, 3] of addresses of gate, up and down.
 
-    first: the weights of one of them, whose type and sizes all share. rest: the last arguments of the FFN's kernel.
+    first: the weights of one of them, whose type and sizes all share.
     """
     for n in range(table.shape[0]):
         ids = rows[starts[n] : starts[n + 1]]
         count = ids.shape[0]
         gate, up, down = table[n, 0], table[n, 1], table[n, 2]
         ffn = FFNWeights(first.like, gate, up, down, first.width, first.d, first.gate_bias, first.up_bias)
-        own = hidden[:count].reshape(1, count)
-        _together(worker, workers, state, ffn, code, False, x, ids, ones[:count], inputs, own, *rest)
+        activations = hidden[:count].reshape(1, count)
+        _together(
+            worker, workers, state, ffn, code, False, x, ids, ones[:count], parts, inputs, activations, places, own,
+            sums, offsets, out, fired
+        )  # fmt: skip
         if not barrier.wait(state, workers):  # the next layer overwrites `hidden`
             return
 
@@ -153,10 +159,9 @@ class SparseLayers:
     def run(self, pool: WorkerPool) -> None:
         """All layers of a pass in one call."""
         s, code = self._scratch, ACTIVATION_CODES["relu"]
-        scales = s.scales[: pool.threads * self.f].reshape(pool.threads, 1, self.f)
-        rest = (s.places, s.picked, scales, s.steps, s.sums, s.offsets, self.out, s.fired)
-        args = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.inputs)
-        pool.run(_many_layers, pool.threads, pool.barrier, *args, s.hidden, rest)
+        given = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.parts)
+        own = (s.inputs, s.hidden, s.places, s.owns(1), *s.sums(s.parts))
+        pool.run(_many_layers, pool.threads, pool.barrier, *given, *own, self.out, s.fired)
 
     def in_torch(self) -> Callable[[], object] | None:
         parts = [[as_torch(matrix) for matrix in (view.gate, view.up, view.down) if matrix] for view in self.views]
