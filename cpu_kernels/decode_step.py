@@ -86,8 +86,12 @@ def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-unt
     _, picked, scales, steps = own.down
     picked[0], scales[0, 0] = row, 1
     sums, offsets = shared.sums[:1], shared.offsets[:1]
-    sum_rows(like, table, _row_bytes(like, d), picked, scales, first, one, first, d, sums, offsets, steps)
-    finish(like, sums[0], offsets[0], d, first, sums.shape[1], shared.x[0])
+    none = table, table, table, table
+    padded = sums.shape[1]
+    sum_rows(
+        like, table, _row_bytes(like, d), picked, scales, first, one, none, d, first, padded, sums, offsets, steps
+    )  # fmt: skip
+    finish(like, sums[0], offsets[0], d, first, padded, shared.x[0])
 
 
 @kernel
@@ -263,7 +267,7 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     if worker == workers - 1:
         _tally(row, n, shape, shared)
     parts = shared.sums.shape[0]
-    down_parts(state, ffn, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets)
+    down_parts(state, workers, ffn, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets)
     if not barrier.wait(state, workers):
         return False
     merge_parts(worker, workers, like, d, parts, shared.sums, shared.offsets, shared.x)

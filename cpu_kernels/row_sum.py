@@ -176,7 +176,7 @@ def _add_last_columns(like: Any, rows: Any, scales: Any, sums: Any, first: Any, 
 
 
 @kernel
-def _four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
+def four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
     """Addresses of rows ids[k : k + 4]; beyond the end the last again."""
     last = count - 1
     return (
@@ -188,21 +188,28 @@ def _four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def sum_rows(like, weight, width, ids, scales, start, stop, following, d, sums, offsets, steps):  # type: ignore[no-untyped-def]
-    """sums[t] = sum over start <= k < stop of scales[t, k] * row ids[k]; rows from ids[following] on come next.
+def sum_rows(  # type: ignore[no-untyped-def]
+    like, weight, width, ids, scales, start, stop, ahead, d, first, last, sums, offsets, steps
+):  # fmt: skip
+    """sums[t, first:last] = sum over start <= k < stop of scales[t, k] * columns [first, last) of row ids[k].
 
-    weight: address of the matrix, rows of `width` bytes and `d` columns. sums: f32 [t, P]; offsets: f32 [t, P / 32];
-    steps: f32 [4 * 2 P / 32], a worker's own.
+    weight: address of the matrix, rows of `width` bytes and `d` columns. first and last are multiples of
+    `columns_unit`. ahead: four addresses from which lines are fetched along with those of the last four rows.
+    sums: f32 [t, P]; offsets: f32 [t, P / 32], for int4; steps: f32 [4 * 2 P / 32], a worker's own.
     """
-    zero, tokens, first = np.float32(0), scales.shape[0], np.int64(0)
-    sums[:tokens] = 0
-    offsets[:tokens] = 0
+    zero, tokens = np.float32(0), scales.shape[0]
+    for t in range(tokens):
+        sums[t, first:last] = 0
+        offsets[t, first // BLOCK : last // BLOCK] = 0
     padded_width = (d + GROUP - 1) // GROUP * GROUP
     codes_bytes = padded_width // 2 if columns_unit(like) == GROUP else padded_width
-    whole, end = (d & -BLOCK, d) if like.itemsize > 1 else (padded_width, padded_width)
+    whole, end = last, last
+    if like.itemsize > 1:
+        end = min(last, d)
+        whole = first + ((end - first) & -BLOCK)
     for k in range(start, stop, 4):
-        rows = _four_rows(weight, width, ids, k, stop)
-        ahead = _four_rows(weight, width, ids, k + 4 if k + 4 < stop else following, ids.shape[0])
+        rows = four_rows(weight, width, ids, k, stop)
+        coming = four_rows(weight, width, ids, k + 4, stop) if k + 4 < stop else ahead
         for t in range(tokens):
             factors = (
                 scales[t, k],
@@ -210,8 +217,14 @@ def sum_rows(like, weight, width, ids, scales, start, stop, following, d, sums, 
                 scales[t, k + 2] if k + 2 < stop else zero,
                 scales[t, k + 3] if k + 3 < stop else zero,
             )
-            _add_rows(like, rows, ahead, factors, sums[t], offsets[t], steps, first, whole, codes_bytes)
+            _add_rows(like, rows, coming, factors, sums[t], offsets[t], steps, first, whole, codes_bytes)
             _last_columns(like, rows, factors, sums[t], whole, end)
+
+
+@kernel
+def column_bytes(like, columns):  # type: ignore[no-untyped-def]
+    """Bytes of that many columns of a row, without scales."""
+    return columns // 2 if columns_unit(like) == GROUP else columns * like.itemsize
 
 
 def finish(

@@ -7,12 +7,12 @@ Weights are neuron-major: row i of gate, up and (transposed) down belong to neur
 activation comes out 0 is left there and its other rows are never read; the sum is the same.
 
 Threads: for one token, and for up to 8 over the union of their rows, workers take blocks of rows of gate and up, meet
-at the pool's barrier, take parts of the rows of down, each summed apart, meet again, and each adds the parts of its
-columns. Who takes what depends on who is faster: on 16 cores of a shared host fixed shares waited 40% longer for the
-slowest. Whole rows rather than each worker's columns of every row: at 16 workers those are pieces of 256 bytes, and
-took twice as long. More than 8 tokens are shared out whole. A value of `hidden` is one worker's, the parts depend on a
-neuron's number alone and are added in order: the answer is the same, bit for bit, for any number of workers, whether a
-token comes alone or among others, and with or without `skip_zeros`.
+at the pool's barrier, take pieces of down, which are a part of its rows and a slice of their columns, meet again, and
+each adds the parts of its columns. Who takes what depends on who is faster: on 16 cores of a shared host fixed shares
+waited 40% longer for the slowest. A slice of all rows for each worker, without parts, took twice as long there: pieces
+of rows of 256 bytes. More than 8 tokens are shared out whole. A value of `hidden` is one worker's, the parts depend on
+a neuron's number alone and are added in order: the answer is the same, bit for bit, for any number of workers, whether
+a token comes alone or among others, and with or without `skip_zeros`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import new_inputs, one_input, prepare
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_four
-from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_rows
+from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, new_sums, sum_rows
 from cpu_kernels.worker_pool import Each, WorkerPool
 
 BLOCK_ROWS = 8  # rows of gate and up that a worker takes at a time
-MAX_PARTS = 32  # in which the rows of down are summed
+MAX_PARTS = 8  # in which the rows of down are summed
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
 
@@ -103,18 +103,6 @@ class FFNView:
 
 
 @kernel
-def _row_addresses(weight, width, ids, k, n):  # type: ignore[no-untyped-def]
-    """Addresses of rows ids[k : k + 4]; beyond the end the last again."""
-    last = n - 1
-    return (
-        weight + ids[min(k, last)] * width,
-        weight + ids[min(k + 1, last)] * width,
-        weight + ids[min(k + 2, last)] * width,
-        weight + ids[min(k + 3, last)] * width,
-    )
-
-
-@kernel
 def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
     """Whether any of the next four rows is token t's."""
     any_bit = 0
@@ -154,8 +142,8 @@ def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden
     """The activations of rows ids[start:stop], while those that come next are fetched, in the end ids[following]."""
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
     for k in range(start, stop, 4):
-        rows = _row_addresses(weight, ffn.width, ids, k, n)
-        ahead = _row_addresses(weight, ffn.width, ids, k + 4 if k + 4 < stop else following, n)
+        rows = four_rows(weight, ffn.width, ids, k, n)
+        ahead = four_rows(weight, ffn.width, ids, k + 4 if k + 4 < stop else following, n)
         for t in range(hidden.shape[0]):
             if not _wanted(masks, k, stop, t):
                 hidden[t, k : min(k + 4, stop)] = 0
@@ -173,8 +161,8 @@ def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden
 def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no-untyped-def]
     """hidden[:, places[i]] *= up . x of row picked[i], for i < count."""
     for k in range(0, count, 4):
-        rows = _row_addresses(ffn.up, ffn.width, picked, k, count)
-        ahead = _row_addresses(ffn.up, ffn.width, picked, k + 4, count)
+        rows = four_rows(ffn.up, ffn.width, picked, k, count)
+        ahead = four_rows(ffn.up, ffn.width, picked, k + 4, count)
         for t in range(hidden.shape[0]):
             sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
             for i in range(min(4, count - k)):
@@ -187,7 +175,7 @@ def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no
 @kernel
 def sum_parts(f):  # type: ignore[no-untyped-def]
     """Parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
-    return max(1, min(MAX_PARTS, f // 256))
+    return max(1, min(MAX_PARTS, f // 1024))
 
 
 @kernel
@@ -226,25 +214,34 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
 
 
 @kernel
-def down_parts(state, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
-    """Sum hidden . down over each part of the rows that this worker takes; returns how many values of hidden fired.
+def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
+    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0.
 
-    own: starts int64 [parts + 1], picked int32 [f], scales f32 [t, f] and steps of `sum_rows`, all of them this
-    worker's. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
+    A piece is one part of the rows and a slice of the columns, of which there are enough to give every worker some.
+    own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
     """
     starts, picked, scales, steps = own
-    tokens = hidden.shape[0]
+    tokens, like = hidden.shape[0], ffn.like
     fired = _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales)
-    part = barrier.take(state)
-    while part < parts:
+    unit = columns_unit(like)
+    units = (ffn.d + unit - 1) // unit
+    slices = max(1, min((2 * workers + parts - 1) // parts, units // 4))
+    piece = barrier.take(state)
+    while piece < parts * slices:
         after = barrier.take(state)
-        following = starts[min(after, parts - 1)]
+        part, column = piece // slices, piece % slices
+        first, last = unit * (units * column // slices), unit * (units * (column + 1) // slices)
+        # The next piece's rows, as far ahead of their columns as this piece's columns are.
+        other = min(after, parts * slices - 1)
+        shift = column_bytes(like, unit * (units * (other % slices) // slices)) - column_bytes(like, first)
+        begin = min(starts[other // slices], max(0, starts[parts] - 1))
+        ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(1, starts[parts]))
         rows = slice(part * tokens, (part + 1) * tokens)
         sum_rows(
-            ffn.like, ffn.down, ffn.width, picked[: max(1, starts[parts])], scales, starts[part], starts[part + 1],
-            following, ffn.d, sums[rows], offsets[rows], steps,
+            like, ffn.down, ffn.width, picked, scales, starts[part], starts[part + 1], ahead, ffn.d, first, last,
+            sums[rows], offsets[rows], steps,
         )  # fmt: skip
-        part = after
+        piece = after
     return fired
 
 
@@ -277,7 +274,7 @@ def _together(  # type: ignore[no-untyped-def]
     gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
-    fired[worker] = down_parts(state, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+    fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
     if barrier.wait(state, workers):
         merge_parts(worker, workers, ffn.like, d, parts, sums, offsets, out)
 
@@ -299,7 +296,7 @@ def _apart(  # type: ignore[no-untyped-def]
         gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
         barrier.restart(state)
         fired[worker] += down_parts(
-            state, ffn, ids, n, hidden, skip, parts, own, sums, offsets
+            state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets
         )  # fmt: skip
         merge_parts(alone, one, ffn.like, d, parts, sums, offsets, out[t : t + 1])
 

@@ -11,13 +11,13 @@ from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_r
 
 @kernel
 def scaled_sum(like, weight, width, ids, scales, count, d, parts, sums, offsets, steps, out):
-    """The sum, put right in `parts` slices of its columns, as `parts` workers would."""
+    """The whole sum, its columns cut into `parts` slices as `parts` workers would."""
     unit = columns_unit(like)
     units = (d + unit - 1) // unit
-    begin = count - count
-    sum_rows(like, weight, width, ids, scales, begin, count, begin, d, sums, offsets, steps)
+    begin, none = count - count, (weight, weight, weight, weight)
     for part in range(parts):
         first, last = unit * (units * part // parts), unit * (units * (part + 1) // parts)
+        sum_rows(like, weight, width, ids, scales, begin, count, none, d, first, last, sums, offsets, steps)
         for t in range(scales.shape[0]):
             finish(like, sums[t], offsets[t], d, first, last, out[t])
 
@@ -60,14 +60,15 @@ def test_a_part_of_the_list_is_its_own_sum():
     part = run(matrix, ids[5:12], np.ascontiguousarray(scales[:, 5:12]))
     sums, offsets = new_sums(1, 300)
     out, rows = np.ones((1, 300), np.float32), (matrix.rows, matrix.rows.ctypes.data, matrix.row_bytes)
-    part_of_sum(*rows, ids.astype(np.int32), scales, 5, 12, 15, 300, sums, offsets, new_steps(300), out)
+    part_of_sum(*rows, ids.astype(np.int32), scales, 5, 12, 300, sums, offsets, new_steps(300), out)
     assert (out == part).all()
 
 
 @kernel
-def part_of_sum(like, weight, width, ids, scales, start, stop, following, d, sums, offsets, steps, out):
-    sum_rows(like, weight, width, ids, scales, start, stop, following, d, sums, offsets, steps)
-    finish(like, sums[0], offsets[0], d, 0, sums.shape[1], out[0])
+def part_of_sum(like, weight, width, ids, scales, start, stop, d, sums, offsets, steps, out):
+    none, first, last = (weight, weight, weight, weight), stop - stop, sums.shape[1]
+    sum_rows(like, weight, width, ids, scales, start, stop, none, d, first, last, sums, offsets, steps)
+    finish(like, sums[0], offsets[0], d, first, last, out[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
