@@ -259,8 +259,8 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     if n < 0:
         return False
     gate_and_up(
-        state, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED, shared.hidden,
-        own.places, own.down[1],
+        state, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED,
+        shared.hidden, own.places, own.down[1],
     )  # fmt: skip
     if not barrier.wait(state, workers):
         return False

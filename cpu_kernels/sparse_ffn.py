@@ -33,7 +33,7 @@ from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, new_sums, sum_rows
 from cpu_kernels.worker_pool import Each, WorkerPool
 
-BLOCK_ROWS = 8  # rows of gate and up that a worker takes at a time
+BLOCK_ROWS = 8  # neighbours that go to one part of down, and the fewest rows of gate that a worker takes
 MAX_PARTS = 8  # in which the rows of down are summed
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
@@ -112,17 +112,20 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def gate_and_up(state, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked):  # type: ignore[no-untyped-def]
+def gate_and_up(  # type: ignore[no-untyped-def]
+    state, workers, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked
+):  # fmt: skip
     """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the blocks of k
     that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
 
     given: hidden has the activations already. places, picked: this worker's own scratch, int32 [f].
     """
     count = np.int64(0)  # a literal 0 would have every callee compiled for itself
-    start = barrier.take(state) * BLOCK_ROWS
+    block = max(BLOCK_ROWS, min(4 * BLOCK_ROWS, n // (8 * workers) // 4 * 4))
+    start = barrier.take(state) * block
     while start < n:
-        following = barrier.take(state) * BLOCK_ROWS
-        stop = min(start + BLOCK_ROWS, n)
+        following = barrier.take(state) * block
+        stop = min(start + block, n)
         if not given:
             _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden)
         for k in range(start, stop):
@@ -271,7 +274,7 @@ def _together(  # type: ignore[no-untyped-def]
     for t in range(x.shape[0]):
         mine[0][t, :d] = x[t]
         prepare(ffn.like, one_input(mine, t), d)
-    gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
     fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
@@ -293,7 +296,7 @@ def _apart(  # type: ignore[no-untyped-def]
         mine[0][0, :d] = x[t]
         prepare(ffn.like, one_input(mine, 0), d)
         barrier.restart(state)
-        gate_and_up(state, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
         barrier.restart(state)
         fired[worker] += down_parts(
             state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets

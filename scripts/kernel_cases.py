@@ -1,7 +1,7 @@
 """The cases of `bench_kernels.py`: what each kernel is run on, in torch beside it, and in its NumPy reference.
 
-Weights are several times the last-level cache and taken in turn, so that each pass reads them from memory. The sparse
-FFN runs over many layers' worth of neurons in one compiled call, as a decode step does, each time over other rows. The
+Weights are several times the last-level cache and taken in turn, so that each pass reads them from memory. GEMV
+and sparse FFN run over many layers' worth of weights in one compiled call, as a decode step does. The
 names under which kernels are called are gathered here.
 """
 
@@ -20,18 +20,19 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import ACTIVATION_CODES
 from cpu_kernels.attention import decode_attention, decode_attention_ref
 from cpu_kernels.compiled import kernel
-from cpu_kernels.gemv import gemv, gemv_ref
+from cpu_kernels.gemv import gemv_ref, gemv_shared
+from cpu_kernels.lanes import new_inputs, one_input, prepare
 from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref
 from cpu_kernels.rope import rope, rope_ref
 from cpu_kernels.sparse_ffn import FFNView, FFNWeights, SparseFFNScratch, _together, sparse_ffn_ref
 from cpu_kernels.top_k import top_k, top_k_ref
-from cpu_kernels.worker_pool import WorkerPool
+from cpu_kernels.worker_pool import Each, WorkerPool
 
 NEURONS = {2048: 8192, 4096: 11008}  # of a layer; other widths have four times as many
 HEAD_DIM = 128
-_GEMV_BYTES = 128 * 2**20  # of a matrix: waking the workers is then a small part of a call, as of a decode step
+_GEMV_BYTES = 32 * 2**20  # of a matrix, as large as a 7B model's
 _TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _NO_BIAS = np.empty(0, np.float32)
 
@@ -86,6 +87,18 @@ def _vector(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
+@kernel
+def _many_matrices(worker, workers, state, like, table, width, x, own, bias, out):  # type: ignore[no-untyped-def]
+    """`gemv` for one token over each matrix of `table`, int64 addresses, in one call as in a decode step."""
+    d = x.shape[1]
+    own[0][0] = x[0]
+    prepare(like, one_input(own, 0), d)
+    for n in range(table.shape[0]):
+        gemv_shared(state, workers, like, table[n], width, out.shape[1], own, d, bias, out)
+        if not barrier.wait(state, workers):
+            return
+
+
 def gemv_case(dtype: DType, d: int, sizes: Sizes) -> Case:
     """Dense rows, a few large matrices in turn."""
     one = random_matrix(dtype, 1, d).row_bytes
@@ -94,9 +107,13 @@ def gemv_case(dtype: DType, d: int, sizes: Sizes) -> Case:
     x, out = _vector(1, d), np.empty((1, rows), np.float32)
     part = Matrix(matrices[0].rows[:512], d)
 
+    table = np.array([matrix.rows.ctypes.data for matrix in matrices])
+    own = Each(new_inputs(1, d) for _ in range(sizes.workers))
+
     def run(pool: WorkerPool) -> None:
-        for matrix in matrices:
-            gemv(matrix, x, _NO_BIAS, out, pool)
+        first = matrices[0]
+        given = (first.like, table, first.row_bytes, x, own, _NO_BIAS, out)
+        pool.run(_many_matrices, pool.threads, pool.barrier, *given)
 
     views = [view for view in map(as_torch, matrices) if view is not None]
     inputs = [torch.from_numpy(x).to(view.dtype) for view in views]
