@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpu_kernels.ffn_phases import DownScratch, new_down_scratch, sum_parts
 from cpu_kernels.lanes import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
 from cpu_kernels.row_sum import new_sums
-from cpu_kernels.sparse_ffn import DownScratch, new_down_scratch, sum_parts
 
 DENSE, EXACT, LEARNED = 0, 1, 2
 

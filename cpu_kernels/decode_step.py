@@ -31,13 +31,13 @@ from cpu_kernels.activations import activate
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.compiled import kernel
 from cpu_kernels.decode_state import DENSE, EXACT, LEARNED, Column, Count, Ends, Phase
+from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
 from cpu_kernels.lanes import one_input, prepare, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_sum import finish, sum_rows
-from cpu_kernels.sparse_ffn import FFNWeights, down_parts, gate_and_up, merge_parts
 
 
 @intrinsic

@@ -23,6 +23,7 @@ from hybrid.generation import FinishReason, GenerationStats, GenerationStep, Sam
 from hybrid.kv_cache import KVCache
 from hybrid.loader import ModelFolder
 from hybrid.model import Transformer
+from hybrid.packed import PackedModel
 from hybrid.sampling import Sampler
 from hybrid.text import Message, StreamDecoder, TextCodec, generation_defaults
 from placement.placement import Placement
@@ -69,6 +70,8 @@ class Engine:
         self._cache, self._cached_tokens = cache, list[int]()
         self._step = DecodeStep(model, cache, runtime)
         self._answer = 0
+        # Told before many rows of a mapped file are read one after another, and after.
+        self._expect_scattered_reads: Callable[[bool], None] = lambda scattered: None
 
     @classmethod
     def load(
@@ -99,6 +102,8 @@ class Engine:
         engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
         engine.notices = tuple(notices)
+        if isinstance(folder.weights, PackedModel):
+            engine._expect_scattered_reads = folder.weights.advise
         engine._step.load_kernels()
         return engine
 
@@ -226,7 +231,10 @@ class Engine:
             return self._decode_one(tokens[0], "dense")
         torch.set_num_threads(self.runtime.pool.threads)
         self.runtime.as_decode = False
+        if len(tokens) > self.runtime.few:
+            self._expect_scattered_reads(False)
         hidden = self.model(torch.tensor(tokens), self._cache)
+        self._expect_scattered_reads(self.runtime.strategy != "dense")
         self._cached_tokens += tokens
         return self.model.logits(hidden[-1:])[0]
 
