@@ -12,12 +12,12 @@ import pytest
 from llvmlite import binding
 
 TESTS = Path(__file__).parent
-PARTS = "blocks matrix gemv sparse_ffn low_rank norm rope attention top_k decode_step"
+PARTS = "blocks matrix row_dot row_sum widen gemv sparse_ffn low_rank norm rope attention top_k"
 V1 = "64bit cmov cx8 fxsr mmx sse sse2"
 HASWELL = f"{V1} sse3 ssse3 sse4.1 sse4.2 avx avx2 fma f16c bmi bmi2 lzcnt movbe popcnt cx16 sahf xsave xsaveopt"
 TARGETS = {"haswell": HASWELL.split(), "x86-64": V1.split()}
 
-# Compiles the matrix-vector product for every type of weights, from nothing, and prints its assembly code.
+# Compiles the matrix-vector product for the types that need the most of a CPU, from nothing, and prints its assembly.
 ASSEMBLY = """
 import numpy as np, torch
 from numba.core.caching import NullCache
@@ -27,7 +27,7 @@ from cpu_kernels import gemv
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.worker_pool import WorkerPool
 pool, empty = WorkerPool(1), np.empty(0, np.float32)
-kinds = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (None, "int8"), (None, "int4")]
+kinds = [(torch.float16, None), (None, "int4")]
 for dtype, blocks in kinds:
     matrix = Matrix.of(torch.ones(4, 256, dtype=dtype), blocks)
     gemv.gemv(matrix, np.ones((1, 256), np.float32), empty, np.empty((1, 4), np.float32), pool)
@@ -64,7 +64,7 @@ def test_no_instruction_is_used_that_the_cpu_lacks(name):
     result = run(name, "-c", ASSEMBLY)
     assert result.returncode == 0, result.stderr
     code = result.stdout
-    assert len(re.findall(r"^\s+ret", code, re.M)) >= 5
+    assert len(re.findall(r"^\s+ret", code, re.M)) >= 2
     assert not re.search(r"%zmm|%k[1-7]", code)
     vex_encoded = re.findall(r"^\s+v[a-z0-9]+\s+.*%[xy]mm.*$", code, re.M)
     if name == "x86-64":
