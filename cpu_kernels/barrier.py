@@ -1,8 +1,9 @@
 """A barrier for threads that are inside one `nogil` kernel call: they wait for each other without leaving it.
 
-Threads: any number of workers call `wait` on one state; nobody blocks in the system. A waiting thread polls, first with
-the processor's pause instruction, later offering its core to others between polls, so that more threads than cores
-make progress. `abort`, from any thread, sends all home: their `wait` returns False and their kernel must return.
+Threads: any number of workers call `wait` on one state. A waiting thread polls with the processor's pause instruction,
+for longer than workers of one kernel differ, then naps between polls: a worker whose core others want as well is soon
+scheduled again if it has slept, and late if it has polled. `abort`, from any thread, sends all home: their `wait`
+returns False and their kernel must return.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from cpu_kernels.compiled import kernel
 _STRIDE = 16
 _ARRIVED, _GENERATION, _ABORTED, _TAKEN = 0, _STRIDE, 2 * _STRIDE, 3 * _STRIDE
 _LINE_BYTES = 128
-# Polls before the first `sched_yield`: some 5 us, longer than workers of one kernel differ, far below a time slice.
-_SPINS = 200
+# Polls before the first nap: some 50 us, longer than workers of one kernel differ, far below a time slice.
+_SPINS = 2000
+_NAP_MICROSECONDS = 20
 
-_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
 
 def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -103,7 +105,7 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
             spins += 1
             pause()
         else:
-            _sched_yield()
+            _usleep(_NAP_MICROSECONDS)
     return True
 
 
