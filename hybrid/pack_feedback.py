@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cpu_kernels.activations import activate_ref
+from cpu_kernels.blocks import row_bytes
 from hybrid.error_feedback import SPAN, feedback_factor, quantize_by_columns, quantize_by_rows
 from hybrid.errors import ArtifactError
 from hybrid.pack_source import Source, split_name
@@ -35,15 +36,24 @@ class FFNFeedback:
             raise ValueError(f"'{part.name}' is not of a layer's FFN")
         _, factors = self._layer(layer)
         if name == "down":
-            for start in range(0, self._spec.d_ff, SPAN):
-                yield partial(self._down_rows, layer, slice(start, start + SPAN))
+            yield partial(self._down, layer)
             return
         for block in self._sources[part.name].blocks(self._checkpoint):
             yield partial(quantize_by_columns, block, factors)
 
-    def _down_rows(self, layer: int, rows: slice) -> np.ndarray:
-        weight = self._sources[f"layers.{layer}.down"].rows(self._checkpoint, rows)
-        return quantize_by_rows(weight, feedback_factor(self._fired(layer, rows)))
+    def _down(self, layer: int) -> np.ndarray:
+        """Rows of down, `SPAN` neurons at a time in the source's order, where a span has hot and cold ones.
+
+        In a placement's order, where they part, the embedded model's perplexity rose by 3.1% rather than 2.1%.
+        """
+        source, f = self._sources[f"layers.{layer}.down"], self._spec.d_ff
+        places = np.arange(f) if source.order is None else np.argsort(source.order)
+        out = np.empty((f, row_bytes("int4", self._spec.d_model)), np.uint8)
+        for start in range(0, f, SPAN):
+            rows = places[start : start + SPAN]
+            factor = feedback_factor(self._fired(layer, rows))
+            out[rows] = quantize_by_rows(source.rows(self._checkpoint, rows), factor)
+        return out
 
     def _read_layer(self, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """FFN inputs f32 [s, d_model] and the factors of their columns. Raises `ArtifactError`."""
@@ -56,7 +66,7 @@ class FFNFeedback:
         columns = range(0, inputs.shape[1], SPAN)
         return inputs, [feedback_factor(inputs[:, start : start + SPAN]) for start in columns]
 
-    def _fired(self, layer: int, rows: slice) -> np.ndarray:
+    def _fired(self, layer: int, rows: np.ndarray) -> np.ndarray:
         """What some neurons give for the sampled inputs: f32 [s, k]."""
         inputs, _ = self._layer(layer)
         up = torch.from_numpy(self._project(layer, "up", inputs, rows))
@@ -65,7 +75,7 @@ class FFNFeedback:
         gate = torch.from_numpy(self._project(layer, "gate", inputs, rows))
         return (activate_ref(self._spec.activation, gate) * up).numpy()
 
-    def _project(self, layer: int, name: str, inputs: np.ndarray, rows: slice) -> np.ndarray:
+    def _project(self, layer: int, name: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
         out = inputs @ self._sources[f"layers.{layer}.{name}"].rows(self._checkpoint, rows).T
         if self._spec.ffn_bias:
             out += self._sources[f"layers.{layer}.{name}.bias"].rows(self._checkpoint, rows)

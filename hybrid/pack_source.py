@@ -49,12 +49,12 @@ class Source:
             for start in range(0, rows, step):
                 yield self._widened(stored, slice(start, start + step))
 
-    def rows(self, checkpoint: Checkpoint, rows: slice) -> np.ndarray:
+    def rows(self, checkpoint: Checkpoint, rows: slice | np.ndarray) -> np.ndarray:
         """Some rows, f32 [k, columns] or [k], of a part that comes from one tensor."""
         ((name, shape),) = self.tensors
         return self._widened(checkpoint.mapped(name, shape), rows)
 
-    def _widened(self, stored: np.ndarray, rows: slice) -> np.ndarray:
+    def _widened(self, stored: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
         chosen = rows if self.order is None else self.order[rows]
         return np.ascontiguousarray(widen_ref(stored[:, chosen].T if self.transposed else stored[chosen]))
 
