@@ -71,6 +71,13 @@ def _put_steps(code: Code, rows: _Four, taken: Any, tables: Any, first: Any, las
             code.store(offset, taken_at)
 
 
+def _fetch_scales(code: Code, ahead: list[Any], first: Any, last: Any, codes_bytes: Any) -> None:
+    """Fetch the scales of columns [first, last) of rows: a line for 1024."""
+    builder = code.builder
+    with cgutils.for_range_slice(builder, first, last, I64(1024), intp=I64) as (column, _):
+        code.fetch_lines(ahead, builder.add(codes_bytes, builder.lshr(column, I64(4))), 64)
+
+
 def _step(code: Code, table: Any, offset: Any, number: int) -> Any:
     loaded = code.load(code.builder.add(table, offset), F32, 1, 4 * number, 4)
     return code.splat(code.builder.extract_element(loaded, I32(0)), LANES)
@@ -78,6 +85,7 @@ def _step(code: Code, table: Any, offset: Any, number: int) -> Any:
 
 def _int8_sum(code: Code, rows: _Four, sums: Any, tables: Any, first: Any, last: Any, codes_bytes: Any) -> None:
     builder = code.builder
+    _fetch_scales(code, rows.ahead, first, last, codes_bytes)
     _put_steps(code, rows, None, tables, first, last, codes_bytes)
     with cgutils.for_range_slice(builder, first, last, I64(BLOCK), intp=I64) as (column, _):
         at, offset = builder.add(sums, builder.mul(column, I64(4))), builder.lshr(column, I64(3))
@@ -95,6 +103,7 @@ def _int4_sum(
     code: Code, rows: _Four, sums: Any, tables: Any, taken: Any, first: Any, last: Any, codes_bytes: Any
 ) -> None:
     builder = code.builder
+    _fetch_scales(code, rows.ahead, first, last, codes_bytes)
     _put_steps(code, rows, taken, tables, first, last, codes_bytes)
     with cgutils.for_range_slice(builder, first, last, I64(GROUP), intp=I64) as (column, _):
         at, offset = builder.add(sums, builder.mul(column, I64(4))), builder.lshr(column, I64(1))
