@@ -162,7 +162,7 @@ def _planned_for() -> str:
 def _choice_rows() -> list[tuple[str, str]]:
     return [
         ("would run on", f"the CPU with {available_cpus()} threads; this build has no GPU runtime yet"),
-        ("hot and cold neurons", "both on the CPU, computed apart and merged, as a GPU would"),
+        ("hot and cold neurons", "both on the CPU, in one pass"),
         ("kernels", "Numba, compiled for this CPU on first use and cached"),
         ("placement", f"planned for: {_planned_for()}; --hardware FILE for another"),
     ]
