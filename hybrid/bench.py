@@ -142,7 +142,7 @@ def bytes_per_token(model: Transformer, strategy: Strategy, counters: FFNCounter
     that fire; learned the first matrix of those predicted, and the rest of those of them that fire.
     """
     spec, blocks = model.spec, model.blocks
-    fired = (counters.fired_hot + counters.fired_cold) / max(1, counters.neurons)
+    fired = counters.fired / max(1, counters.neurons)
     predicted = counters.computed / max(1, counters.neurons)
     shares = {"dense": (1.0, 1.0), "exact": (1.0, fired), "learned": (predicted, fired)}
     first, rest = shares[strategy]

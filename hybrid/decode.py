@@ -90,8 +90,8 @@ class DecodeStep:
         hot, cold = int(tallies[Count.FIRED_HOT]), int(tallies[Count.FIRED_COLD])
         counters.neurons += spec.n_layers * spec.d_ff
         counters.computed += hot + cold if strategy == "exact" else int(tallies[Count.COMPUTED])
+        counters.fired += hot + cold
         counters.fired_hot += hot
-        counters.fired_cold += cold
         each = seconds / max(1, int(ticks.sum()))
         counters.attention_seconds += each * int(ticks[Phase.ATTENTION])
         counters.predictor_seconds += each * int(ticks[Phase.PREDICTOR])

@@ -247,7 +247,6 @@ class Engine:
 
     def _stats(self, prompt: int, reused: int, count: int, ttft: float, decode: float) -> GenerationStats:
         counters = self.runtime.counters
-        fired = counters.fired_hot + counters.fired_cold
         return GenerationStats(
             prompt_tokens=prompt,
             cached_tokens=reused,
@@ -255,7 +254,7 @@ class Engine:
             ttft_seconds=ttft,
             decode_seconds=decode,
             active_share=counters.computed / counters.neurons if counters.neurons else None,
-            hot_share=counters.fired_hot / fired if fired else None,
+            hot_share=counters.fired_hot / counters.fired if counters.fired else None,
             predictor_seconds=counters.predictor_seconds,
             attention_seconds=counters.attention_seconds,
             ffn_seconds=counters.ffn_seconds,

@@ -108,7 +108,7 @@ class _Sums:
     def count(self, counters: FFNCounters) -> None:
         self.neurons += counters.neurons
         self.computed += counters.computed
-        self.fired += counters.fired_hot + counters.fired_cold
+        self.fired += counters.fired
 
     def result(self, strategy: Strategy) -> StrategyQuality:
         n, neurons = max(1, self.tokens), max(1, self.neurons)

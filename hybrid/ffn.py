@@ -1,4 +1,4 @@
-"""`HybridFFN`: one layer's FFN, split between its hot and its cold neurons and merged once.
+"""`HybridFFN`: one layer's FFN for many tokens at once: prefill, profiling, evaluation.
 
 Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`):
   dense    every neuron is computed: the truth that the others are held against;
@@ -6,13 +6,13 @@ Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`)
   learned  a low-rank predictor names the neurons that will fire, and only those are computed.
 
 Prefill is dense whatever the strategy, as nearly every neuron fires for some token of a prompt. The strategy is used
-where `FFNRuntime.as_decode` is set: by the engine for the tokens of an answer, and by evaluation for every token.
+where `FFNRuntime.as_decode` is set, by evaluation for every token; an answer's tokens take the compiled step, which
+computes the same (`hybrid.decode`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Literal, get_args
 
 import numpy as np
@@ -37,8 +37,8 @@ class FFNCounters:
 
     neurons: int = 0
     computed: int = 0
-    fired_hot: int = 0
-    fired_cold: int = 0
+    fired: int = 0
+    fired_hot: int = 0  # of `fired`; counted in decode only
     predictor_seconds: float = 0.0
     attention_seconds: float = 0.0
     ffn_seconds: float = 0.0
@@ -120,15 +120,7 @@ class HybridFFN(nn.Module):
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
         if not self.runtime.as_decode:
             return self._all_of_few(x) if x.shape[0] <= self.runtime.few else self._gemm(x)
-        start = perf_counter()
-        rows, offsets = self._select(x)
-        chosen = perf_counter()
-        out = self._hot_and_cold(x, rows, offsets)
-        out = self._biased(out)
-        counters = self.runtime.counters
-        counters.predictor_seconds += chosen - start
-        counters.ffn_seconds += perf_counter() - chosen
-        return out
+        return self._biased(self._sparse(x, *self._select(x)))
 
     def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
@@ -140,28 +132,15 @@ class HybridFFN(nn.Module):
             raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
         return predict_tokens(self.predictor, x.numpy(), self.runtime.pool)
 
-    def _hot_and_cold(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
-        """Each side computes its own neurons apart; their sums meet once."""
-        counters, skip = self.runtime.counters, self.runtime.strategy != "dense"
-        sides = []
-        for mine, starts in self._split(rows, offsets):
-            out = np.zeros(tuple(x.shape), np.float32)
-            fired = sparse_ffn(self.view, x.numpy(), mine, starts, out, self.runtime.scratch, self.runtime.pool, skip)
-            sides.append((torch.from_numpy(out), fired))
-        (hot, fired_hot), (cold, fired_cold) = sides
+    def _sparse(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """Each token's chosen neurons, by the kernels of decode."""
+        counters, runtime, out = self.runtime.counters, self.runtime, np.zeros(tuple(x.shape), np.float32)
+        skip = runtime.strategy != "dense"
+        fired = sparse_ffn(self.view, x.numpy(), rows, offsets, out, runtime.scratch, runtime.pool, skip)
         counters.neurons += x.shape[0] * self._all.size
-        counters.fired_hot += fired_hot
-        counters.fired_cold += fired_cold
-        counters.computed += fired_hot + fired_cold if self.runtime.strategy == "exact" else rows.size
-        return hot + cold
-
-    def _split(self, rows: np.ndarray, offsets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The hot and the cold part of `rows`, each with its own offsets."""
-        if len(offsets) == 2:  # one token's rows ascend, so that hot ones come first
-            cut = int(np.searchsorted(rows, self.hot))
-            return [(part, np.array([0, len(part)])) for part in (rows[:cut], rows[cut:])]
-        is_hot = rows < self.hot
-        return [(rows[side], np.concatenate(([0], np.cumsum(side)))[offsets]) for side in (is_hot, ~is_hot)]
+        counters.fired += fired
+        counters.computed += fired if runtime.strategy == "exact" else rows.size
+        return torch.from_numpy(out)
 
     def _all_of_few(self, x: torch.Tensor) -> torch.Tensor:
         """All neurons for a few tokens, by the kernels; a neuron that comes out 0 is left there."""

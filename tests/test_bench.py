@@ -61,7 +61,7 @@ def matrix(rows, row_bytes):
 
 
 def test_bytes_of_a_token_are_the_rows_that_it_needs(engine):
-    spec, counters = engine.model.spec, FFNCounters(neurons=200, computed=50, fired_hot=12, fired_cold=8)
+    spec, counters = engine.model.spec, FFNCounters(neurons=200, computed=50, fired=20)
     parts = {name: bytes_per_token(engine.model, name, counters, 20.0) for name in ("dense", "exact", "learned")}
     rows = spec.n_layers * spec.d_ff * spec.d_model * 4
     assert parts["dense"]["FFN"] == 3 * rows
@@ -87,7 +87,7 @@ def test_predictors_and_the_window_are_counted():
     model = SimpleNamespace(
         spec=spec, blocks=[block] * 2, ffns=[ffn] * 2, head=SimpleNamespace(matrix=matrix(5, 8)), embedding=matrix(5, 8)
     )
-    counters = FFNCounters(neurons=10, computed=5, fired_hot=1)
+    counters = FFNCounters(neurons=10, computed=5, fired=1)
     parts = bytes_per_token(model, "learned", counters, 20.0)
     assert parts["predictor"] == 66 and bytes_per_token(model, "exact", counters, 20.0)["predictor"] == 0
     assert parts["keys and values"] == 14 and bytes_per_token(model, "dense", counters, 3.0)["keys and values"] == 6

@@ -152,8 +152,8 @@ def watched(model, hot, predictors):
             fired = (out != 0) & named
             counters.neurons += named.numel()
             counters.computed += int(named.sum())
+            counters.fired += int(fired.sum())
             counters.fired_hot += int(fired[:, :hot].sum())
-            counters.fired_cold += int(fired[:, hot:].sum())
             return out * named
 
         hooks.extend([ffn.register_forward_pre_hook(before), ffn.act.register_forward_hook(after)])
@@ -182,11 +182,10 @@ def test_counts_and_logits_of_each_strategy(strategy, name, stored):
     assert relative_error(decode(step, tokens[20:], strategy), expected) < TOLERANCE
     counters = model.ffns[0].runtime.counters
     assert counters.neurons == truth.neurons == 10 * model.spec.n_layers * model.spec.d_ff
-    assert (counters.fired_hot, counters.fired_cold) == (truth.fired_hot, truth.fired_cold)
-    assert counters.fired_hot and counters.fired_cold
+    assert (counters.fired, counters.fired_hot) == (truth.fired, truth.fired_hot)
+    assert 0 < counters.fired_hot < counters.fired
     # `exact` counts neurons whose gate came out 0 as not computed.
-    fired = truth.fired_hot + truth.fired_cold
-    assert counters.computed == (fired if strategy == "exact" else truth.computed)
+    assert counters.computed == (truth.fired if strategy == "exact" else truth.computed)
     assert (counters.predictor_seconds > 0) == (strategy == "learned")
     assert counters.attention_seconds > 0 and counters.ffn_seconds > 0 and counters.head_seconds > 0
 
