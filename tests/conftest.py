@@ -1,7 +1,13 @@
 """What all tests share."""
 
+import os
+
 import pytest
 import torch
+
+# Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
