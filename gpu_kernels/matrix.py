@@ -32,7 +32,7 @@ def row_width(kind: str, columns: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class DeviceMatrix:
-    """`rows`: contiguous [n, row_width] of `KINDS[kind]`, each row `columns` weights. Raises `ValueError` on misfits."""
+    """`rows`: contiguous [n, row_width] of `KINDS[kind]`, each row `columns` weights. Raises `ValueError`."""
 
     rows: torch.Tensor
     columns: int
