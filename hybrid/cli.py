@@ -252,6 +252,15 @@ def inspect(model: Path | None, bundle: Path | None) -> None:
 
 
 @cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write, JSON.")
+def hardware(output: Path) -> None:
+    """Measure this machine for `place --hardware`, in under a minute: memory, GPU kernels, PCIe, hand-off."""
+    from hybrid import hardware_report
+
+    hardware_report.hardware(output)
+
+
+@cli.command()
 def doctor() -> None:
     """Show CPU features, threads, GPU and versions, and what would be used and why."""
     from hybrid import reports

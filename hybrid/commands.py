@@ -19,6 +19,7 @@ from hybrid.errors import InputError
 from hybrid.evaluate import StrategyQuality
 from hybrid.evaluate import evaluate as evaluate_strategies
 from hybrid.generation import SamplingSettings
+from hybrid.hardware_report import hardware_progress
 from hybrid.loader import ModelFolder
 from hybrid.pack import Packer
 from hybrid.packed import PackedModel
@@ -32,7 +33,8 @@ from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
 from predictor.sizing import PredictorTarget
 from profiler.corpus import TokenWindows
-from profiler.hardware import HardwareProfile, measure_gpu
+from profiler.hardware import HardwareProfile
+from profiler.measure_hardware import measure_hardware
 from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]
@@ -285,8 +287,7 @@ def _hardware(project: Project, options: Options) -> HardwareProfile:
     path = project.bundle.hardware
     if path.is_file():
         return HardwareProfile.load(path)
-    click.echo("hardware: measuring", err=True)
-    measured = measure_gpu()
+    measured = measure_hardware(hardware_progress)
     if not options.get("dry_run"):
         measured.save(path)
     return measured

@@ -229,7 +229,7 @@ class Project:
         return {
             "profile": profile.key,
             "predictors": predictors.key if predictors else None,
-            "hardware_profile": asdict(hardware),
+            "hardware_profile": hardware.to_json(),
         }
 
     def place(

@@ -18,16 +18,21 @@ from profiler.hardware import HardwareProfile
 
 Strategy = Literal["dense", "exact", "learned"]
 
-ATTENTION_KERNELS = 4  # norm with QKV and RoPE, attention, output projection, norm before the FFN
-FFN_KERNELS = 2  # gate and up with the activation, then down
-_HANDOFF_VECTORS = 2  # FFN input to the CPU, partial sum back, f32
+# Small kernels of a layer beside those that read weights. Attention: RoPE with the write of keys and values; the norm
+# before the FFN, which also starts the vector's way to the host. FFN: compaction of the active neurons' ids, where they
+# are chosen; the sum with the residual and the next norm.
+ATTENTION_SMALL_KERNELS = 2
+SUM_KERNELS = 1
+COMPACT_KERNELS = 1
+HEAD_SMALL_KERNELS = 1  # the choice of a token
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Expected seconds of one decode step, by part.
 
-    `ffn` counts the slower device of each layer; a head on the CPU includes the hand-off that reaches it.
+    `ffn` counts the slower device of each layer, `handoff` what of the hand-offs hot neurons do not hide; a head on
+    the CPU includes the hand-off that reaches it.
     """
 
     attention: float
@@ -55,7 +60,8 @@ class CostModel:
     which are `predicted_ratio` times those that fire, and the others when it fires.
     group_size: neurons of similar frequency that are placed together.
 
-    The time of a layer is max(expected GPU time, expected CPU time), a little below the expectation of the maximum.
+    The FFN of a layer takes max(hot kernels, hand-off + cold neurons on the CPU), of expected times, a little below the
+    expectation of the maximum; the CPU's part has the fixed `cpu_layer_seconds` and reads rows here and there.
     """
 
     plan: VramPlan
@@ -103,21 +109,21 @@ class CostModel:
         return np.pad(np.cumsum(per_neuron, axis=1), ((0, 0), (1, 0)))
 
     @cached_property
-    def _attention_bytes(self) -> np.ndarray:
-        """Bytes [n_layers] read by attention at the planned context; a sliding window bounds the keys read."""
+    def _kv_bytes(self) -> np.ndarray:
+        """Bytes [n_layers] of keys and values read at the planned context; a sliding window bounds them."""
         spec, context = self.plan.spec, self.plan.context
         tokens = np.full(spec.n_layers, context)
         if spec.sliding_window is not None:
             tokens[np.array(spec.sliding_layers, dtype=bool)] = min(context, spec.sliding_window)
-        return spec.layer_dense_bytes + tokens * spec.kv_bytes_per_layer(1, self.plan.kv_element_bytes)
+        return tokens * spec.kv_bytes_per_layer(1, self.plan.kv_element_bytes)
 
     @property
     def handoff_seconds(self) -> float:
-        """One hand-off with its two vectors; 0 without a GPU."""
+        """One hand-off with the FFN input to the host and the partial sum back, f32; 0 without a GPU."""
         if not self.hardware.has_gpu:
             return 0.0
-        vectors = _HANDOFF_VECTORS * self.plan.spec.d_model * 4
-        return self.hardware.handoff_seconds + vectors / self.hardware.pcie_bandwidth
+        vector, hardware = self.plan.spec.d_model * 4, self.hardware
+        return hardware.handoff_seconds + vector / hardware.host_bandwidth + vector / hardware.pcie_bandwidth
 
     def _read_by_first(self, hot: np.ndarray) -> np.ndarray:
         """Bytes [n_layers, n] read from the first `hot` neurons (int64 [n_layers or 1, n])."""
@@ -128,30 +134,52 @@ class CostModel:
     def _cold_seconds(self, hot: np.ndarray) -> np.ndarray:
         """CPU time [n_layers, n] of the neurons after the first `hot`."""
         read = self._read_bytes[:, -1:] - self._read_by_first(hot)
-        seconds = self.hardware.cpu_layer_seconds + read / self.hardware.cpu_read_bandwidth
+        seconds = self.hardware.cpu_layer_seconds + read / self._ffn_bandwidth
         return np.where(hot < self.plan.spec.d_ff, seconds, 0.0)
 
+    @property
+    def _ffn_bandwidth(self) -> float:
+        """Bytes/s of neurons' rows in host memory: one after another where every neuron is computed."""
+        return self.hardware.cpu_read_bandwidth if self.strategy == "dense" else self.hardware.scattered_bandwidth
+
     def _hot_seconds(self, hot: np.ndarray) -> np.ndarray:
-        """GPU time [n_layers, n] of the first `hot` neurons."""
-        read = self._read_by_first(hot)
-        seconds = FFN_KERNELS * self.hardware.gpu_launch_seconds + read / self.hardware.gpu_read_bandwidth
+        """GPU time [n_layers, n] of the first `hot` neurons, compaction included."""
+        seconds = self.hardware.kernel_seconds("sparse_ffn", self._read_by_first(hot))
+        if self.strategy != "dense":
+            seconds = seconds + COMPACT_KERNELS * self.hardware.gpu_launch_seconds
         return np.where(hot > 0, seconds, 0.0)
+
+    @cached_property
+    def _gpu_attention(self) -> np.ndarray:
+        """GPU time [n_layers] from the QKV projection to the norm before the FFN."""
+        hardware, spec = self.hardware, self.plan.spec
+        out = spec.d_model * spec.row_bytes(spec.n_heads * spec.head_dim)
+        projections = np.array([spec.layer_dense_bytes - out, out])
+        seconds = hardware.kernel_seconds("gemv", projections).sum() + hardware.kernel_seconds(
+            "attention", self._kv_bytes
+        )
+        return seconds + ATTENTION_SMALL_KERNELS * hardware.gpu_launch_seconds
 
     def _layers_on_gpu(self, hot: np.ndarray) -> np.ndarray:
         """Attention, predictor, FFN and hand-off seconds, stacked as [4, n_layers, n], for `hot` counts [.., n]."""
-        hardware, predictor_bytes = self.hardware, np.array(self.plan.predictor_bytes)
-        launches = ATTENTION_KERNELS * hardware.gpu_launch_seconds
-        attention = launches + self._attention_bytes / hardware.gpu_read_bandwidth
-        predictor = predictor_bytes / hardware.gpu_read_bandwidth + hardware.gpu_launch_seconds * (predictor_bytes > 0)
-        ffn = np.maximum(self._hot_seconds(hot), self._cold_seconds(hot))
-        handoff = np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
-        parts = (attention[:, None], predictor[:, None], ffn, handoff)
+        hardware, sizes = self.hardware, np.array(self.plan.predictor_bytes)
+        predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
+        on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
+        handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
+        ffn = np.maximum(on_gpu, on_cpu)
+        handoff = np.maximum(on_gpu, handed) - ffn
+        parts = (
+            self._gpu_attention[:, None],
+            predictor[:, None],
+            ffn + SUM_KERNELS * hardware.gpu_launch_seconds,
+            handoff,
+        )
         return np.stack([np.broadcast_to(part, ffn.shape) for part in parts])
 
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
         """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
         bandwidth = self.hardware.cpu_read_bandwidth
-        attention = self._attention_bytes / bandwidth
+        attention = (self.plan.spec.layer_dense_bytes + self._kv_bytes) / bandwidth
         predictor = np.array(self.plan.predictor_bytes) / bandwidth
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
@@ -162,7 +190,8 @@ class CostModel:
         on_cpu = handoff + read / hardware.cpu_read_bandwidth
         if not hardware.has_gpu:
             return on_cpu, np.inf
-        return on_cpu, hardware.gpu_launch_seconds + read / hardware.gpu_read_bandwidth
+        on_gpu = HEAD_SMALL_KERNELS * hardware.gpu_launch_seconds + hardware.kernel_seconds("gemv", np.array(read))
+        return on_cpu, float(on_gpu)
 
     def columns(self) -> tuple[np.ndarray, np.ndarray]:
         """Seconds float64 and bytes int64, both [n_layers + 1, n_groups + 2], of every option when the GPU is used.

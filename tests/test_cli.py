@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from model_cases import make_model
 
 from hybrid.cli import main, repeat_corpus
+from hybrid.hardware_report import hardware_report
+from profiler import measure_hardware
+from profiler.hardware import HardwareProfile
 
 pytest.importorskip("transformers")
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}<a>"
@@ -93,6 +98,24 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     assert code == 0 and "gap" in out and "tokens/s" in out and "wrote" in err
 
 
+def test_hardware_is_measured_shown_and_planned_for(model, tmp_path, monkeypatch, capfd):
+    for name, value in (("_WIDTH", 128), ("_NEURONS", 256), ("_SECONDS", 0.0), ("_GEMM_ROWS", 8)):
+        monkeypatch.setattr(measure_hardware, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "new" / "machine.json"
+    code, out, err = hybrid(capfd, "hardware", "-o", path)
+    assert code == 0 and "no GPU" not in err and "GPU: none usable" in out and "sparse FFN, GB/s" in out
+    assert "host memory, 1 thread" in err and str(path) in err.splitlines()[-1]
+    code, out, _ = hybrid(capfd, "place", model, "--hardware", path, "--vram-budget", "0", "--dry-run")
+    assert code == 0 and HardwareProfile.load(path).name in out
+
+
+def test_a_hardware_report_shows_the_gpu():
+    report = hardware_report(replace(HardwareProfile.load(), gpu_kernels={"gemv": ((33_554_432.0, 1.2e-5),)}))
+    assert "0.90 TB/s" in report and "24.0 GB/s to the GPU" in report
+    assert any(line.split() == ["gemv", "32.0", "MiB", "12.0", "2.80"] for line in report.splitlines())
+
+
 def test_piped_chat(model):
     command = [sys.executable, "-m", "hybrid", "chat", model, "--max-new-tokens", "6"]
     done = subprocess.run(command, input="hello\n\nmore\n/placement\n", capture_output=True, text=True, check=True)
@@ -164,8 +187,10 @@ MISTAKES = {
     "bad hardware": (
         lambda m: (m / "h.json").write_text("{}"),
         ["place", "{m}", "--hardware", "{m}/h.json"],
-        "lacks",
+        "no format version",
     ),
+    "hardware to a folder": (lambda m: None, ["hardware", "-o", "{m}"], "is a folder"),
+    "hardware to nowhere": (lambda m: None, ["hardware"], "Missing option '-o'"),
     "no prompt": (lambda m: None, ["generate", "{m}"], "--prompt"),
     "prompt is binary": (lambda m: None, ["generate", "{m}", "--prompt-file", "{m}/model.safetensors"], "UTF-8"),
     "unknown option": (lambda m: None, ["chat", "{m}", "--nope"], "No such option"),

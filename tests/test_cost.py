@@ -27,27 +27,53 @@ def on_gpu(hot, head=True):
 
 def test_split_layer_by_hand():
     # exact reads 16 + 32 f bytes of a neuron: 48 of the hot one, 32 + 24 of the cold ones.
+    # Kernels: QKV, attention's two, output, two small ones; the predictor's two; the sum; head and choice of a token.
     time = small_model(predictor_bytes=40).evaluate(on_gpu(1))
-    assert time.attention == pytest.approx(4e-5 + ATTENTION_BYTES / 1e7)
-    assert time.predictor == pytest.approx(1e-5 + 40 / 1e7)
-    assert time.ffn == pytest.approx(1e-4 + 56 / 1e6)
+    assert time.attention == pytest.approx(6e-5 + ATTENTION_BYTES / 1e7)
+    assert time.predictor == pytest.approx(2e-5 + 40 / 1e7)
+    assert time.ffn == pytest.approx(1e-4 + 56 / 1e6 + 1e-5)
     assert time.handoff == pytest.approx(HANDOFF)
-    assert time.head == pytest.approx(1e-5 + HEAD_BYTES / 1e7)
+    assert time.head == pytest.approx(2e-5 + HEAD_BYTES / 1e7)
     parts = time.attention + time.predictor + time.ffn + time.handoff + time.head
     assert time.seconds == pytest.approx(parts) and time.tokens_per_second == pytest.approx(1 / parts)
 
 
-def test_slower_device_counts():
-    slow_gpu = replace(ROUND_HARDWARE, gpu_read_bandwidth=1e4)
-    assert small_model(hardware=slow_gpu).evaluate(on_gpu(1)).ffn == pytest.approx(2e-5 + 48 / 1e4)
+def test_hot_neurons_hide_the_hand_off():
+    hot = 3e-5 + 48 / 1e4  # compaction, gate with up, down
+    slow_gpu = small_model(hardware=replace(ROUND_HARDWARE, gpu_read_bandwidth=1e4)).evaluate(on_gpu(1))
+    assert slow_gpu.ffn == pytest.approx(hot + 1e-5) and slow_gpu.handoff == 0
+    cold = 1e-4 + 56 / 1e6
+    part_hidden = replace(ROUND_HARDWARE, gpu_read_bandwidth=1e4, handoff_seconds=hot - cold + 1e-4 - 32 / 1e6)
+    found = small_model(hardware=part_hidden).evaluate(on_gpu(1))
+    assert found.ffn == pytest.approx(hot + 1e-5) and found.handoff == pytest.approx(1e-4)
 
 
 def test_all_hot_has_no_handoff_and_all_cold_has_one():
     model = small_model()
     assert model.evaluate(on_gpu(3)).handoff == 0
-    assert model.evaluate(on_gpu(3)).ffn == pytest.approx(2e-5 + 104 / 1e7)
+    assert model.evaluate(on_gpu(3)).ffn == pytest.approx(4e-5 + 104 / 1e7)
     assert model.evaluate(on_gpu(0)).handoff == pytest.approx(HANDOFF)
-    assert model.evaluate(on_gpu(0)).ffn == pytest.approx(1e-4 + 104 / 1e6)
+    assert model.evaluate(on_gpu(0)).ffn == pytest.approx(1e-4 + 104 / 1e6 + 1e-5)
+
+
+def test_dense_has_nothing_to_compact_and_reads_rows_in_order():
+    scattered = replace(ROUND_HARDWARE, cpu_scattered_bandwidth=1e3)
+    dense = small_model("dense", hardware=scattered)
+    assert dense.evaluate(on_gpu(3)).ffn == pytest.approx(3e-5 + 144 / 1e7)
+    assert dense.evaluate(on_gpu(0)).ffn == pytest.approx(1e-4 + 144 / 1e6 + 1e-5)
+    assert small_model(hardware=scattered).evaluate(on_gpu(0)).ffn == pytest.approx(1e-4 + 104 / 1e3 + 1e-5)
+
+
+def test_measured_kernels_and_both_ways_of_the_bus_count():
+    kernels = {"gemv": ((0.0, 1e-3),), "attention": ((0.0, 2e-3),), "predictor": ((0.0, 3e-3),)}
+    hardware = replace(ROUND_HARDWARE, gpu_kernels=kernels | {"sparse_ffn": ((0.0, 4e-3),)}, pcie_host_bandwidth=1e5)
+    model = small_model(predictor_bytes=40, hardware=hardware)
+    time = model.evaluate(on_gpu(3))
+    assert time.attention == pytest.approx(2 * 1e-3 + 2e-3 + 2e-5 + ATTENTION_BYTES / 1e7)
+    assert time.predictor == pytest.approx(3e-3 + 40 / 1e7)
+    assert time.ffn == pytest.approx(4e-3 + 104 / 1e7 + 2e-5)
+    assert time.head == pytest.approx(1e-3 + 1e-5 + HEAD_BYTES / 1e7)
+    assert model.handoff_seconds == pytest.approx(1e-3 + 16 / 1e5 + 16 / 1e6)
 
 
 @pytest.mark.parametrize("hardware", [ROUND_HARDWARE, NO_GPU])
