@@ -1,0 +1,137 @@
+"""Residual sum and RMSNorm or LayerNorm of each token, f32.
+
+    x[t] += parts[0, t] + parts[1, t] + ...                                       in this order, when there are parts
+    out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight                             RMSNorm, arXiv 1910.07467
+    out[t] = (x[t] - mean(x[t])) / sqrt(var(x[t]) + eps) * weight + bias          LayerNorm, when there is a bias
+
+A token is one program's, which keeps its whole row in registers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+MOST_COLUMNS = 16384
+
+
+@triton.jit
+def normed(values, mask, weight_ptr, bias_ptr, columns, eps, d, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """RMSNorm, or LayerNorm if LAYER, of one row of d f32 values in registers.
+
+    values, mask, columns: [BLOCK >= d], columns 0, 1, ... and mask columns < d; what values hold elsewhere is ignored,
+    and what is returned there is not to be stored. weight_ptr, bias_ptr: f32 [d]; bias_ptr is read if LAYER only.
+    """
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    values = tl.where(mask, values, 0.0)
+    if LAYER:
+        values = tl.where(mask, values - tl.sum(values, axis=0) / d, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / d + eps)
+    out = values * scale * weight
+    if LAYER:
+        out += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    return out
+
+
+@triton.jit
+def _residual_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    parts_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    eps,
+    d,
+    part_stride,
+    PARTS: tl.constexpr,
+    NORM: tl.constexpr,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * d
+    columns = tl.arange(0, BLOCK)
+    mask = columns < d
+    values = tl.load(x_ptr + row + columns, mask=mask, other=0.0)
+    if PARTS:
+        for s in tl.range(0, PARTS, loop_unroll_factor=4):  # the loads of four parts go out together
+            values += tl.load(parts_ptr + s * part_stride + row + columns, mask=mask, other=0.0)
+        tl.store(x_ptr + row + columns, values, mask=mask)
+    if NORM:
+        out = normed(values, mask, weight_ptr, bias_ptr, columns, eps, d, LAYER)
+        tl.store(out_ptr + row + columns, out, mask=mask)
+
+
+def residual_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    parts: torch.Tensor | None = None,
+) -> None:
+    """Add `parts` to the residual `x` in place, and write its norm to `out`: LayerNorm if there is a bias.
+
+    x, out: [t, d] f32, out None for the sum only; out may be x, which then holds the norm. parts: [s, t, d] f32 or
+    None. weight, bias: [d] f32; weight may be None if out is. d: at most 16384. Raises `ValueError` when shapes, types
+    or strides do not fit.
+    """
+    _check(x, weight, bias, out, parts)
+    tokens, d = x.shape
+    block = triton.next_power_of_2(d)
+    _residual_norm_kernel[(tokens,)](
+        x,
+        parts,
+        weight,
+        bias,
+        out,
+        float(eps),
+        d,
+        tokens * d,
+        PARTS=0 if parts is None else parts.shape[0],
+        NORM=out is not None,
+        LAYER=bias is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 256)),
+    )
+
+
+def residual_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor | None,
+    parts: torch.Tensor | None = None,
+) -> None:
+    """`residual_norm` in torch: the sum in f32, as the kernel adds, the norm in f64."""
+    for part in () if parts is None else parts:
+        x += part
+    if out is None or weight is None:
+        return
+    wide = x.double()
+    if bias is not None:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    out.copy_(wide if bias is None else wide + bias)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    parts: torch.Tensor | None,
+) -> None:
+    given = {"x": x, "weight": weight, "bias": bias, "out": out, "parts": parts}
+    for name, array in given.items():
+        if array is not None and (array.dtype != torch.float32 or not array.is_contiguous()):
+            raise ValueError(
+                f"residual_norm wants contiguous f32 tensors, got {name} {array.dtype} with strides {array.stride()}"
+            )
+    fits = x.ndim == 2 and 1 <= x.shape[1] <= MOST_COLUMNS and (out is None or out.shape == x.shape)
+    fits = fits and all(p is None or p.shape == x.shape[1:] for p in (weight, bias))
+    fits = fits and (parts is None or (parts.ndim == 3 and parts.shape[1:] == x.shape))
+    if not fits or (out is None and parts is None) or (out is not None and weight is None):
+        shapes = ", ".join(f"{name} {None if a is None else tuple(a.shape)}" for name, a in given.items())
+        raise ValueError(f"residual_norm arguments do not fit: {shapes}; at most {MOST_COLUMNS} columns")

@@ -1,0 +1,190 @@
+"""RoPE of queries and keys, with QK RMSNorm before it, and keys and values written to the KV cache.
+
+With a, b the first and second half of a head and c, s the cosines and sines of the token's position, rotated is
+
+    [a * c - b * s,  b * c + a * s]                                      (rotate-half, arXiv 2104.09864)
+
+A head of a token is one program's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _weight(q_norm, k_norm, at, mask, is_query, is_key):  # type: ignore[no-untyped-def]
+    """The norm's weights of this head; 1 for a value."""
+    of_query = tl.load(q_norm + at, mask=mask & is_query, other=1.0)
+    return of_query * tl.load(k_norm + at, mask=mask & is_key, other=1.0)
+
+
+@triton.jit
+def _rope_kernel(  # type: ignore[no-untyped-def]
+    qkv,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    eps,
+    positions,
+    table,
+    table_stride,
+    cache,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    NORMED: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
+):
+    HALF: tl.constexpr = (HEAD_DIM + 1) // 2
+    t, h = tl.program_id(0), tl.program_id(1)
+    j = tl.arange(0, PADDED_HALF)
+    head = tl.full([PADDED_HALF], h, tl.int32)  # masks of one shape: not all versions of the interpreter mix them
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
+    is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
+    in_a, in_b = j < HALF, HALF + j < HEAD_DIM
+    x = qkv + (t * (HEADS + 2 * KV_HEADS) + h) * HEAD_DIM
+    a = tl.load(x + j, mask=in_a, other=0.0)
+    b = tl.load(x + HALF + j, mask=in_b, other=0.0)
+    position = tl.load(positions + t)
+    block = tl.load(table + t * table_stride + position // BLOCK_SIZE).to(tl.int64)
+    if NORMED:
+        squares = tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)
+        scale = tl.where(is_value, 1.0, 1.0 / tl.sqrt(squares / HEAD_DIM + eps))
+        a = a * scale * _weight(q_norm, k_norm, j, in_a, is_query, is_key)
+        b = b * scale * _weight(q_norm, k_norm, HALF + j, in_b, is_query, is_key)
+    if ROTATED:  # by no angle where it is a value
+        turned = in_a & (is_query | is_key)
+        c = tl.load(cos + position * HALF + j, mask=turned, other=1.0)
+        s = tl.load(sin + position * HALF + j, mask=turned, other=0.0)
+        a, b = a * c - b * s, b * c + a * s
+    tl.store(x + j, a, mask=in_a & is_query)
+    tl.store(x + HALF + j, b, mask=in_b & is_query)
+    row = (block * (2 * KV_HEADS) + (h - HEADS)) * BLOCK_SIZE + position % BLOCK_SIZE
+    place = cache + row * HEAD_DIM
+    tl.store(place + j, a.to(cache.dtype.element_ty), mask=in_a & (is_key | is_value))
+    tl.store(place + HALF + j, b.to(cache.dtype.element_ty), mask=in_b & (is_key | is_value))
+
+
+def rope(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    cache: torch.Tensor,
+    n_heads: int,
+) -> None:
+    """Rotate the queries in `qkv` in place, and write rotated keys and plain values of each token to the cache.
+
+    qkv: [t, (n_heads + 2 * n_kv_heads) * head_dim] f32, heads of q, then k, then v; keys in it stay as they are. cos,
+    sin: [capacity, head_dim / 2] f32, or None for a model without RoPE. q_norm, k_norm: weights [head_dim] f32 of an
+    RMSNorm before it with `eps`, or None. positions: [t] int32, each within `table` (not checked: it is device memory).
+    table: [t, max_blocks] int32 ids of a token's blocks in order; the row stride may be 0. cache: [blocks, 2,
+    n_kv_heads, block_size, head_dim] f32, f16 or bf16, keys at 0 and values at 1. Raises `ValueError` when shapes,
+    types or strides do not fit.
+    """
+    _check(qkv, cos, sin, q_norm, k_norm, positions, table, cache, n_heads)
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    _rope_kernel[(qkv.shape[0], n_heads + 2 * kv_heads)](
+        qkv,
+        cos,
+        sin,
+        q_norm,
+        k_norm,
+        float(eps),
+        positions,
+        table,
+        table.stride(0),
+        cache,
+        HEADS=n_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        ROTATED=cos is not None,
+        NORMED=q_norm is not None,
+        PADDED_HALF=triton.next_power_of_2(-(-head_dim // 2)),
+        num_warps=1,
+    )
+
+
+def rope_ref(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    cache: torch.Tensor,
+    n_heads: int,
+) -> None:
+    """`rope` in torch, in f64."""
+    kv_heads, block_size, head_dim = cache.shape[2:]
+    for t, position in enumerate(positions.tolist()):
+        heads = qkv[t].double().view(-1, head_dim)
+        q, k, v = heads.split([n_heads, kv_heads, kv_heads])
+        if q_norm is not None and k_norm is not None:
+            q, k = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w for x, w in ((q, q_norm), (k, k_norm)))
+        if cos is not None and sin is not None:
+            q, k = (_rotated(x, cos[position].double(), sin[position].double()) for x in (q, k))
+        qkv[t, : n_heads * head_dim] = q.flatten()
+        block, slot = int(table[t, position // block_size]), position % block_size
+        cache[block, 0, :, slot], cache[block, 1, :, slot] = k.to(cache.dtype), v.to(cache.dtype)
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _check(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    cache: torch.Tensor,
+    n_heads: int,
+) -> None:
+    floats = [a for a in (qkv, cos, sin, q_norm, k_norm) if a is not None]
+    if any(a.dtype != torch.float32 or not a.is_contiguous() for a in floats):
+        raise ValueError(f"rope wants contiguous f32 tensors, got {', '.join(str(a.dtype) for a in floats)}")
+    if cache.ndim != 5 or cache.shape[1] != 2 or cache.dtype not in CACHE_TYPES or not cache.is_contiguous():
+        raise ValueError(
+            f"rope wants a contiguous f32, f16 or bf16 cache [blocks, 2, n_kv_heads, block_size, head_dim], "
+            f"got {cache.dtype} {tuple(cache.shape)}"
+        )
+    tokens, head_dim = qkv.shape[0], cache.shape[4]
+    fits = qkv.ndim == 2 and n_heads >= 1 and qkv.shape[1] == (n_heads + 2 * cache.shape[2]) * head_dim
+    fits = fits and all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm))
+    fits = fits and (q_norm is None) == (k_norm is None) and (cos is None) == (sin is None)
+    if cos is not None and sin is not None:
+        fits = fits and cos.ndim == 2 and cos.shape == sin.shape and 2 * cos.shape[1] == head_dim
+    if not fits:
+        shapes = ", ".join(str(None if a is None else tuple(a.shape)) for a in (qkv, cos, sin, q_norm, k_norm, cache))
+        raise ValueError(f"rope shapes do not fit {n_heads} heads: qkv, cos, sin, q_norm, k_norm, cache are {shapes}")
+    check_places("rope", tokens, positions, table)
+
+
+def check_places(name: str, tokens: int, positions: torch.Tensor, table: torch.Tensor) -> None:
+    """Raises `ValueError` when positions [t] and the block table [t, max_blocks] do not fit kernel `name`'s tokens."""
+    fits = positions.shape == (tokens,) and table.ndim == 2 and table.shape[0] == tokens and table.shape[1] >= 1
+    if not fits or positions.stride(0) != 1 or table.stride(1) != 1 or {positions.dtype, table.dtype} != {torch.int32}:
+        raise ValueError(
+            f"{name} wants int32 positions [{tokens}] and a block table [{tokens}, max_blocks] int32 with contiguous "
+            f"rows, got {positions.dtype} {tuple(positions.shape)}, {table.dtype} {tuple(table.shape)}"
+        )
