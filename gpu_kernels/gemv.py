@@ -1,0 +1,125 @@
+"""GEMV and small-batch GEMM: out[t] = act(W x[t] + b), for 1 to 8 tokens, with f32 sums in a fixed order.
+
+    out[t, n] (= or +=) act(sum over k of  weight[n, k] * x[t, k]  + bias[n])
+
+A program computes `ROWS` rows whole, and reads their weights once for all tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from gpu_kernels.activations import ACTIVATION_CODES, NO_ACTIVATION, activate, activate_ref
+from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.tiles import VECTOR, row_dots
+
+MAX_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """rows: of a program; groups: that a thread loads of a row in a step (see `tiles.py`); warps: of a program."""
+
+    rows: int
+    groups: int
+    warps: int
+
+    def columns(self, kind: str, columns: int) -> int:
+        """Columns of a step: the threads' groups, no more than the row has, a power of two."""
+        wanted = self.groups * 32 * self.warps * VECTOR[kind]
+        return max(128, min(wanted, triton.next_power_of_2(columns)))
+
+
+# Chosen for what compiles without spills; not measured yet.
+TILINGS = {
+    "bf16": Tiling(4, 2, 4),
+    "f16": Tiling(4, 2, 4),
+    "f32": Tiling(4, 2, 4),
+    "int8": Tiling(4, 1, 4),
+    "int4": Tiling(4, 1, 4),
+}
+
+
+@triton.jit
+def _gemv(  # type: ignore[no-untyped-def]
+    w, x, bias, out, n, x_stride,
+    KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ADD: tl.constexpr, ACTIVATION: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < n
+    dots = row_dots(w, row.to(tl.int64), inside, x, x_stride, KIND, K, T, R, C)
+    for t in tl.static_range(T):
+        value = dots[t]
+        if bias is not None:
+            value += tl.load(bias + row, mask=inside, other=0.0)
+        value = activate(ACTIVATION, value)
+        if ADD:
+            value += tl.load(out + t * n + row, mask=inside, other=0.0)
+        tl.store(out + t * n + row, value, mask=inside)
+
+
+def gemv(
+    matrix: DeviceMatrix,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    add: bool = False,
+    activation: str | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 8 tokens.
+
+    matrix: [n, d]; x: [t, d] f32, its rows contiguous; bias: [n] f32 or None; out: [t, n] f32, contiguous;
+    activation: a name of `ACTIVATION_CODES`, None for none; tiling: for trials, None for the one measured best.
+    Raises `ValueError` when shapes, strides or types do not fit.
+    """
+    _check(matrix, x, bias, out, activation)
+    n, d = matrix.shape
+    code = NO_ACTIVATION if activation is None else ACTIVATION_CODES[activation]
+    chosen = tiling or TILINGS[matrix.kind]
+    _gemv[(triton.cdiv(n, chosen.rows),)](
+        matrix.rows, x, bias, out, n, x.stride(0),
+        KIND=matrix.kind, K=d, T=x.shape[0], R=chosen.rows, C=chosen.columns(matrix.kind, d),
+        ADD=add, ACTIVATION=code, num_warps=chosen.warps,
+    )  # fmt: skip
+
+
+def _check(
+    matrix: DeviceMatrix, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, activation: str | None
+) -> None:
+    n, d = matrix.shape
+    tokens = x.shape[0]
+    if not 1 <= tokens <= MAX_BATCH:
+        raise ValueError(f"gemv takes 1 to {MAX_BATCH} tokens, got {tokens}; use a GEMM for more")
+    if x.shape != (tokens, d) or out.shape != (tokens, n) or (bias is not None and bias.shape != (n,)):
+        given = "none" if bias is None else tuple(bias.shape)
+        shapes = f"x {tuple(x.shape)}, bias {given}, out {tuple(out.shape)}"
+        raise ValueError(f"gemv shapes do not fit: weight {matrix.shape}, {shapes}")
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in (x, bias, out)):
+        raise ValueError(f"gemv wants f32 x, bias and out, got {x.dtype} and {out.dtype}")
+    if x.stride(1) != 1 or not out.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        raise ValueError(f"gemv wants contiguous rows of x, bias and out, got strides {x.stride()}, {out.stride()}")
+    if activation is not None and activation not in ACTIVATION_CODES:
+        raise ValueError(f"unknown activation {activation!r}, known are {', '.join(ACTIVATION_CODES)}")
+
+
+def gemv_ref(
+    matrix: DeviceMatrix,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    add: bool = False,
+    activation: str | None = None,
+) -> None:
+    """`gemv` in torch, accumulated in f64."""
+    value = x.double() @ matrix.widen().double().T
+    if bias is not None:
+        value += bias
+    if activation is not None:
+        value = activate_ref(activation, value)
+    out.copy_(out + value if add else value)
