@@ -26,6 +26,7 @@ from hybrid.packed import PackedModel
 from hybrid.text import TextCodec
 from placement import placement as placement_file
 from placement.placement import Placement, PlacementResult, PlacementSettings, place
+from placement.workspace import predictor_bytes
 from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
 from predictor.samples import FFNWeights
@@ -238,7 +239,8 @@ class Project:
         """Solve the placement; `write_placement` keeps it."""
         if bank is not None and bank.report is not None:
             settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
-        sizes = bank.bytes_per_layer if bank else (0,) * self.spec.n_layers
+        ranks = [predictor.rank for predictor in bank.predictors] if bank else [0] * self.spec.n_layers
+        sizes = tuple(predictor_bytes(self.spec.d_model, self.spec.d_ff, rank) for rank in ranks)
         origin = self.place_origin(found.header, bank.header if bank else None, hardware)
         return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
 

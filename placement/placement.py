@@ -13,6 +13,7 @@ import numpy as np
 from placement.cost import CostModel, Strategy
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
+from placement.workspace import RUNTIME_RESERVE
 from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.errors import ArtifactError, BudgetError, InputError
 from profiler.hardware import HardwareProfile
@@ -133,7 +134,7 @@ class PlacementSettings:
     """What to place for; `InputError` or `BudgetError` when a value makes no sense.
 
     vram_budget: bytes, `UNLIMITED` for all that the GPU has. context: tokens that the KV cache holds.
-    strategy, predicted_ratio, group_size: see `CostModel`. kv_element_bytes, prefill_chunk: see `VramPlan`.
+    strategy, predicted_ratio, group_size: see `CostModel`. kv_element_bytes, prefill_chunk, reserve: see `VramPlan`.
     time_limit: seconds for the MILP solver.
     """
 
@@ -144,6 +145,7 @@ class PlacementSettings:
     predicted_ratio: float = 1.0
     kv_element_bytes: int = 4
     prefill_chunk: int = 256
+    reserve: int = RUNTIME_RESERVE
     group_size: int = 64
     time_limit: float = 8.0
 
@@ -191,7 +193,8 @@ def place(
     Raises `BudgetError`, `ContextError` or `InputError` when the inputs do not fit the model or the hardware.
     """
     budget = settings.planned_bytes(hardware)
-    plan = VramPlan(spec, settings.context, predictor_bytes, settings.kv_element_bytes, settings.prefill_chunk)
+    sizes = (settings.kv_element_bytes, settings.prefill_chunk, settings.reserve)
+    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes)
     model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
     if settings.solver == "milp":
         solution = solve_milp(model, budget, settings.time_limit)

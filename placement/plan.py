@@ -9,21 +9,28 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 
+from placement.workspace import (
+    ALIGNMENT,
+    BATCHES,
+    RUNTIME_RESERVE,
+    Workspace,
+    aligned,
+    cached_tokens,
+    layer_bytes,
+    neurons_bytes,
+)
 from profiler.errors import BudgetError, ContextError, InputError
 from profiler.spec import ModelSpec
 
-ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
+__all__ = ["ALIGNMENT", "UNLIMITED", "Choice", "VramPlan", "aligned", "parse_size"]
+
 UNLIMITED = 2**50
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_ACTIVATION_BYTES = 4  # activations are f32 whatever the weights are
 _SIZE_HINT = "expected a size such as 8GiB, 8GB or 512MiB, or 0, or unlimited"
-
-Bytes = TypeVar("Bytes", int, np.ndarray)
 
 
 def parse_size(text: str) -> int:
@@ -46,11 +53,6 @@ def parse_size(text: str) -> int:
     if size > UNLIMITED:
         raise BudgetError(f"size {stripped} is beyond 1 PiB; {_SIZE_HINT}")
     return int(size)
-
-
-def aligned(size: Bytes) -> Bytes:
-    """`size` rounded up to the allocator's granularity, for a number or an array of bytes."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +79,11 @@ class Choice:
 class VramPlan:
     """Bytes on the GPU for `spec` with a KV cache of `context` tokens; `ContextError` when the model has fewer.
 
-    Each part of a layer (dense weights, predictor, KV cache, hot neurons) is one allocation. The input embedding
-    stays in host memory, of which a token reads one row. The CUDA context itself is not counted.
-    predictor_bytes: per layer, all 0 where no predictor is used. kv_element_bytes: of one key or value element.
-    prefill_chunk: the most tokens that go through a layer at once.
+    Each tensor starts at a multiple of `ALIGNMENT`; norms, biases and scales are f32. The input embedding stays in host
+    memory, of which a token reads one row. The CUDA context itself is not counted.
+    predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. kv_element_bytes: of
+    one key or value element. prefill_chunk: the most tokens that go through a layer at once. reserve: bytes for loaded
+    kernels, CUDA graphs and cuBLAS, once anything runs on the GPU. batch: the most tokens of a decode step.
     """
 
     spec: ModelSpec
@@ -88,6 +91,8 @@ class VramPlan:
     predictor_bytes: tuple[int, ...]
     kv_element_bytes: int = 4
     prefill_chunk: int = 256
+    reserve: int = RUNTIME_RESERVE
+    batch: int = max(BATCHES)
 
     def __post_init__(self) -> None:
         if not 1 <= self.context <= self.spec.max_context:
@@ -97,46 +102,40 @@ class VramPlan:
             )
         if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
-        if self.kv_element_bytes < 1 or self.prefill_chunk < 1:
-            raise InputError("kv_element_bytes and prefill_chunk must be at least 1")
+        if self.kv_element_bytes < 1 or self.prefill_chunk < 1 or self.reserve < 0:
+            raise InputError("kv_element_bytes and prefill_chunk must be at least 1, and reserve at least 0")
+        if self.batch not in BATCHES:
+            raise InputError(f"batch is {self.batch}, expected one of {', '.join(map(str, BATCHES))}")
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the KV cache of one layer."""
-        return aligned(self.spec.kv_bytes_per_layer(self.context, self.kv_element_bytes))
+        """Bytes of the KV cache of one layer, in whole blocks of tokens."""
+        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context), self.kv_element_bytes))
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:
         """Bytes int64 [n_layers] of each layer on the GPU before its first hot neuron."""
         predictors = aligned(np.array(self.predictor_bytes, dtype=np.int64))
-        return aligned(self.spec.layer_dense_bytes) + predictors + self.kv_bytes
+        return layer_bytes(self.spec) + predictors + self.kv_bytes
 
     @property
     def head_bytes(self) -> int:
-        """Bytes of the output projection and the final norm."""
-        return aligned(self.spec.head_bytes)
+        """Bytes of the output projection."""
+        return aligned(self.spec.vocab_size * self.spec.embedding_row_bytes)
 
     def hot_bytes(self, counts: np.ndarray) -> np.ndarray:
         """Bytes of `counts` hot neurons of one layer, elementwise."""
-        return aligned(counts.astype(np.int64) * self.spec.neuron_bytes)
+        return neurons_bytes(self.spec, counts.astype(np.int64))
+
+    @property
+    def workspace(self) -> Workspace:
+        """Scratch that all layers share, buffer by buffer."""
+        rank = -(-max(self.predictor_bytes) // (self.spec.d_model + self.spec.d_ff))
+        return Workspace(self.spec, self.context, rank, self.prefill_chunk, self.batch)
 
     def workspace_rows(self) -> list[tuple[str, int]]:
-        """Scratch that all layers share once anything runs on the GPU, for a chunk of N = prefill_chunk tokens.
-
-        Attention keeps running maxima and sums, not a matrix of scores; logits are of the last token only.
-        """
-        spec, tokens = self.spec, self.prefill_chunk
-        # Residual stream, its norm and the block's result; then queries, attention result, keys and values.
-        width = 3 * spec.d_model + 2 * spec.head_dim * (spec.n_heads + spec.n_kv_heads)
-        # One value per neuron and projection into d_ff, and the compacted list of active neurons (int32).
-        ffn = tokens * spec.d_ff * (spec.rows_per_neuron - 1) * _ACTIVATION_BYTES + spec.d_ff * 4
-        return [
-            ("workspace: activations", aligned(tokens * width * _ACTIVATION_BYTES)),
-            ("workspace: FFN scratch", aligned(ffn)),
-            ("workspace: logits", aligned(spec.vocab_size * _ACTIVATION_BYTES)),
-            # The FFN input that goes to the CPU and the partial sum that comes back.
-            ("workspace: mailbox", 2 * aligned(tokens * spec.d_model * _ACTIVATION_BYTES)),
-        ]
+        """What there is on the GPU as soon as anything runs there, as (name, bytes)."""
+        return [*self.workspace.rows(), ("reserve: kernels, graphs, cuBLAS", self.reserve)]
 
     @property
     def workspace_bytes(self) -> int:
@@ -151,11 +150,11 @@ class VramPlan:
         if not choice.uses_gpu:
             workspace = [(name, 0) for name, _ in workspace]
         return [
-            ("dense weights", n_layers * aligned(self.spec.layer_dense_bytes)),
+            ("dense weights", n_layers * layer_bytes(self.spec)),
             ("predictors", int(predictors)),
             ("KV cache", n_layers * self.kv_bytes),
             ("hot neurons", int(self.hot_bytes(choice.hot).sum())),
-            ("head and final norm", self.head_bytes if choice.head_on_gpu else 0),
+            ("head", self.head_bytes if choice.head_on_gpu else 0),
             *workspace,
         ]
 

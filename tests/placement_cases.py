@@ -56,7 +56,7 @@ def random_model(seed: int) -> CostModel:
     spec = small_spec(
         n_layers=int(rng.integers(1, 4)),
         d_ff=d_ff,
-        d_model=int(rng.choice([4, 33, 128])),
+        d_model=int(rng.choice([33, 128, 300])),
         vocab_size=int(rng.integers(10, 2000)),
         gated=bool(rng.integers(2)),
         ffn_bias=bool(rng.integers(2)),
@@ -71,7 +71,7 @@ def random_model(seed: int) -> CostModel:
         cpu_layer_seconds=10 ** rng.uniform(-7, -4),
     )
     predictor_bytes = tuple(int(size) for size in rng.integers(0, 3000, spec.n_layers))
-    plan = VramPlan(spec, int(rng.integers(1, 65)), predictor_bytes, prefill_chunk=1)
+    plan = VramPlan(spec, int(rng.integers(1, 65)), predictor_bytes, prefill_chunk=1, reserve=0, batch=1)
     firing = rng.random((spec.n_layers, d_ff)) ** rng.uniform(0.5, 6)
     strategy = str(rng.choice(["dense", "exact", "learned"]))
     return CostModel(plan, hardware, firing, strategy, rng.uniform(0.8, 2.5), group_size)  # type: ignore[arg-type]

@@ -64,24 +64,26 @@ def test_alignment(size, expected):
 
 
 def test_rows_by_hand():
-    # d_model 32, f32: a neuron is 3 x 128 = 384 bytes; dense 4 x 32 x 32 + 2 norms of 32 = 16640 bytes -> 16896.
+    # d_model 32, f32: a row is 128 bytes; QKV 96 rows, output 32, two norms of 128 bytes, each tensor aligned.
     spec = small_spec(n_layers=3, d_model=32, d_ff=10, n_heads=4, n_kv_heads=4, head_dim=8, vocab_size=100)
-    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), kv_element_bytes=2, prefill_chunk=3)
+    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), kv_element_bytes=2, reserve=5, batch=1)
     choice = Choice(np.array([0, 0, 5]), np.array([False, True, True]), True)
     expected = {
-        "dense weights": 2 * 16896,
+        "dense weights": 2 * (12288 + 4096 + 2 * 512),
         "predictors": 512 + 1024,
         "KV cache": 2 * 1024,  # 2 x 7 x 32 x 2 = 896
-        "hot neurons": 2048,  # 1920
-        "head and final norm": 13312,  # 101 x 128 = 12928
-        "workspace: activations": 3072,  # 3 tokens x (3 x 32 + 2 x 8 x 8) x 4 = 2688
-        "workspace: FFN scratch": 512,  # 3 x 10 x 2 x 4 + 10 x 4 = 280
-        "workspace: logits": 512,  # 400
-        "workspace: mailbox": 2 * 512,  # 3 x 32 x 4 = 384
+        "hot neurons": 3 * 1024,  # 5 x 128 = 640
+        "head": 12800,  # 100 x 128
+        "workspace: decode": sum(plan.workspace.decode.values()),
+        "workspace: norms": 4 * 512,
+        "workspace: RoPE tables": 2 * 512,  # 7 x 4 x 4 = 112
+        "workspace: prefill": sum(plan.workspace.prefill.values()),
+        "workspace: staging": 2 * 3 * 512,  # 3 rows of 128 bytes of each matrix
+        "reserve: kernels, graphs, cuBLAS": 5,
     }
     assert dict(plan.rows(choice)) == expected
     assert plan.total_bytes(choice) == sum(expected.values())
-    np.testing.assert_array_equal(plan.layer_bytes, [17920, 18432, 18944])
+    np.testing.assert_array_equal(plan.layer_bytes, [18432, 18944, 19456])
 
 
 def test_nothing_on_the_gpu_takes_nothing_there():
@@ -94,6 +96,14 @@ def test_nothing_on_the_gpu_takes_nothing_there():
 def test_context_out_of_range(context):
     with pytest.raises(ContextError, match="1 to 64"):
         VramPlan(small_spec(), context, (0,))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("kv_element_bytes", 0), ("prefill_chunk", 0), ("reserve", -1), ("batch", 3)]
+)
+def test_plan_of_what_makes_no_sense(name, value):
+    with pytest.raises(InputError, match=name):
+        VramPlan(small_spec(), 8, (0,), **{name: value})
 
 
 @pytest.mark.parametrize("predictor_bytes", [(), (0, 0), (-1,)])

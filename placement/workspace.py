@@ -1,0 +1,184 @@
+"""Scratch on the GPU that all layers share: what there is of it and how large, for the plan and for the runtime alike.
+
+Names and bytes come from here alone, so that the runtime takes what the plan says. Everything is f32 or int32 but for
+masks (uint8) and what is sorted to choose a token (int64). Each buffer is rounded up to the allocator's granularity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from profiler.spec import ModelSpec
+
+ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
+BATCHES = (1, 2, 4, 8)  # tokens of a decode step: there is a CUDA graph for each up to the batch that is planned for
+KV_BLOCK = 256  # tokens of a block of the KV cache
+STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
+STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
+# Loaded kernels, CUDA graphs and what cuBLAS takes for itself. To be replaced by what is measured on the device.
+RUNTIME_RESERVE = 96 * 2**20
+PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
+
+# No kernel is cut into more programs than this for parallelism alone; into how many below is the kernel's affair.
+_PROGRAMS = 1024
+_SPLIT_KEYS, _MOST_SPLITS = 64, 128
+_DOWN_COLUMNS, _MOST_PARTS = 256, 64
+
+
+Bytes = TypeVar("Bytes", int, np.ndarray)
+
+
+def aligned(size: Bytes) -> Bytes:
+    """`size` rounded up to the allocator's granularity, for a number or an array of bytes."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def attention_splits(tokens: int, kv_heads: int, capacity: int) -> int:
+    """Room for at least those of `gpu_kernels.attention.attention_splits`, which needs triton, as a plan must not."""
+    return max(1, min(_PROGRAMS // (tokens * kv_heads), capacity // _SPLIT_KEYS, _MOST_SPLITS))
+
+
+def down_parts(d: int) -> int:
+    """Room for at least those of `gpu_kernels.sparse_ffn.down_parts`."""
+    return max(1, min(_MOST_PARTS, _PROGRAMS // -(-d // _DOWN_COLUMNS)))
+
+
+def cached_tokens(context: int) -> int:
+    """Tokens that a KV cache of `context` tokens has room for: whole blocks, or one smaller block."""
+    block = min(KV_BLOCK, context)
+    return -(-context // block) * block
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch of a model `spec` with a KV cache of `context` tokens, in bytes by buffer.
+
+    rank: hidden units of the largest predictor, 0 without predictors. prefill_chunk: the most tokens that go through a
+    layer at once in prefill. batch: of `BATCHES`, the most tokens of a decode step.
+    """
+
+    spec: ModelSpec
+    context: int
+    rank: int
+    prefill_chunk: int
+    batch: int
+
+    @property
+    def decode(self) -> dict[str, int]:
+        """Buffers of a decode step of `batch` tokens; `attention splits` are those of all smaller batches too."""
+        spec, tokens = self.spec, self.batch
+        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+        vectors = {
+            "x": spec.d_model,
+            "normed": spec.d_model,
+            "qkv": queries + both,
+            "attended": queries,
+            "predictor hidden": self.rank,
+            "hidden": spec.d_ff,
+            "parts": down_parts(spec.d_model) * spec.d_model,
+            "logits": spec.vocab_size,
+        }
+        return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
+            "attention splits": self._splits,
+            "masks": 3 * aligned(spec.d_ff),  # of all neurons, of the hot ones among those predicted, and spare ones
+            "ids": aligned(4 * spec.d_ff),
+            # Sorting for top-k keeps at most a quarter of the vocabulary, and then a quarter of that.
+            "sampling": aligned(8 * tokens * min(4 * spec.vocab_size, 5 * spec.vocab_size // 16 + 2048)),
+            # Tokens, positions, block table, counts, settings of the sampler, the mailbox's state.
+            "control": 16 * ALIGNMENT + aligned(4 * (self.context // KV_BLOCK + 1)),
+        }
+
+    @property
+    def _splits(self) -> int:
+        spec, total = self.spec, 0
+        for tokens in (size for size in BATCHES if size <= self.batch):
+            slots = tokens * spec.n_heads * attention_splits(tokens, spec.n_kv_heads, self.context)
+            total += aligned(4 * slots * spec.head_dim) + 2 * aligned(4 * slots)
+        return total
+
+    @property
+    def norms(self) -> int:
+        """The norm that each layer begins with, wherever that is, and the final norm: what follows an FFN's sum."""
+        return (self.spec.n_layers + 1) * self.norm_bytes
+
+    @property
+    def norm_bytes(self) -> int:
+        """One norm's f32 vectors."""
+        return (1 if self.spec.norm == "rms" else 2) * aligned(4 * self.spec.d_model)
+
+    @property
+    def rope(self) -> int:
+        """Cosines and sines f32 [context, head_dim / 2]."""
+        return 2 * aligned(4 * self.context * -(-self.spec.head_dim // 2)) if self.spec.rope else 0
+
+    @property
+    def prefill(self) -> dict[str, int]:
+        """Buffers of a chunk of a prompt: its vectors, keys and values in order, some rows of weights as f32."""
+        spec, tokens = self.spec, self.prefill_chunk
+        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+        vectors = {
+            "x": spec.d_model,
+            "normed": spec.d_model,
+            "summed": spec.d_model,
+            "qkv": queries + both,
+            "attended": queries,
+            "first": spec.d_ff,
+            "second": spec.d_ff if spec.gated else 0,
+        }
+        rows = min(PREFILL_ROWS, max(spec.d_ff, queries + both, spec.d_model))
+        return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
+            "keys and values": 2 * aligned(2 * self.context * both),
+            "widened": aligned(4 * rows * max(spec.d_model, queries)),
+        }
+
+    @property
+    def staging_neurons(self) -> int:
+        """Cold neurons that one staging buffer takes: a quarter of a layer, or what 64 MiB hold, and at least one."""
+        fits = (STAGING_LIMIT - 5 * ALIGNMENT) // self.spec.neuron_bytes
+        return max(1, min(-(-self.spec.d_ff // STAGING_SHARE), fits))
+
+    @property
+    def staging_bytes(self) -> int:
+        """One of the two staging buffers: gate, up and down rows and biases of its neurons, each aligned."""
+        return neurons_bytes(self.spec, self.staging_neurons)
+
+    def rows(self) -> list[tuple[str, int]]:
+        """All of it as (name, bytes)."""
+        return [
+            ("workspace: decode", sum(self.decode.values())),
+            ("workspace: norms", self.norms),
+            ("workspace: RoPE tables", self.rope),
+            ("workspace: prefill", sum(self.prefill.values())),
+            ("workspace: staging", 2 * self.staging_bytes),
+        ]
+
+
+def neurons_bytes(spec: ModelSpec, count: Bytes) -> Bytes:
+    """Bytes of `count` neurons on the GPU, elementwise: their rows of each matrix one tensor, f32 biases one each."""
+    biases = (spec.rows_per_neuron - 1) * spec.ffn_bias
+    return spec.rows_per_neuron * aligned(count * spec.row_bytes(spec.d_model)) + biases * aligned(4 * count)
+
+
+def layer_bytes(spec: ModelSpec) -> int:
+    """Bytes of a layer's dense tensors on the GPU: projections as they are stored, norms and biases f32."""
+    d, queries, both = spec.d_model, spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+    vectors = [d] * (2 if spec.norm == "rms" else 4)
+    vectors += [queries + both] * spec.qkv_bias + [d] * spec.out_bias + [d] * spec.ffn_bias
+    vectors += [spec.head_dim] * (2 * spec.qk_norm)
+    matrices = aligned((queries + both) * spec.row_bytes(d)) + aligned(d * spec.row_bytes(queries))
+    return matrices + sum(aligned(4 * width) for width in vectors)
+
+
+def predictor_bytes(d_model: int, d_ff: int, rank: int) -> int:
+    """Bytes of a predictor on the GPU: int8 codes in rows padded to 128, scales and biases f32; 0 for rank 0."""
+    if not rank:
+        return 0
+    codes = aligned(rank * _padded(d_model)) + aligned(d_ff * _padded(rank))
+    return codes + 2 * aligned(4 * rank) + 2 * aligned(4 * d_ff)
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // 128) * 128
