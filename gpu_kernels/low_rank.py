@@ -17,9 +17,10 @@ import triton.language as tl
 
 from gpu_kernels.matrix import padded
 
-# A thread's share of a tile is 8 loads of 16 codes in both, so that all bytes are asked for at once.
-_HIDDEN_ROWS, _HIDDEN_COLUMNS = 4, 4096
-_FIRING_ROWS, _FIRING_COLUMNS = 16, 1024
+# A thread's share of a tile is 8 loads of 16 codes in both: with d = 4096, r = 1024 and f = 11008, every code is asked
+# for at once, by programs that all fit on an H100. More rows share the loads of x, fewer make more programs.
+_HIDDEN_ROWS, _HIDDEN_COLUMNS, _HIDDEN_WARPS = 8, 4096, 8
+_FIRING_ROWS, _FIRING_COLUMNS, _FIRING_WARPS = 16, 1024, 4
 MAX_TOKENS = 8  # bits of a mask
 
 
@@ -129,16 +130,12 @@ def predict(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: t
     """
     r, f = len(view.b1), len(view.b2)
     _check(view, x, hidden, masks)
-    first = (view.fc1, view.s1, view.b1, x, hidden, r, len(x), view.d, view.fc1.shape[1])
-    tile = _tile(_HIDDEN_ROWS, _HIDDEN_COLUMNS, view.fc1.shape[1])
-    _hidden_kernel[(triton.cdiv(r, _HIDDEN_ROWS),)](*first, **tile)
-    second = (view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, len(x), r, view.fc2.shape[1])
-    tile = _tile(_FIRING_ROWS, _FIRING_COLUMNS, view.fc2.shape[1])
-    _firing_kernel[(triton.cdiv(f, _FIRING_ROWS),)](*second, **tile)
-
-
-def _tile(rows: int, columns: int, width: int) -> dict[str, int]:
-    return {"ROWS": rows, "COLUMNS": min(columns, triton.next_power_of_2(width)), "num_warps": 4}
+    first = (view.fc1, view.s1, view.b1, x, hidden, r, len(x), view.d, view.fc1.shape[1], _HIDDEN_ROWS)
+    columns = min(_HIDDEN_COLUMNS, triton.next_power_of_2(view.fc1.shape[1]))
+    _hidden_kernel[(triton.cdiv(r, _HIDDEN_ROWS),)](*first, columns, num_warps=_HIDDEN_WARPS)
+    second = (view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, len(x), r, view.fc2.shape[1], _FIRING_ROWS)
+    columns = min(_FIRING_COLUMNS, triton.next_power_of_2(view.fc2.shape[1]))
+    _firing_kernel[(triton.cdiv(f, _FIRING_ROWS),)](*second, columns, num_warps=_FIRING_WARPS)
 
 
 def _check(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:

@@ -201,7 +201,9 @@ def log_sum_exp(
 ) -> None:  # fmt: skip
     """Write the logarithm of the sum of exp(logits / temperature) over each token's vocabulary.
 
-    NaN where a logit is NaN or +inf. logits: f32 [t, vocab]; temperature, out: f32 [t]; scratch_max, scratch_sum: f32 [t, blocks_of(vocab)].
+    NaN where a logit is NaN or +inf.
+
+    logits: f32 [t, vocab]; temperature, out: f32 [t]; scratch_max, scratch_sum: f32 [t, blocks_of(vocab)].
     Raises `ValueError` when shapes or types do not fit.
     """
     tokens, vocab = _check_logits(logits)
