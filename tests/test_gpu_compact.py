@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from gpu_cases import DEVICE
 
 from gpu_kernels.compact import compact, compact_indices, compact_indices_ref
-from tests.gpu_cases import DEVICE
 
 
 def _masks(f: int, share: float, seed: int = 0) -> torch.Tensor:

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from gpu_cases import DEVICE, assert_close, random_input
 
 from cpu_kernels import low_rank as on_cpu
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels.low_rank import PredictorView, predict, predict_ref
 from gpu_kernels.matrix import padded
-from tests.gpu_cases import DEVICE, assert_close, random_input
 
 
 def _parts(d: int, r: int, f: int, seed: int = 0):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from gpu_cases import DEVICE, assert_close, random_input
 
 from cpu_kernels import top_k as on_cpu
 from cpu_kernels.worker_pool import WorkerPool
@@ -20,7 +21,6 @@ from gpu_kernels.sampling import (
 )
 from hybrid.generation import SamplingSettings
 from hybrid.sampling import candidates
-from tests.gpu_cases import DEVICE, assert_close, random_input
 
 NAN, INF = float("nan"), float("inf")
 
