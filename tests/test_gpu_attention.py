@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_cases import DEVICE, TYPES, assert_close, random_input
 
 from cpu_kernels.attention import decode_attention_ref as cpu_attention_ref
 from gpu_kernels.attention import attention_scratch, attention_splits, decode_attention, decode_attention_ref
-from tests.gpu_cases import DEVICE, TYPES, assert_close, random_input
 
 
 def make(heads, kv_heads, head_dim, positions, capacity=300, block_size=256, kind="f32", splits=3, seed=1):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_cases import DEVICE, assert_close, random_input
 
 from gpu_kernels.norm import residual_norm, residual_norm_ref
-from tests.gpu_cases import DEVICE, assert_close, random_input
 
 EPS = 1e-5
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from gpu_cases import DEVICE, TYPES, assert_close, random_input
 
 from cpu_kernels.rope import rope_ref as cpu_rope_ref
 from gpu_kernels.rope import rope, rope_ref
-from tests.gpu_cases import DEVICE, TYPES, assert_close, random_input
 
 EPS, BLOCK_SIZE = 1e-6, 4
 TOLERANCE = {"f32": 1e-5, "f16": 1e-3, "bf16": 8e-3}
