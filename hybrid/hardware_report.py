@@ -50,6 +50,7 @@ def _gpu_tables(found: HardwareProfile) -> list[str]:
         ("read", f"{found.gpu_read_bandwidth / _TERA:.2f} TB/s"),
         ("f32 products", f"{found.gpu_gemm_flops / _TERA:.1f} Tflop/s"),
         ("one more small kernel", f"{found.gpu_launch_seconds / _MICRO:.2f} us"),
+        ("starting a token's graph", f"{found.token_seconds / _MICRO:.1f} us"),
         ("PCIe", f"{found.pcie_bandwidth / _GB:.1f} GB/s to the GPU, {found.host_bandwidth / _GB:.1f} GB/s back"),
         ("hand-off, empty", f"{found.handoff_seconds / _MICRO:.1f} us"),
     ]

@@ -18,21 +18,21 @@ from profiler.hardware import HardwareProfile
 
 Strategy = Literal["dense", "exact", "learned"]
 
-# Small kernels of a layer beside those that read weights. Attention: RoPE with the write of keys and values; the norm
-# before the FFN, which also starts the vector's way to the host. FFN: compaction of the active neurons' ids, where they
-# are chosen; the sum with the residual and the next norm.
+# Small kernels beside those that read weights. Attention: RoPE with the write of keys and values; the norm before the
+# FFN, which also starts the vector's way to the host. FFN: the sum with the residual and the next norm; where neurons
+# are predicted, compaction of their ids. The hand-off has both, as it begins with the latter and ends with the former.
 ATTENTION_SMALL_KERNELS = 2
 SUM_KERNELS = 1
 COMPACT_KERNELS = 1
-HEAD_SMALL_KERNELS = 1  # the choice of a token
+HEAD_SMALL_KERNELS = 1  # logits to the host
 
 
 @dataclass(frozen=True)
 class StepTime:
     """Expected seconds of one decode step, by part.
 
-    `ffn` counts the slower device of each layer, `handoff` what of the hand-offs hot neurons do not hide; a head on
-    the CPU includes the hand-off that reaches it.
+    `ffn` counts the slower device of each layer, `handoff` what of the hand-offs the GPU's kernels do not hide. `head`
+    includes the hand-off that reaches a head on the CPU, and what a token costs beside its kernels.
     """
 
     attention: float
@@ -60,7 +60,7 @@ class CostModel:
     which are `predicted_ratio` times those that fire, and the others when it fires.
     group_size: neurons of similar frequency that are placed together.
 
-    The FFN of a layer takes max(hot kernels, hand-off + cold neurons on the CPU), of expected times, a little below the
+    The FFN of a layer takes max(GPU kernels, hand-off + cold neurons on the CPU), of expected times, a little below the
     expectation of the maximum; the CPU's part has the fixed `cpu_layer_seconds` and reads rows here and there.
     """
 
@@ -143,11 +143,10 @@ class CostModel:
         return self.hardware.cpu_read_bandwidth if self.strategy == "dense" else self.hardware.scattered_bandwidth
 
     def _hot_seconds(self, hot: np.ndarray) -> np.ndarray:
-        """GPU time [n_layers, n] of the first `hot` neurons, compaction included."""
+        """GPU time [n_layers, n] of the FFN of the first `hot` neurons, compaction and the next norm included."""
+        small = SUM_KERNELS + COMPACT_KERNELS * (self.strategy == "learned")
         seconds = self.hardware.kernel_seconds("sparse_ffn", self._read_by_first(hot))
-        if self.strategy != "dense":
-            seconds = seconds + COMPACT_KERNELS * self.hardware.gpu_launch_seconds
-        return np.where(hot > 0, seconds, 0.0)
+        return np.where(hot > 0, seconds, 0.0) + small * self.hardware.gpu_launch_seconds
 
     @cached_property
     def _gpu_attention(self) -> np.ndarray:
@@ -155,10 +154,9 @@ class CostModel:
         hardware, spec = self.hardware, self.plan.spec
         out = spec.d_model * spec.row_bytes(spec.n_heads * spec.head_dim)
         projections = np.array([spec.layer_dense_bytes - out, out])
-        seconds = hardware.kernel_seconds("gemv", projections).sum() + hardware.kernel_seconds(
-            "attention", self._kv_bytes
-        )
-        return seconds + ATTENTION_SMALL_KERNELS * hardware.gpu_launch_seconds
+        fixed = float(hardware.kernel_seconds("gemv", projections).sum())
+        fixed += ATTENTION_SMALL_KERNELS * hardware.gpu_launch_seconds
+        return fixed + hardware.kernel_seconds("attention", self._kv_bytes)
 
     def _layers_on_gpu(self, hot: np.ndarray) -> np.ndarray:
         """Attention, predictor, FFN and hand-off seconds, stacked as [4, n_layers, n], for `hot` counts [.., n]."""
@@ -168,12 +166,7 @@ class CostModel:
         handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
         ffn = np.maximum(on_gpu, on_cpu)
         handoff = np.maximum(on_gpu, handed) - ffn
-        parts = (
-            self._gpu_attention[:, None],
-            predictor[:, None],
-            ffn + SUM_KERNELS * hardware.gpu_launch_seconds,
-            handoff,
-        )
+        parts = (self._gpu_attention[:, None], predictor[:, None], ffn, handoff)
         return np.stack([np.broadcast_to(part, ffn.shape) for part in parts])
 
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
@@ -206,7 +199,7 @@ class CostModel:
         seconds[:-1, :1] = self._layers_on_cpu(self.handoff_seconds).sum(axis=0)
         seconds[:-1, 1:] = self._layers_on_gpu(counts).sum(axis=0)
         sizes[:-1, 1:] = plan.layer_bytes[:, None] + plan.hot_bytes(counts)
-        seconds[-1, :2] = self._head_seconds(self.handoff_seconds)
+        seconds[-1, :2] = np.array(self._head_seconds(self.handoff_seconds)) + self.hardware.token_seconds
         sizes[-1, 1] = plan.head_bytes
         return seconds, sizes
 
@@ -218,7 +211,7 @@ class CostModel:
             self._require_gpu()
             parts = np.where(choice.layer_on_gpu, self._layers_on_gpu(choice.hot[:, None])[:, :, 0], parts)
         attention, predictor, ffn, layer_handoff = (float(part) for part in parts.sum(axis=1))
-        head = self._head_seconds(handoff)[choice.head_on_gpu]
+        head = self._head_seconds(handoff)[choice.head_on_gpu] + self.hardware.token_seconds * choice.uses_gpu
         return StepTime(attention, predictor, ffn, layer_handoff, head)
 
     def _require_gpu(self) -> None:

@@ -84,11 +84,11 @@ class Workspace:
         return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
             "attention splits": self._splits,
             "masks": 3 * aligned(spec.d_ff),  # of all neurons, of the hot ones among those predicted, and spare ones
-            "ids": aligned(4 * spec.d_ff),
+            "ids": 2 * aligned(4 * spec.d_ff),  # of the hot neurons predicted, and of all
             # Sorting for top-k keeps at most a quarter of the vocabulary, and then a quarter of that.
             "sampling": aligned(8 * tokens * min(4 * spec.vocab_size, 5 * spec.vocab_size // 16 + 2048)),
-            # Tokens, positions, block table, counts, settings of the sampler, the mailbox's state.
-            "control": 16 * ALIGNMENT + aligned(4 * (self.context // KV_BLOCK + 1)),
+            # Block table, counts by layer; positions, tokens, settings of the sampler, the mailbox's state.
+            "control": aligned(4 * (self.context // KV_BLOCK + 1)) + aligned(4 * spec.n_layers) + 16 * ALIGNMENT,
         }
 
     @property

@@ -49,6 +49,7 @@ class HardwareProfile:
     vram_bytes: memory of the GPU.
     pcie_host_bandwidth: GPU memory to pinned host memory; 0 stands for `pcie_bandwidth`.
     cpu_scattered_bandwidth: rows of neurons here and there in host memory; 0 stands for `cpu_read_bandwidth`.
+    token_seconds: starting a token's CUDA graph and waiting for its end, beside its kernels.
     cpu_gemm_flops, gpu_gemm_flops: floating-point operations/s of a large f32 product, two for a multiply and add.
     cpu_bandwidths: (threads, read, scattered) for other numbers of threads, rising; see `with_threads`.
     gpu_kernels: of a kernel of `GPU_KERNELS` (bytes read, seconds in a CUDA graph), rising; see `kernel_seconds`.
@@ -66,6 +67,7 @@ class HardwareProfile:
     vram_bytes: int
     pcie_host_bandwidth: float = 0.0
     cpu_scattered_bandwidth: float = 0.0
+    token_seconds: float = 0.0
     cpu_gemm_flops: float = 3e11
     gpu_gemm_flops: float = 3e13
     cpu_bandwidths: tuple[tuple[int, float, float], ...] = ()

@@ -7,6 +7,7 @@ as in a decode step, between two of which all weights of the model are read.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -52,12 +53,7 @@ class Shape(NamedTuple):
 
 def graph_seconds(launches: Sequence[Launch]) -> float:
     """Seconds of one of `launches` inside a CUDA graph of all of them: the median of 20 replays."""
-    for launch in launches:  # outside of the graph first, as capture may not compile or load code
-        launch()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
+    graph = _capture(launches)
     times = []
     for _ in range(_REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -67,6 +63,30 @@ def graph_seconds(launches: Sequence[Launch]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times[1:]) / len(launches)
+
+
+def replay_seconds(launches: Sequence[Launch]) -> float:
+    """Seconds that a replay of a graph of `launches` takes on the host's clock beside its kernels on the GPU's."""
+    graph = _capture(launches)
+    times = []
+    for _ in range(_REPLAYS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return max(0.0, statistics.median(times[1:]) - len(launches) * graph_seconds(launches))
+
+
+def _capture(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+    for launch in launches:  # outside of the graph first, as capture may not compile or load code
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in launches:
+            launch()
+    return graph
 
 
 def kernel_points(

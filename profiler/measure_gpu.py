@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from profiler.hardware import HardwareProfile
-from profiler.kernel_costs import all_cases, graph_seconds, kernel_points, small_launches
+from profiler.kernel_costs import all_cases, graph_seconds, kernel_points, replay_seconds, small_launches
 from profiler.measure_hardware import Report, gemm_flops, median_seconds
 
 _PCIE_BYTES = 256 * 2**20
+_TOKEN_KERNELS = 6  # times 64: the kernels of a step of 32 layers
 _HANDOFF_WIDTH = 4096  # f32 values of the vector that is handed over
 
 
@@ -19,7 +20,8 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
     """`cpu` with GPU 0 added, measured in some 20 s, most of which compiles kernels; needs CUDA and triton."""
     device = torch.device("cuda", 0)
     report("GPU kernels: small ones")
-    launch = graph_seconds(small_launches(device))
+    small = small_launches(device)
+    launch, token = graph_seconds(small), replay_seconds(small * _TOKEN_KERNELS)
     points = {}
     for kernel, cases in all_cases(device):
         report(f"GPU kernels: {kernel}")
@@ -35,6 +37,7 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
         pcie_host_bandwidth=to_host,
         handoff_seconds=measure_handoff(device, cpu.cpu_threads),
         gpu_launch_seconds=launch,
+        token_seconds=token,
         gpu_gemm_flops=gemm_flops(device),
         vram_bytes=torch.cuda.mem_get_info(device)[1],
         gpu_kernels=points,

@@ -68,6 +68,7 @@ def random_model(seed: int) -> CostModel:
         gpu_read_bandwidth=10 ** rng.uniform(7, 9),
         handoff_seconds=10 ** rng.uniform(-7, -3),
         gpu_launch_seconds=10 ** rng.uniform(-8, -5),
+        token_seconds=10 ** rng.uniform(-8, -4),
         cpu_layer_seconds=10 ** rng.uniform(-7, -4),
     )
     predictor_bytes = tuple(int(size) for size in rng.integers(0, 3000, spec.n_layers))

@@ -56,6 +56,7 @@ def test_round_trip(tmp_path, profile):
         ("vram_bytes", 0),
         ("pcie_host_bandwidth", -1),
         ("cpu_scattered_bandwidth", "fast"),
+        ("token_seconds", -1e-6),
         ("cpu_gemm_flops", 0),
         ("gpu_gemm_flops", 0),
         ("cpu_bandwidths", 3),
@@ -116,7 +117,7 @@ def test_another_format_is_refused_in_one_line(tmp_path, version):
 
 def test_what_a_hand_written_file_leaves_out(tmp_path):
     fields = ROUND_HARDWARE.to_json()
-    optional = ("pcie_host_bandwidth", "cpu_scattered_bandwidth", "cpu_gemm_flops", "gpu_gemm_flops")
+    optional = ("pcie_host_bandwidth", "cpu_scattered_bandwidth", "token_seconds", "cpu_gemm_flops", "gpu_gemm_flops")
     for name in (*optional, "cpu_bandwidths", "gpu_kernels"):
         del fields[name]
     (tmp_path / "h.json").write_text(json.dumps(fields))

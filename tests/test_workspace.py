@@ -40,9 +40,9 @@ def test_decode_by_hand():
         "logits": 2560,  # 2400
         "attention splits": (4 * 4 * 64 * 4 + 2 * 512) + (2 * 4 * 4 * 64 * 4 + 2 * 512),  # 4 splits
         "masks": 3 * 1024,
-        "ids": 4096,
+        "ids": 2 * 4096,
         "sampling": 8 * 2 * 4 * 300 + 256,  # 19200 -> 19456
-        "control": 17 * 512,
+        "control": 18 * 512,
     }
 
 
