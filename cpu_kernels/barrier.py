@@ -87,6 +87,18 @@ def new_barrier() -> np.ndarray:
 
 
 @kernel
+def nap():  # type: ignore[no-untyped-def]
+    """Sleep between two polls."""
+    _usleep(_NAP_MICROSECONDS)
+
+
+@kernel
+def is_aborted(state):  # type: ignore[no-untyped-def]
+    """Whether `abort` was called since the last `reset`."""
+    return load_acquire(state, _ABORTED) != 0
+
+
+@kernel
 def wait(state, workers):  # type: ignore[no-untyped-def]
     """Wait until all `workers` have called this; what they wrote before is then seen by all. False once aborted."""
     if load_acquire(state, _ABORTED) != 0:
@@ -105,7 +117,7 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
             spins += 1
             pause()
         else:
-            _usleep(_NAP_MICROSECONDS)
+            nap()
     return True
 
 

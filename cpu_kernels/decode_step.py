@@ -60,13 +60,13 @@ def _tick(typing_context: Any) -> Any:
 
 
 @kernel
-def _floats(address, n):  # type: ignore[no-untyped-def]
+def floats(address, n):  # type: ignore[no-untyped-def]
     """The f32 vector of n elements at `address`, or an empty one for address 0."""
     return carray(_pointer(address), (n if address else 0,), np.float32)
 
 
 @kernel
-def _row_bytes(like, columns):  # type: ignore[no-untyped-def]
+def row_bytes(like, columns):  # type: ignore[no-untyped-def]
     """Bytes of a row; `like` has one row of 128 columns, as long as 128 columns are."""
     return like.shape[1] * like.itemsize * ((columns + 127) // 128) if like.itemsize == 1 else columns * like.itemsize
 
@@ -89,7 +89,7 @@ def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-unt
     none = table, table, table, table
     padded = sums.shape[1]
     sum_rows(
-        like, table, _row_bytes(like, d), picked, scales, first, one, none, d, first, padded, sums, offsets, steps
+        like, table, row_bytes(like, d), picked, scales, first, one, none, d, first, padded, sums, offsets, steps
     )  # fmt: skip
     finish(like, sums[0], offsets[0], d, first, padded, shared.x[0])
 
@@ -97,18 +97,18 @@ def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-unt
 @kernel
 def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # type: ignore[no-untyped-def]
     """out = W . input, which is in form; workers take pieces of the rows."""
-    gemv_shared(state, workers, like, weight, _row_bytes(like, columns), n, inputs, columns, _floats(bias, n), out)
+    gemv_shared(state, workers, like, weight, row_bytes(like, columns), n, inputs, columns, floats(bias, n), out)
 
 
 @kernel
-def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
+def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
     """x += attention of norm(x)."""
     d, heads, head_dim = shape.d, shape.heads, shape.head_dim
     v = one_input(own.inputs, 0)
     _normed(
         shared.x[0],
-        _floats(row[Column.ATTENTION_NORM], d),
-        _floats(row[Column.ATTENTION_NORM_BIAS], d),
+        floats(row[Column.ATTENTION_NORM], d),
+        floats(row[Column.ATTENTION_NORM_BIAS], d),
         eps,
         shape.layer_norm,
         v[0],
@@ -121,7 +121,7 @@ def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, 
     if not barrier.wait(state, workers):
         return False
     cache = carray(_pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
-    norms = _floats(row[Column.Q_NORM], head_dim), _floats(row[Column.K_NORM], head_dim), eps
+    norms = floats(row[Column.Q_NORM], head_dim), floats(row[Column.K_NORM], head_dim), eps
     turn = rotation[0][position], rotation[1][position]
     rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
     if not barrier.wait(state, workers):
@@ -143,7 +143,7 @@ def _attention(worker, workers, state, like, row, shape, eps, rotation, blocks, 
 @kernel
 def _add_output(state, workers, like, row, d, width, shared, own):  # type: ignore[no-untyped-def]
     """x += W_out . attended, by pieces of rows."""
-    bias, size, chunk = _floats(row[Column.OUT_BIAS], d), _row_bytes(like, width), chunk_rows(d, workers)
+    bias, size, chunk = floats(row[Column.OUT_BIAS], d), row_bytes(like, width), chunk_rows(d, workers)
     first = barrier.take(state) * chunk
     while first < d:
         last = min(first + chunk, d)
@@ -160,7 +160,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     v = one_input(own.inputs, 0)
     round_input(v, d)
     start, stop = r * worker // workers, r * (worker + 1) // workers
-    s1, b1 = _floats(row[Column.FC1_SCALE], r), _floats(row[Column.FC1_BIAS], r)
+    s1, b1 = floats(row[Column.FC1_SCALE], r), floats(row[Column.FC1_BIAS], r)
     hidden_units(like, row[Column.FC1], (d + 127) // 128 * 128, start, stop, v, d, s1, b1, shared.hidden_units)
     if not barrier.wait(state, workers):
         return -1
@@ -168,7 +168,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     v[0][:r] = shared.hidden_units[:r]
     round_input(v, r)
     start, stop = f * worker // workers, f * (worker + 1) // workers
-    s2, b2 = _floats(row[Column.FC2_SCALE], f), _floats(row[Column.FC2_BIAS], f)
+    s2, b2 = floats(row[Column.FC2_SCALE], f), floats(row[Column.FC2_BIAS], f)
     threshold = np.int32(row[Column.THRESHOLD]).view(np.float32)
     shared.counts[worker * COUNT_STRIDE] = firing_rows(
         like, row[Column.FC2], (r + 127) // 128 * 128, start, stop, v, r, s2, b2, threshold, own.ids
@@ -224,23 +224,23 @@ def _tally(row, n, shape, shared):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """x += FFN of norm(x)."""
     d, f, strategy = shape.d, shape.f, shape.strategy
     begun = _tick()
     v = one_input(own.inputs, 0)
     _normed(
         shared.x[0],
-        _floats(row[Column.FFN_NORM], d),
-        _floats(row[Column.FFN_NORM_BIAS], d),
+        floats(row[Column.FFN_NORM], d),
+        floats(row[Column.FFN_NORM_BIAS], d),
         eps,
         shape.layer_norm,
         v[0],
     )
     prepare(like, v, d)
-    biases = _floats(row[Column.GATE_BIAS], f), _floats(row[Column.UP_BIAS], f)
+    biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
-    ffn = FFNWeights(like, matrices[0], matrices[1], matrices[2], _row_bytes(like, d), d, biases[0], biases[1])
+    weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
     n, skip = f, strategy != DENSE
     if strategy == LEARNED:
         n = _predict(worker, workers, state, row, shape, shared, own, like_codes)
@@ -248,7 +248,7 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
             now = _tick()
             shared.ticks[Phase.PREDICTOR] += now - begun
             begun = now
-    elif not _first_of_all(state, workers, ffn, shape, shared, own):
+    elif not _first_of_all(state, workers, weights, shape, shared, own):
         n = -1
     elif strategy == EXACT:
         n = _firing(worker, workers, state, shape, shared, own)
@@ -259,7 +259,7 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     if n < 0:
         return False
     gate_and_up(
-        state, workers, ffn, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED,
+        state, workers, weights, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED,
         shared.hidden, own.places, own.down[1],
     )  # fmt: skip
     if not barrier.wait(state, workers):
@@ -267,7 +267,9 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
     if worker == workers - 1:
         _tally(row, n, shape, shared)
     parts = shared.sums.shape[0]
-    down_parts(state, workers, ffn, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets)
+    down_parts(
+        state, workers, weights, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets
+    )
     if not barrier.wait(state, workers):
         return False
     merge_parts(worker, workers, like, d, parts, shared.sums, shared.offsets, shared.x)
@@ -275,9 +277,31 @@ def _ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own)
         return False
     if worker == 0:
         if row[Column.DOWN_BIAS]:
-            shared.x[0] += _floats(row[Column.DOWN_BIAS], d)
+            shared.x[0] += floats(row[Column.DOWN_BIAS], d)
         shared.ticks[Phase.FFN] += _tick() - begun
     return barrier.wait(state, workers) if row[Column.DOWN_BIAS] else True
+
+
+@kernel
+def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+    """shared.logits of shared.x. False when aborted."""
+    d, begun = shape.d, _tick()
+    v = one_input(own.inputs, 0)
+    _normed(
+        shared.x[0],
+        floats(ends[Ends.FINAL_NORM], d),
+        floats(ends[Ends.FINAL_NORM_BIAS], d),
+        eps,
+        shape.layer_norm,
+        v[0],
+    )
+    prepare(like, v, d)
+    _project(state, workers, like, ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
+    if not barrier.wait(state, workers):
+        return False
+    if worker == 0:
+        shared.ticks[Phase.HEAD] += _tick() - begun
+    return True
 
 
 @kernel
@@ -290,7 +314,7 @@ def decode_step(  # type: ignore[no-untyped-def]
     rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]. blocks: int32, the cache's block table.
     """
     layers = table.shape[0] - 1
-    ends, d = table[layers], shape.d
+    ends = table[layers]
     if worker == 0:
         shared.x[:] = 0
         _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared, own)
@@ -300,23 +324,10 @@ def decode_step(  # type: ignore[no-untyped-def]
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
-        if not _attention(worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own):
+        if not attention(worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own):
             return
         if worker == 0:
             shared.ticks[Phase.ATTENTION] += _tick() - begun
-        if not _ffn(worker, workers, state, likes[1], likes[4], row, shape, eps, shared, own):
+        if not ffn(worker, workers, state, likes[1], likes[4], row, shape, eps, shared, own):
             return
-    begun = _tick()
-    v = one_input(own.inputs, 0)
-    _normed(
-        shared.x[0],
-        _floats(ends[Ends.FINAL_NORM], d),
-        _floats(ends[Ends.FINAL_NORM_BIAS], d),
-        eps,
-        shape.layer_norm,
-        v[0],
-    )
-    prepare(likes[2], v, d)
-    _project(state, workers, likes[2], ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
-    if barrier.wait(state, workers) and worker == 0:
-        shared.ticks[Phase.HEAD] += _tick() - begun
+    head(worker, workers, state, likes[2], ends, shape, eps, shared, own)

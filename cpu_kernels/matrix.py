@@ -65,6 +65,13 @@ class Matrix:
     def nbytes(self) -> int:
         return self.rows.nbytes
 
+    def tensor(self, rows: slice = slice(None)) -> torch.Tensor:
+        """A torch view of some rows as they are stored: bf16, f16 or f32 [k, columns], or uint8 [k, bytes of a row]."""
+        stored = self.rows[rows]
+        if self.dtype in ("int8", "int4"):
+            return _as_tensor(stored.view(np.uint8))
+        return _as_tensor(stored if self.dtype == "f32" else stored.view(np.int16)).view(_TORCH_TYPES[self.dtype])
+
     def widen(self, rows: slice | np.ndarray = slice(None)) -> torch.Tensor:
         """The weights of some rows as f32 [k, columns], on the CPU, by torch's threads."""
         stored = self.rows[rows]
@@ -77,7 +84,7 @@ class Matrix:
         )
 
 
-_TORCH_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+_TORCH_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:

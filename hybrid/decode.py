@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from cpu_kernels.decode_state import (
     Ends,
     Phase,
     Shape,
+    Shared,
     new_own,
     new_shared,
 )
@@ -28,6 +30,19 @@ from hybrid.kv_cache import KVCache
 from hybrid.model import Block, Norm, Transformer
 
 _STRATEGIES: dict[Strategy, int] = {"dense": DENSE, "exact": EXACT, "learned": LEARNED}
+
+
+class StepArguments(NamedTuple):
+    """Arguments of `decode_step` and `serve` that come of the model."""
+
+    likes: tuple[np.ndarray, ...]
+    table: np.ndarray
+    shape: Shape
+    eps: float
+    rotation: tuple[np.ndarray, np.ndarray]
+    blocks: np.ndarray
+    shared: Shared
+    owns: Each
 
 
 class DecodeStep:
@@ -78,6 +93,13 @@ class DecodeStep:
     def load_kernels(self) -> None:
         """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""
         self._run(self._table[-1:], self._shape._replace(vocab=0), 0, 0)
+
+    def arguments(self, strategy: Strategy) -> StepArguments:
+        """What compiled code needs of the model."""
+        shape, eps = self._shape._replace(strategy=_STRATEGIES[strategy]), float(self._model.spec.norm_eps)
+        return StepArguments(
+            self._likes, self._table, shape, eps, self._rotation, self._cache.table, self._shared, self._owns
+        )
 
     def _run(self, table: np.ndarray, shape: Shape, token: int, position: int) -> None:
         pool = self._runtime.pool

@@ -1,0 +1,212 @@
+"""The CPU's end of the mailbox: workers that compute what the GPU asks for in the middle of its decode step.
+
+Threads: every worker of a `WorkerPool` runs `serve` for the length of an answer. The GPU writes a request and its input
+to pinned host memory and then the request's number, which workers poll; they compute together, meeting at the pool's
+barrier; the last to finish writes the result's number, which the GPU polls. There is no launch, no lock and no Python
+on the way. Between requests workers poll, so that they are hot, and nap once nothing has come for some milliseconds.
+They go home when `stop` is called, or with the barrier's `abort`.
+
+    FFN     out = FFN of the given neurons of a layer, for 1 to 8 tokens
+    LAYER   out = a whole layer, attention and KV write included, one token after another
+    HEAD    shared.logits = head of the last token
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from cpu_kernels import barrier
+from cpu_kernels.barrier import fetch_add, load_acquire, nap, pause, store_release
+from cpu_kernels.compiled import kernel
+from cpu_kernels.decode_state import DENSE, Column, Shape
+from cpu_kernels.decode_step import attention, ffn, floats, head, row_bytes
+from cpu_kernels.ffn_phases import (
+    DownScratch,
+    FFNWeights,
+    down_parts,
+    gate_and_up,
+    merge_parts,
+    new_down_scratch,
+    sum_parts,
+)
+from cpu_kernels.lanes import Input, new_inputs, one_input, prepare
+from cpu_kernels.row_sum import columns_unit, new_sums
+
+MAX_BATCH = 8  # tokens of one request
+# Polls before the first nap: some 2 ms, longer than the GPU takes between two requests of a token.
+_SPINS = 60_000
+
+
+class Op(IntEnum):
+    """What a request asks for."""
+
+    FFN, LAYER, HEAD = 0, 1, 2
+
+
+class Word(IntEnum):
+    """Words of a request, one cache line. COUNT: neurons, or -1 for all cold ones of the layer."""
+
+    NUMBER, OP, LAYER, COUNT, TOKENS, POSITION = 0, 1, 2, 3, 4, 5
+
+
+class Flag(IntEnum):
+    """Words of `Box.flags`, each in cache lines of its own."""
+
+    DONE, STOP, ARRIVED = 0, 16, 32
+
+
+class Box(NamedTuple):
+    """What both sides see, in pinned host memory: request int64 [8] and flags int64 [48], inputs x f32 [8, d], neurons'
+    ids int32 [f] and their tokens masks uint8 [f], bit t for token t, and the result out f32 [8, d]."""
+
+    request: np.ndarray
+    flags: np.ndarray
+    x: np.ndarray
+    ids: np.ndarray
+    masks: np.ndarray
+    out: np.ndarray
+
+
+class BatchShared(NamedTuple):
+    """Buffers of all workers for the FFN of several tokens: hidden f32 [8 f], ids int32 [f] and masks uint8 [f] of all
+    neurons for all tokens, and results of `sum_rows`."""
+
+    hidden: np.ndarray
+    every: np.ndarray
+    ones: np.ndarray
+    sums: np.ndarray
+    offsets: np.ndarray
+
+
+class BatchOwn(NamedTuple):
+    """Buffers of one worker for the FFN of several tokens."""
+
+    inputs: Input
+    places: np.ndarray
+    down: DownScratch
+
+
+def new_batch_shared(shape: Shape) -> BatchShared:
+    parts, every = int(sum_parts(shape.f)), np.arange(shape.f, dtype=np.int32)
+    ones = np.full(shape.f, 255, np.uint8)
+    return BatchShared(np.zeros(MAX_BATCH * shape.f, np.float32), every, ones, *new_sums(parts * MAX_BATCH, shape.d))
+
+
+def new_batch_own(shape: Shape) -> BatchOwn:
+    """One worker's."""
+    down = new_down_scratch(shape.d, shape.f, MAX_BATCH)
+    return BatchOwn(new_inputs(MAX_BATCH, shape.d), np.zeros(shape.f, np.int32), down)
+
+
+def stop(box: Box) -> None:
+    """Send the workers home; they may be in the middle of a request."""
+    box.flags[Flag.STOP] = 1
+
+
+@kernel
+def _requested(box, state, number):  # type: ignore[no-untyped-def]
+    """Wait for request `number`; False when told to go home."""
+    spins = 0
+    while load_acquire(box.request, Word.NUMBER) < number:
+        if load_acquire(box.flags, Flag.STOP) != 0 or barrier.is_aborted(state):
+            return False
+        if spins < _SPINS:
+            spins += 1
+            pause()
+        else:
+            nap()
+    return True
+
+
+@kernel
+def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # type: ignore[no-untyped-def]
+    """box.out = the FFN of the request's neurons; up to the last phase, after which workers need not meet."""
+    d, f, tokens, count = shape.d, shape.f, box.request[Word.TOKENS], box.request[Word.COUNT]
+    skip, first = shape.strategy != DENSE, row[Column.HOT]
+    n = f - first if count < 0 else count
+    ids = batch.every[first:f] if count < 0 else box.ids[:n]
+    for t in range(tokens):
+        own.inputs[0][t, :d] = box.x[t]
+        prepare(like, one_input(own.inputs, t), d)
+    biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
+    matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
+    weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
+    hidden = batch.hidden[: tokens * n].reshape(tokens, n)
+    masks = batch.ones[:n] if count < 0 else box.masks[:n]
+    code = shape.activation
+    given = False
+    gate_and_up(state, workers, weights, ids, n, masks, own.inputs, code, skip, given, hidden, own.places, own.down[1])
+    if not barrier.wait(state, workers):
+        return False
+    parts = batch.sums.shape[0] // MAX_BATCH
+    starts, picked, scales, steps = own.down
+    scratch = starts, picked, scales[:tokens], steps
+    sums, offsets = batch.sums[: parts * tokens], batch.offsets[: parts * tokens]
+    down_parts(state, workers, weights, ids, n, hidden, skip, parts, scratch, sums, offsets)
+    if not barrier.wait(state, workers):
+        return False
+    unit = columns_unit(like)
+    units = (d + unit - 1) // unit
+    box.out[:tokens, unit * (units * worker // workers) : unit * (units * (worker + 1) // workers)] = 0
+    merge_parts(worker, workers, like, d, parts, sums, offsets, box.out[:tokens])
+    return True
+
+
+@kernel
+def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own):  # type: ignore[no-untyped-def]
+    """box.out = one layer of box.x, token after token."""
+    for t in range(box.request[Word.TOKENS]):
+        if worker == 0:
+            shared.x[0] = box.x[t]
+        if not barrier.wait(state, workers):
+            return False
+        position = box.request[Word.POSITION] + t
+        if not attention(worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own):
+            return False
+        if not ffn(worker, workers, state, likes[1], likes[4], row, shape, eps, shared, own):
+            return False
+        if not barrier.wait(state, workers):
+            return False
+        if worker == 0:
+            box.out[t] = shared.x[0]
+    return True
+
+
+@kernel
+def _head(worker, workers, state, box, likes, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+    """shared.logits of the request's last token."""
+    if worker == 0:
+        shared.x[0] = box.x[box.request[Word.TOKENS] - 1]
+    if not barrier.wait(state, workers):
+        return False
+    return head(worker, workers, state, likes[2], ends, shape, eps, shared, own)
+
+
+@kernel
+def serve(  # type: ignore[no-untyped-def]
+    worker, workers, state, box, likes, table, shape, eps, rotation, blocks, shared, own, batch, batch_own
+):  # fmt: skip
+    """Answer requests until told to go home; arguments as for `decode_step`.
+
+    The GPU counts requests on; the first is one more than the result that was done last.
+    """
+    number = load_acquire(box.flags, Flag.DONE)
+    if not barrier.wait(state, workers):  # before anyone can write another number there
+        return
+    while _requested(box, state, number + 1):
+        number += 1
+        op, row = box.request[Word.OP], table[box.request[Word.LAYER]]
+        if op == Op.FFN:
+            fine = _cold_ffn(worker, workers, state, box, likes[1], row, shape, batch, batch_own)
+        elif op == Op.LAYER:
+            fine = _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own)
+        else:
+            fine = _head(worker, workers, state, box, likes, row, shape, eps, shared, own)
+        if not fine:
+            return
+        if fetch_add(box.flags, Flag.ARRIVED, 1) == workers - 1:
+            store_release(box.flags, Flag.ARRIVED, 0)
+            store_release(box.flags, Flag.DONE, number)

@@ -1,0 +1,281 @@
+"""The GPU's end of the mailbox: ask the CPU's workers for a part of the step, and take up what they answer.
+
+    post      out = norm(x), also to pinned host memory, where the CPU reads it
+    send      compact the predicted neurons: hot ids stay here, cold ids go to the host; then release the request
+    ask       x to the host, and release a request for whole layers or the head
+    receive   wait for the answer; x += parts of the hot neurons + answer + bias; out = norm(x) for what follows
+
+`cpu_kernels/mailbox.py` is the other end and has the words' meaning. A request's number is written last, with a fence
+that makes all before it visible to the host; `receive` waits for the same number to come back. Who waits: one program
+a token, for at most `timeout` seconds, after which it marks the step failed and every later wait of it returns at once.
+All of this is captured in a CUDA graph; nothing asks the host.
+
+The state is int64 [4] on the device: the last request's number, whether an answer is due, and whether the step failed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from gpu_kernels.compact import compact
+from gpu_kernels.norm import normed
+
+STATE_WORDS = 4
+_COMPACT_BLOCK = 4096
+
+
+class State(IntEnum):
+    """Words of the state."""
+
+    NUMBER, DUE, FAILED = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Mailbox:
+    """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
+
+    request: int64 [8]; flags: int64, of which the first is the last answer's number; x, out: f32 [8, d]; ids: int32
+    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [2] (hot and cold neurons sent), on the device.
+    """
+
+    request: torch.Tensor
+    flags: torch.Tensor
+    x: torch.Tensor
+    ids: torch.Tensor
+    masks: torch.Tensor
+    out: torch.Tensor
+    state: torch.Tensor
+    tallies: torch.Tensor
+    timeout: float = 5.0
+
+
+@triton.jit
+def _release(address, number, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write `number`, after all that this program wrote before."""
+    tl.debug_barrier()
+    if NATIVE:
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; st.release.sys.b64 [$1], $2; mov.b32 $0, 0;",
+            "=r,l,l",
+            [address.to(tl.int64), number],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(address, number)
+
+
+@triton.jit
+def _acquire(address, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Read a number that the host releases."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.b64 $0, [$1];", "=l,l", [address.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
+        )
+    return tl.load(address, volatile=True)
+
+
+@triton.jit
+def _nanoseconds(start, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A clock; where there is none, one more than `start`."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l,l", [start], dtype=tl.int64, is_pure=False, pack=1
+        )
+    return start + 1
+
+
+@triton.jit
+def _post_kernel(x, weight, bias, out, host, eps, d, LAYER: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * d
+    columns = tl.arange(0, BLOCK)
+    mask = columns < d
+    values = normed(tl.load(x + row + columns, mask=mask, other=0.0), mask, weight, bias, columns, eps, d, LAYER)
+    tl.store(out + row + columns, values, mask=mask)
+    tl.store(host + row + columns, values, mask=mask)
+
+
+@triton.jit
+def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write a request and release it."""
+    number = tl.load(state) + 1
+    tl.store(state, number)
+    tl.store(request + 1, op.to(tl.int64))
+    tl.store(request + 2, layer.to(tl.int64))
+    tl.store(request + 3, count.to(tl.int64))
+    tl.store(request + 4, tokens.to(tl.int64))
+    tl.store(request + 5, tl.load(positions).to(tl.int64))
+    _release(request, number, NATIVE)
+
+
+@triton.jit(do_not_specialize=["layer", "hot", "tokens"])
+def _send_kernel(  # type: ignore[no-untyped-def]
+    masks, hot, f, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, request, state, tallies, layer, tokens,
+    positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    if tl.program_id(0) == 0:
+        count = compact(masks, hot, f, cold_ids, cold_masks, BLOCK)
+        due = (count > 0) & (tl.load(state + 2) == 0)
+        tl.store(state + 1, due.to(tl.int64))
+        tl.store(tallies + 1, tl.load(tallies + 1) + count)
+        if due:
+            _request(request, state, tl.full([], 0, tl.int32), layer, count, tokens, positions, NATIVE)
+    else:
+        count = compact(masks, 0, hot, hot_ids, hot_masks, BLOCK)
+        tl.store(hot_count, count)
+        tl.store(tallies, tl.load(tallies) + count)
+
+
+@triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
+def _ask_kernel(  # type: ignore[no-untyped-def]
+    x, host, values, request, state, tallies, op, layer, cold, tokens, positions, COPY: tl.constexpr,
+    BLOCK: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
+    if COPY:
+        for first in range(0, values, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            tl.store(host + at, tl.load(x + at, mask=at < values, other=0.0), mask=at < values)
+    due = tl.load(state + 2) == 0
+    tl.store(state + 1, due.to(tl.int64))
+    tl.store(tallies + 1, tl.load(tallies + 1) + cold)
+    if due:
+        _request(request, state, op, layer, tl.full([], -1, tl.int32), tokens, positions, NATIVE)
+
+
+@triton.jit
+def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the answer, if one is due; whether it came. When it does not come in time, the step has failed."""
+    number = tl.load(state)
+    due = tl.load(state + 1) != 0
+    begun = _nanoseconds(number, NATIVE)
+    now = begun
+    done = number - due.to(tl.int64)
+    while (done < number) & (now - begun < timeout):
+        done = _acquire(flags, NATIVE)
+        now = _nanoseconds(now, NATIVE)
+    if done < number:
+        tl.store(state + 2, number)
+    tl.debug_barrier()
+    return tl.where(done >= number, due.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["count", "timeout"])
+def _receive_kernel(  # type: ignore[no-untyped-def]
+    x, parts, added, host, flags, state, weight, bias, out, eps, count, d, part_stride, timeout, PARTS: tl.constexpr,
+    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
+    NATIVE: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0) * d
+    columns = tl.arange(0, BLOCK)
+    mask = columns < d
+    values = tl.load(x + row + columns, mask=mask, other=0.0)
+    if PARTS:
+        for s in tl.range(0, count, loop_unroll_factor=4):
+            values += tl.load(parts + s * part_stride + row + columns, mask=mask, other=0.0)
+    if ADDED:
+        values += tl.load(added + columns, mask=mask, other=0.0)
+    if ASKED:
+        came = _answered(flags, state, timeout, NATIVE)
+        answered = tl.where(mask, came, 0) != 0
+        answer = tl.load(host + row + columns, mask=answered, other=0.0, volatile=True)
+        values = answer if REPLACE else values + answer
+    tl.store(x + row + columns, values, mask=mask)
+    tl.store(out + row + columns, normed(values, mask, weight, bias, columns, eps, d, LAYER), mask=mask)
+
+
+def _is_native() -> bool:
+    """Whether kernels run on a GPU, rather than in Triton's interpreter, which has no assembly."""
+    return not isinstance(_send_kernel, InterpretedFunction)
+
+
+def _sizes(d: int) -> dict[str, int]:
+    block = triton.next_power_of_2(d)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def post(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor, box: Mailbox
+) -> None:
+    """out [t, d] = norm(x [t, d]), RMSNorm or with a bias LayerNorm; the same to the host. All f32."""
+    _check(x, out, box)
+    layer = bias is not None
+    _post_kernel[(x.shape[0],)](x, weight, bias, out, box.x, eps, x.shape[1], LAYER=layer, **_sizes(x.shape[1]))
+
+
+def send(
+    masks: torch.Tensor,
+    hot: int,
+    hot_ids: torch.Tensor,
+    hot_masks: torch.Tensor,
+    hot_count: torch.Tensor,
+    spare: torch.Tensor,
+    box: Mailbox,
+    layer: int,
+    positions: torch.Tensor,
+) -> None:
+    """Ask the CPU for the cold neurons (from number `hot` on) of `layer` that masks [f] names; list the hot ones here.
+
+    masks: uint8 [f], bit t where token t needs the neuron. hot_ids, hot_masks [hot], hot_count int32 [1]. spare: uint8
+    [f] scratch. positions: int32 [t], of which the length counts here. Without a cold neuron nothing is sent.
+    """
+    tokens = positions.shape[0]
+    # For one token the host's masks are all ones already.
+    cold_masks = spare if tokens == 1 else box.masks
+    _send_kernel[(2,)](
+        masks, hot, len(masks), hot_ids, hot_masks, hot_count, box.ids, cold_masks, box.request, box.state,
+        box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=_is_native(), num_warps=8,
+    )  # fmt: skip
+
+
+def ask(
+    op: int, layer: int, x: torch.Tensor | None, box: Mailbox, positions: torch.Tensor, tokens: int, cold: int = 0
+) -> None:
+    """Ask the CPU for the operation `op` of `layer`; x f32 [t, d] goes along, None where the host has it already.
+
+    cold: neurons that the answer takes, for the tally.
+    """
+    values = 0 if x is None else x.numel()
+    _ask_kernel[(1,)](
+        x, box.x, values, box.request, box.state, box.tallies, op, layer, cold, tokens, positions,
+        COPY=x is not None, BLOCK=4096, NATIVE=_is_native(), num_warps=8,
+    )  # fmt: skip
+
+
+def receive(
+    x: torch.Tensor,
+    parts: torch.Tensor | None,
+    added: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    out: torch.Tensor,
+    box: Mailbox,
+    asked: bool,
+    replace: bool = False,
+) -> None:
+    """x += parts [s, t, d] in order + added [d] + the CPU's answer, where one is `asked` and due; out = norm(x).
+
+    replace: x is the answer, of a whole layer. x, out: f32 [t, d]. weight, bias: of the norm that follows.
+    """
+    _check(x, out, box)
+    tokens, d = x.shape
+    _receive_kernel[(tokens,)](
+        x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
+        0 if parts is None else parts.shape[0], d, tokens * d, int(box.timeout * 1e9), PARTS=parts is not None,
+        ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=_is_native(), **_sizes(d),
+    )  # fmt: skip
+
+
+def _check(x: torch.Tensor, out: torch.Tensor, box: Mailbox) -> None:
+    fits = x.ndim == 2 and out.shape == x.shape and x.shape[1] == box.x.shape[1] and x.shape[0] <= box.x.shape[0]
+    if not fits or not x.is_contiguous() or x.dtype != torch.float32 or out.dtype != torch.float32:
+        raise ValueError(
+            f"the mailbox takes contiguous f32 [t, {box.x.shape[1]}], t up to {box.x.shape[0]}; got {tuple(x.shape)}"
+        )

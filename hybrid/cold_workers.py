@@ -1,0 +1,123 @@
+"""`ColdWorkers`: the CPU's side of the mailbox while an answer is written.
+
+Threads: one of its own, which runs `serve` on the engine's `WorkerPool` from `start` to `stop`; the
+pool's threads poll pinned host memory. `stop` may block until the workers have finished the request they are at, which
+is at most a layer. Whatever ends the workers, an exception included, ends the GPU's waits as well: the last answer's
+number is set beyond any request, so that no wait of the GPU outlives them, and `check` raises what they raised.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from cpu_kernels.mailbox import (
+    MAX_BATCH,
+    Box,
+    Flag,
+    Word,
+    new_batch_own,
+    new_batch_shared,
+    serve,
+    stop,
+)
+from cpu_kernels.worker_pool import Each, WorkerPool
+from gpu_kernels.mailbox import STATE_WORDS, Mailbox
+from hybrid.arena import DeviceArena
+from hybrid.decode import DecodeStep
+from hybrid.ffn import Strategy
+
+_NEVER = 2**62  # beyond any request's number
+_REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 2
+_WAIT_SECONDS = 0.5
+
+
+class ColdWorkers:
+    """The mailbox in pinned host memory, and the workers behind it. `mailbox`: what the GPU's kernels take."""
+
+    def __init__(self, step: DecodeStep, pool: WorkerPool, arena: DeviceArena) -> None:
+        shape = step.arguments("dense").shape
+        pinned = arena.device.type == "cuda" and not arena.counts_only
+
+        def host(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, pin_memory=pinned)
+
+        self._step, self._pool = step, pool
+        self.report = arena.zeros("workspace: mailbox", (STATE_WORDS + _TALLIES,), torch.int64)
+        self.mailbox = Mailbox(
+            request=host((_REQUEST_WORDS,), torch.int64),
+            flags=host((_FLAG_WORDS,), torch.int64),
+            x=host((MAX_BATCH, shape.d), torch.float32),
+            ids=host((shape.f,), torch.int32),
+            masks=host((shape.f,), torch.uint8).fill_(255),
+            out=host((MAX_BATCH, shape.d), torch.float32),
+            state=self.report[:STATE_WORDS],
+            tallies=self.report[STATE_WORDS:],
+        )
+        parts = (self.mailbox.request, self.mailbox.flags, self.mailbox.x, self.mailbox.ids, self.mailbox.masks)
+        self._box = Box(*(part.numpy() for part in parts), self.mailbox.out.numpy())
+        self._batch = new_batch_shared(shape)
+        self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._strategy: Strategy | None = None
+        self._sent = [0, 0]
+
+    def start(self, strategy: Strategy) -> None:
+        """Make the workers ready for `strategy`; nothing to do where they are. The GPU must be idle."""
+        if self._thread is not None and self._strategy == strategy and self._thread.is_alive():
+            return
+        self.stop()
+        self.report.zero_()
+        if self.report.is_cuda:
+            torch.cuda.synchronize(self.report.device)
+        self._box.request[Word.NUMBER], self._box.flags[:], self._error = 0, 0, None
+        self._strategy, self._sent = strategy, [0, 0]
+        self._thread = threading.Thread(target=self._serve, name="hybrid-mailbox", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Send the workers to sleep and wait until they are; a second call does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        stop(self._box)
+        while thread.is_alive():  # in steps, so that Ctrl-C is heard
+            thread.join(_WAIT_SECONDS)
+
+    def check(self) -> None:
+        """Raise what a worker raised."""
+        if self._error is not None:
+            raise self._error
+
+    def late(self) -> RuntimeError:
+        """What to raise when the GPU gave up waiting."""
+        seconds = self.mailbox.timeout
+        return RuntimeError(
+            f"the CPU's workers did not answer the GPU within {seconds:g} s; were they stopped? Ask again to go on"
+        )
+
+    def sent(self, report: torch.Tensor) -> tuple[int, int]:
+        """Hot and cold neurons since the last call, by a copy of `report`."""
+        now = report[STATE_WORDS:].tolist()
+        before, self._sent = self._sent, now
+        return now[0] - before[0], now[1] - before[1]
+
+    @property
+    def logits(self) -> np.ndarray:
+        """f32 [vocab], of a head on the CPU."""
+        logits: np.ndarray = self._step.arguments("dense").shared.logits[0]
+        return logits
+
+    def _serve(self) -> None:
+        assert self._strategy is not None
+        likes, table, shape, eps, rotation, blocks, shared, owns = self._step.arguments(self._strategy)
+        given = (self._box, likes, table, shape, eps, rotation, blocks, shared, owns, self._batch, self._batch_owns)
+        try:
+            self._pool.run(serve, self._pool.threads, self._pool.barrier, *given)
+        except BaseException as error:  # noqa: BLE001 - raised by `check`, in the thread that asked
+            self._error = error
+        finally:
+            self._box.flags[Flag.DONE] = _NEVER
