@@ -119,8 +119,12 @@ class HybridFFN(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [t, d] f32 after the norm; returns [t, d] f32."""
         if not self.runtime.as_decode:
-            return self._all_of_few(x) if x.shape[0] <= self.runtime.few else self._gemm(x)
+            return self._biased(self.every(x))
         return self._biased(self._sparse(x, *self._select(x)))
+
+    def every(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """All neurons from `first` on for x [t, d], as prefill computes them, without the bias of down: [t, d] f32."""
+        return self._all_of_few(x, first) if x.shape[0] <= self.runtime.few else self._gemm(x, first)
 
     def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
@@ -142,21 +146,21 @@ class HybridFFN(nn.Module):
         counters.computed += fired if runtime.strategy == "exact" else rows.size
         return torch.from_numpy(out)
 
-    def _all_of_few(self, x: torch.Tensor) -> torch.Tensor:
-        """All neurons for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
-        out, tokens = np.zeros(tuple(x.shape), np.float32), np.ascontiguousarray(x.numpy())
+    def _all_of_few(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The neurons from `first` on for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
+        out, tokens, neurons = np.zeros(tuple(x.shape), np.float32), np.ascontiguousarray(x.numpy()), self._all[first:]
         for start in range(0, len(out), MAX_BATCH):
             few = slice(start, start + MAX_BATCH)
             count = len(out[few])
-            offsets = np.arange(count + 1, dtype=np.int64) * self._all.size
-            rows = self._all if count == 1 else np.tile(self._all, count)
+            offsets = np.arange(count + 1, dtype=np.int64) * neurons.size
+            rows = neurons if count == 1 else np.tile(neurons, count)
             sparse_ffn(self.view, tokens[few], rows, offsets, out[few], self.runtime.scratch, self.runtime.pool)
-        return self._biased(torch.from_numpy(out))
+        return torch.from_numpy(out)
 
-    def _gemm(self, x: torch.Tensor) -> torch.Tensor:
-        """All neurons for several tokens, in f32 GEMMs over blocks of neurons."""
+    def _gemm(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The neurons from `first` on for several tokens, in f32 GEMMs over blocks of neurons."""
         out, m, pool = torch.zeros_like(x), self.matrices, self.runtime.pool
-        for block in blocks(self._all.size):
+        for block in blocks(self._all.size, first):
 
             def project(weight: Matrix, bias: torch.Tensor | None, block: slice = block) -> torch.Tensor:
                 return nn.functional.linear(x, widened(weight, block, pool), None if bias is None else bias[block])
@@ -164,7 +168,7 @@ class HybridFFN(nn.Module):
             up = project(m.up, m.up_bias)
             hidden = self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up
             out += hidden @ widened(m.down, block, pool)
-        return self._biased(out)
+        return out
 
     def _biased(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.matrices.down_bias is None else out + self.matrices.down_bias

@@ -15,9 +15,9 @@ from cpu_kernels.worker_pool import WorkerPool
 GEMM_ROWS = 2048
 
 
-def blocks(n: int) -> list[slice]:
-    """0 to n in slices of `GEMM_ROWS`."""
-    return [slice(start, min(start + GEMM_ROWS, n)) for start in range(0, n, GEMM_ROWS)]
+def blocks(n: int, first: int = 0) -> list[slice]:
+    """`first` to n in slices of `GEMM_ROWS`."""
+    return [slice(start, min(start + GEMM_ROWS, n)) for start in range(first, n, GEMM_ROWS)]
 
 
 def widened(matrix: Matrix, rows: slice, pool: WorkerPool) -> torch.Tensor:
