@@ -28,19 +28,22 @@ from gpu_kernels.tiles import VECTOR, add_rows, append, row_dots, store_rows, ze
 # Programs over the rows of gate and up: each takes blocks of rows until the list ends. Those without rows end at once.
 PROGRAMS = 1056
 DOWN_PROGRAMS = 264  # two for each processor of an H100
-DOWN_COLUMNS = 256  # of a program of down
+DOWN_COLUMNS = 128  # of a program of down: few, as then there are few parts, which one program adds up later
 MAX_PARTS = 64
 
 
 @dataclass(frozen=True)
 class FFNTiling:
-    """first: how gate and up are read; depth: rows of down that a thread has under way, at most; warps: for down."""
+    """first: how gate and up are read; depth: rows of down that a thread has under way, for one token; columns and
+    warps: of a program of down."""
 
     first: Tiling
     depth: int
     warps: int
+    columns: int = DOWN_COLUMNS
 
 
+# Chosen for what compiles without spills; not measured yet.
 TILINGS = {
     "bf16": FFNTiling(Tiling(2, 4, 4), 16, 4),
     "f16": FFNTiling(Tiling(2, 4, 4), 16, 4),
@@ -72,9 +75,9 @@ class FFNView:
                 raise ValueError(f"{name} is {bias.dtype} {tuple(bias.shape)}, expected f32 {self.up.shape[:1]}")
 
 
-def down_parts(d: int) -> int:
-    """Parts in which `sparse_ffn` sums rows of down of width `d`: about `DOWN_PROGRAMS` programs in all."""
-    return max(1, min(MAX_PARTS, DOWN_PROGRAMS // triton.cdiv(d, DOWN_COLUMNS)))
+def down_parts(d: int, columns: int = DOWN_COLUMNS) -> int:
+    """Parts in which to sum rows of down of width `d`, so that there are about `DOWN_PROGRAMS` programs in all."""
+    return max(1, min(MAX_PARTS, DOWN_PROGRAMS // triton.cdiv(d, columns)))
 
 
 @triton.jit
@@ -195,7 +198,7 @@ def sparse_ffn(
     )  # fmt: skip
     # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
     together = min(tokens, 4) if kind == "int4" else tokens
-    columns = min(DOWN_COLUMNS, max(128, triton.next_power_of_2(d)))
+    columns = min(chosen.columns, max(128, triton.next_power_of_2(d)))
     wide = max(1, 32 * chosen.warps * VECTOR[kind] // columns)  # rows that all threads load at once
     _down[(triton.cdiv(d, columns), pieces * triton.cdiv(tokens, together))](
         ffn.down.rows, ids, count, hidden, capacity, parts, pieces, tokens,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 from gpu_kernels.sparse_ffn import (
     DOWN_COLUMNS,
@@ -14,6 +13,7 @@ from gpu_kernels.sparse_ffn import (
     sparse_ffn,
     sparse_ffn_ref,
 )
+from tests.gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 PARTS = 3
