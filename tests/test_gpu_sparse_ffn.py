@@ -92,7 +92,8 @@ def test_skipping_changes_nothing_but_what_is_read():
     """Rows of up whose activation is 0 may hold anything when they are skipped."""
     ffn = random_ffn("f32")
     skipped, every = check(ffn, 1, 23, skip=True), check(ffn, 1, 23, skip=False)
-    assert torch.equal(skipped[0], every[0]) and torch.equal(skipped[1], every[1])
+    assert_close(skipped[0], every[0], 1e-6)
+    assert_close(skipped[1], every[1], 1e-6)
     silent = (skipped[0][0, :23] == 0).nonzero()[:, 0]
     assert 0 < len(silent) < 23
     ids = random_list(23, 28, 23)[0]
