@@ -15,6 +15,7 @@ import numpy as np
 from placement.workspace import (
     ALIGNMENT,
     BATCHES,
+    PREFILL_CHUNK,
     RUNTIME_RESERVE,
     Workspace,
     aligned,
@@ -82,15 +83,15 @@ class VramPlan:
     Each tensor starts at a multiple of `ALIGNMENT`; norms, biases and scales are f32. The input embedding stays in host
     memory, of which a token reads one row. The CUDA context itself is not counted.
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. kv_element_bytes: of
-    one key or value element. prefill_chunk: the most tokens that go through a layer at once. reserve: bytes for loaded
-    kernels, CUDA graphs and cuBLAS, once anything runs on the GPU. batch: the most tokens of a decode step.
+    one key or value element. prefill_chunk: the most tokens that go through the layers at once. reserve: bytes for
+    loaded kernels, CUDA graphs and cuBLAS, once anything runs on the GPU. batch: the most tokens of a decode step.
     """
 
     spec: ModelSpec
     context: int
     predictor_bytes: tuple[int, ...]
     kv_element_bytes: int = 4
-    prefill_chunk: int = 256
+    prefill_chunk: int = PREFILL_CHUNK
     reserve: int = RUNTIME_RESERVE
     batch: int = max(BATCHES)
 

@@ -20,7 +20,11 @@ STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
 # Loaded kernels, CUDA graphs and what cuBLAS takes for itself. To be replaced by what is measured on the device.
 RUNTIME_RESERVE = 96 * 2**20
+PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
+PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
 PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
+_PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
+_TERMS, _TERM_COLUMNS = 3, 1024  # in which f32 inputs are split for bf16 products, and columns of these at a time
 
 # No kernel is cut into more programs than this for parallelism alone; into how many below is the kernel's affair.
 _PROGRAMS = 1024
@@ -56,8 +60,8 @@ def cached_tokens(context: int) -> int:
 class Workspace:
     """Scratch of a model `spec` with a KV cache of `context` tokens, in bytes by buffer.
 
-    rank: hidden units of the largest predictor, 0 without predictors. prefill_chunk: the most tokens that go through a
-    layer at once in prefill. batch: of `BATCHES`, the most tokens of a decode step.
+    rank: hidden units of the largest predictor, 0 without predictors. prefill_chunk: the most tokens of a prompt that
+    go through the layers at once. batch: of `BATCHES`, the most tokens of a decode step.
     """
 
     spec: ModelSpec
@@ -116,23 +120,37 @@ class Workspace:
 
     @property
     def prefill(self) -> dict[str, int]:
-        """Buffers of a chunk of a prompt: its vectors, keys and values in order, some rows of weights as f32."""
-        spec, tokens = self.spec, self.prefill_chunk
+        """Buffers of a chunk of a prompt: its vectors, those of `PREFILL_WIDE` of its tokens, keys and values in order,
+        and scratch for inputs and weights of products, and for scores."""
+        spec, chunk = self.spec, min(self.prefill_chunk, self.context)
+        queries, both, wide = (
+            spec.n_heads * spec.head_dim,
+            2 * spec.n_kv_heads * spec.head_dim,
+            min(PREFILL_WIDE, chunk),
+        )
+        return {
+            "x": aligned(4 * chunk * spec.d_model),
+            "normed": aligned(4 * chunk * spec.d_model),
+            "positions": aligned(4 * chunk),
+            "qkv": aligned(4 * wide * (queries + both)),
+            "attended": aligned(4 * wide * queries),
+            "first": aligned(4 * wide * self.staging_neurons),
+            "second": aligned(4 * wide * self.staging_neurons * spec.gated),
+            "keys and values": aligned(4 * cached_tokens(self.context) * both),
+            "scratch": aligned(4 * self._scratch(wide)),
+            "logits": aligned(4 * spec.vocab_size),
+            "table": aligned(4 * (self.context // KV_BLOCK + 1)),
+        }
+
+    def _scratch(self, wide: int) -> int:
+        """f32 values: rows of weights as f32, or inputs in terms with their products, or scores with their queries."""
+        spec = self.spec
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-        vectors = {
-            "x": spec.d_model,
-            "normed": spec.d_model,
-            "summed": spec.d_model,
-            "qkv": queries + both,
-            "attended": queries,
-            "first": spec.d_ff,
-            "second": spec.d_ff if spec.gated else 0,
-        }
-        rows = min(PREFILL_ROWS, max(spec.d_ff, queries + both, spec.d_model))
-        return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
-            "keys and values": 2 * aligned(2 * self.context * both),
-            "widened": aligned(4 * rows * max(spec.d_model, queries)),
-        }
+        widest = max(spec.d_model, queries, self.staging_neurons)
+        rows = min(PREFILL_ROWS, max(self.staging_neurons, queries + both))
+        terms = -(-_TERMS * wide * widest // 2) + 64 + _TERMS * wide * min(widest, _TERM_COLUMNS)
+        scores = spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context) + 2 * spec.head_dim)
+        return max(rows * widest, terms, scores)
 
     @property
     def staging_neurons(self) -> int:
@@ -163,9 +181,9 @@ def neurons_bytes(spec: ModelSpec, count: Bytes) -> Bytes:
 
 
 def layer_bytes(spec: ModelSpec) -> int:
-    """Bytes of a layer's dense tensors on the GPU: projections as they are stored, norms and biases f32."""
+    """Bytes of a layer's dense tensors on the GPU: projections as they are stored, the FFN's norm and biases f32."""
     d, queries, both = spec.d_model, spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-    vectors = [d] * (2 if spec.norm == "rms" else 4)
+    vectors = [d] * (1 if spec.norm == "rms" else 2)
     vectors += [queries + both] * spec.qkv_bias + [d] * spec.out_bias + [d] * spec.ffn_bias
     vectors += [spec.head_dim] * (2 * spec.qk_norm)
     matrices = aligned((queries + both) * spec.row_bytes(d)) + aligned(d * spec.row_bytes(queries))

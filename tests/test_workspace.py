@@ -47,18 +47,24 @@ def test_decode_by_hand():
 
 
 def test_prefill_by_hand():
-    spec = small_spec(d_model=256, d_ff=1000, n_heads=4, n_kv_heads=2, head_dim=64)
-    found = Workspace(spec, context=300, rank=0, prefill_chunk=7, batch=1).prefill
+    spec = small_spec(d_model=256, d_ff=4000, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=300)
+    found = Workspace(spec, context=700, rank=0, prefill_chunk=600, batch=1).prefill
     assert found == {
-        **dict.fromkeys(("x", "normed", "summed", "attended"), 7168),
-        "qkv": 14336,
-        "first": 28160,  # 28000
-        "second": 28160,
-        "keys and values": 2 * 153600,
-        "widened": 1000 * 256 * 4,
+        **dict.fromkeys(("x", "normed"), 600 * 256 * 4),
+        "positions": 2560,  # 2400
+        "qkv": 512 * 512 * 4,
+        "attended": 512 * 256 * 4,
+        **dict.fromkeys(("first", "second"), 512 * 1000 * 4),
+        "keys and values": 768 * 256 * 4,
+        "scratch": (768_000 + 64 + 3 * 512 * 1000) * 4 + 256,  # three bf16 terms of 512 x 1000 and their products
+        "logits": 1536,  # 1200
+        "table": 512,
     }
-    plain = Workspace(small_spec(gated=False), 8, 0, 7, 1)
-    assert plain.prefill["second"] == 0
+    wide_rows = Workspace(small_spec(d_model=4096, d_ff=4000), 64, 0, 2048, 1).prefill
+    assert wide_rows["scratch"] == 1000 * 4096 * 4 and wide_rows["x"] == 64 * 4096 * 4
+    assert Workspace(small_spec(gated=False), 8, 0, 7, 1).prefill["second"] == 0
+    scores = Workspace(small_spec(n_heads=100, max_context=10**5), 10**5, 0, 64, 1).prefill["scratch"]
+    assert scores == aligned(4 * 100 * 8 * (cached_tokens(10**5) + 8))
 
 
 @pytest.mark.parametrize("tokens", BATCHES)
@@ -105,7 +111,7 @@ def test_neurons_and_layers_are_tensors_of_their_own(dtype):
     )
     row = row_width(dtype, 300) * (2 if dtype == "bf16" else 1)
     assert neurons_bytes(spec, 7) == 3 * aligned(7 * row) + 2 * 512
-    vectors = 4 * aligned(1200) + aligned(1200) + aligned(4 * 500)  # norms, bias of down, biases of QKV
+    vectors = 2 * aligned(1200) + aligned(1200) + aligned(4 * 500)  # the FFN's norm, bias of down, biases of QKV
     assert layer_bytes(spec) == aligned(500 * row) + aligned(300 * row) + vectors
 
 
