@@ -27,6 +27,7 @@ from hybrid.generation import SamplingSettings
 from hybrid.measurements import append_csv, origin
 from hybrid.model import Transformer
 from hybrid.peers import GreedyRun, LlamaCpp
+from placement.plan import parse_size
 
 _WARM_UP_TOKENS = 4
 
@@ -168,7 +169,10 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
     )
     if (options["peer"] is None) != (options["peer_model"] is None):
         raise InputError("--peer and --peer-model go together; give both or neither")
-    settings = EngineConfig(config.engine_sparsity, threads=options["threads"], bundle=options["bundle"])
+    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
+    settings = EngineConfig(
+        config.engine_sparsity, threads=options["threads"], bundle=options["bundle"], vram_budget=budget
+    )
     with ExitStack() as stack:
         engine = stack.enter_context(Engine.load(model or EMBEDDED_MODEL, settings))
         spec, threads = engine.model.spec, engine.runtime.pool.threads

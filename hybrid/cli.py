@@ -50,6 +50,9 @@ _HARDWARE = click.option(
 _BUDGET = click.option(
     "--vram-budget", default="unlimited", show_default=True, help="Such as 8GiB; unlimited takes what the GPU has."
 )
+_RUN_BUDGET = click.option(
+    "--vram-budget", help="Bytes to take from the GPU, such as 8GiB or 0  [default: what the placement was made for]"
+)
 _SOLVER = click.option("--solver", type=click.Choice(["milp", "greedy"]), default="milp", show_default=True)
 _TARGET = click.option(
     "--target", default="0.5%", show_default=True, help="Perplexity increase that the predictors may cost."
@@ -175,6 +178,7 @@ def pack(model: Path | None, **options: Any) -> None:
 @cli.command()
 @_MODEL
 @_SPARSITY
+@_RUN_BUDGET
 @_CONTEXT
 @_THREADS
 @_MLOCK
@@ -193,6 +197,7 @@ def chat(model: Path | None, system: str | None, **options: Any) -> None:
 @click.option("-p", "--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a file; - is stdin.")
 @_SPARSITY
+@_RUN_BUDGET
 @_CONTEXT
 @_THREADS
 @_MLOCK
@@ -231,6 +236,7 @@ def evaluate(model: Path | None, **options: Any) -> None:
 @click.option("--csv", type=click.Path(path_type=Path), help="Also add a row per strategy to this file.")
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Run this in turn too (extra: peers).")
 @click.option("--peer-model", type=click.Path(path_type=Path), help="The peer's GGUF file.")
+@_RUN_BUDGET
 @_SEED
 @_THREADS
 @_BUNDLE

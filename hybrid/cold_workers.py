@@ -56,8 +56,8 @@ class ColdWorkers:
             state=self.report[:STATE_WORDS],
             tallies=self.report[STATE_WORDS:],
         )
-        parts = (self.mailbox.request, self.mailbox.flags, self.mailbox.x, self.mailbox.ids, self.mailbox.masks)
-        self._box = Box(*(part.numpy() for part in parts), self.mailbox.out.numpy())
+        m = self.mailbox
+        self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
         self._batch = new_batch_shared(shape)
         self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
         self._thread: threading.Thread | None = None

@@ -326,7 +326,9 @@ def _locked(path: Path, wanted: bool) -> Iterator[None]:
 
 def _engine(model: Path | None, options: Options) -> Engine:
     names = ("sparsity", "context", "threads", "bundle")
-    return Engine.load(model or EMBEDDED_MODEL, EngineConfig(**{name: options[name] for name in names}))
+    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
+    config = EngineConfig(**{name: options[name] for name in names}, vram_budget=budget)
+    return Engine.load(model or EMBEDDED_MODEL, config)
 
 
 def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:

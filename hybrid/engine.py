@@ -16,20 +16,22 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
-from hybrid.decode import DecodeStep
-from hybrid.errors import ContextError, InputError
+from hybrid.devices import gpu_of, placement_for
+from hybrid.errors import BudgetError, ContextError, InputError
 from hybrid.ffn import STRATEGIES, FFNCounters, FFNRuntime, Strategy
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
 from hybrid.kv_cache import KVCache
 from hybrid.loader import ModelFolder
 from hybrid.model import Transformer
 from hybrid.packed import PackedModel
+from hybrid.runner import CpuRunner, Runner
 from hybrid.sampling import Sampler
 from hybrid.text import Message, StreamDecoder, TextCodec, generation_defaults
 from placement.placement import Placement
 from predictor.bank import PredictorBank
 
 PREFILL_CHUNK = 256
+NO_GPU = "\nBoth devices are the CPU, as no GPU is used."
 # Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
 _FEW_TOKENS = 32
 _CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
@@ -40,14 +42,16 @@ class EngineConfig:
     """How to run a model; checked when built.
 
     sparsity: a strategy, or `auto`: `learned` where the activation fires sparsely and `dense` where it does not.
-    context: tokens that the KV cache holds, by default the model's. threads: CPU threads, by default all available.
-    bundle: the folder of the artefacts, by default the model's own.
+    context: tokens that the KV cache holds, by default the model's. threads: CPU threads, by default all available,
+    beside a GPU all but one. bundle: the folder of the artefacts, by default the model's own. vram_budget: bytes that
+    may be taken from the GPU, 0 for none; by default what the stored placement was made for, at most what is free.
     """
 
     sparsity: str = "auto"
     context: int | None = None
     threads: int | None = None
     bundle: Path | None = None
+    vram_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
@@ -56,22 +60,28 @@ class EngineConfig:
             raise ContextError(f"context {self.context} is out of range, expected at least 1 token")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise InputError(f"threads is {self.threads}, expected 1 to 1024; this machine offers {available_cpus()}")
+        if self.vram_budget is not None and self.vram_budget < 0:
+            raise BudgetError(f"VRAM budget is {self.vram_budget} bytes, expected at least 0; choose another")
 
 
 class Engine:
     """A model, its tokenizer, its placement and one KV cache."""
 
     def __init__(
-        self, model: Transformer, codec: TextCodec, runtime: FFNRuntime, placement: Placement, cache: KVCache
+        self,
+        model: Transformer,
+        codec: TextCodec,
+        runtime: FFNRuntime,
+        placement: Placement,
+        cache: KVCache,
+        runner: Runner,
     ) -> None:
         self.model, self.codec, self.runtime, self.placement = model, codec, runtime, placement
         self.settings, self.end_tokens = SamplingSettings(), frozenset[int]()
         self.notices: tuple[str, ...] = ()
+        self.runner = runner
         self._cache, self._cached_tokens = cache, list[int]()
-        self._step = DecodeStep(model, cache, runtime)
         self._answer = 0
-        # Told before many rows of a mapped file are read one after another, and after.
-        self._expect_scattered_reads: Callable[[bool], None] = lambda scattered: None
 
     @classmethod
     def load(
@@ -80,10 +90,12 @@ class Engine:
         config: EngineConfig | None = None,
         placement: Placement | None = None,
         bank: PredictorBank | None = None,
+        device: torch.device | None = None,
     ) -> Engine:
         """Load a Hugging Face model folder with its artefacts; `placement` and `bank` stand in for the stored ones.
 
-        Raises an `InputError` of some kind when the model, an artefact or the configuration cannot be used.
+        device: where the placement's GPU part goes, by default the first GPU, if there is one. Raises an `InputError`
+        of some kind when the model, an artefact or the configuration cannot be used.
         """
         config = config or EngineConfig()
         folder = ModelFolder.open(Path(model))
@@ -94,17 +106,27 @@ class Engine:
         if strategy == "learned" and bank is None and not folder.is_packed:
             bank = bundle.load_predictors(spec)
         notices = [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
+        gpu = device or gpu_of(config.vram_budget)
         if placement is None:
-            placement = _stored_placement(bundle, folder, strategy, notices)
+            placement = placement_for(bundle, folder, strategy, cache.capacity, gpu, config.vram_budget, notices)
+        gpu = gpu if placement.choice.uses_gpu else None
         codec = TextCodec(folder.path, spec.vocab_size)
-        runtime = FFNRuntime(strategy, WorkerPool(config.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
+        threads = config.threads or max(1, available_cpus() - (gpu is not None))
+        runtime = FFNRuntime(strategy, WorkerPool(threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
+        built = folder.build(runtime, placement, bank)
+        advise = folder.weights.advise if isinstance(folder.weights, PackedModel) else lambda scattered: None
+        runner: Runner
+        if gpu is None:
+            runner = CpuRunner(built, cache, runtime, advise)
+        else:
+            from hybrid.gpu_runner import GpuRunner  # needs triton, which comes with torch's builds for GPUs
+
+            runner = GpuRunner(built, cache, runtime, placement, gpu)
+        engine = cls(built, codec, runtime, placement, cache, runner)
         settings, ends = generation_defaults(folder.path)
-        engine = cls(folder.build(runtime, placement, bank), codec, runtime, placement, cache)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
         engine.notices = tuple(notices)
-        if isinstance(folder.weights, PackedModel):
-            engine._expect_scattered_reads = folder.weights.advise
-        engine._step.load_kernels()
+        runner.load_kernels()
         return engine
 
     @property
@@ -142,6 +164,7 @@ class Engine:
 
     def close(self) -> None:
         """End the worker threads; dropping the engine does so too."""
+        self.runner.rest()
         self.runtime.pool.close()
 
     def __enter__(self) -> Engine:
@@ -152,13 +175,14 @@ class Engine:
 
     def describe_placement(self) -> str:
         """One line per layer: neurons hot and cold, and where the rest of the layer is."""
-        return f"{self.placement.table()}\nBoth devices are the CPU in this build."
+        where = "" if isinstance(self.runner, CpuRunner) else "\nThe hot neurons are on the GPU."
+        return f"{self.placement.table()}{where or NO_GPU}"
 
     def _stream(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
     ) -> Generator[GenerationStep, None, None]:
         self._check_prompt(tokens)
-        return self._decode(tokens, settings, progress or (lambda done, total: None))
+        return self._answer_of(tokens, settings, progress or (lambda done, total: None))
 
     def _check_prompt(self, tokens: list[int]) -> None:
         if not tokens:
@@ -171,6 +195,14 @@ class Engine:
         top = self.model.spec.vocab_size
         if min(tokens) < 0 or max(tokens) >= top:
             raise InputError(f"token ids must be 0 to {top - 1}, got {min(tokens)} to {max(tokens)}")
+
+    def _answer_of(
+        self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
+    ) -> Generator[GenerationStep, None, None]:
+        try:
+            yield from self._decode(tokens, settings, progress)
+        finally:
+            self.runner.rest()
 
     def _decode(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
@@ -198,7 +230,8 @@ class Engine:
                 return
             if self._answer != answer:
                 raise InputError("this answer was ended by another call of the engine; take one answer at a time")
-            logits = self._decode_one(token, self.runtime.strategy)
+            logits = self.runner.decode(token)
+            self._cached_tokens.append(token)
 
     def _finish(
         self, text: AnswerText, token: int, seen: list[int], count: int, settings: SamplingSettings
@@ -221,29 +254,11 @@ class Engine:
         logits = torch.empty(0)
         for at in range(reused, len(tokens), PREFILL_CHUNK):
             progress(at - reused, len(tokens) - reused)
-            logits = self._read(tokens[at : at + PREFILL_CHUNK])
+            piece = tokens[at : at + PREFILL_CHUNK]
+            logits = self.runner.read(piece)
+            self._cached_tokens += piece
         progress(len(tokens) - reused, len(tokens) - reused)
         return logits, reused
-
-    def _read(self, tokens: list[int]) -> torch.Tensor:
-        """Logits after some more tokens of a prompt, dense."""
-        if len(tokens) == 1:
-            return self._decode_one(tokens[0], "dense")
-        torch.set_num_threads(self.runtime.pool.threads)
-        self.runtime.as_decode = False
-        if len(tokens) > self.runtime.few:
-            self._expect_scattered_reads(False)
-        hidden = self.model(torch.tensor(tokens), self._cache)
-        self._expect_scattered_reads(self.runtime.strategy != "dense")
-        self._cached_tokens += tokens
-        return self.model.logits(hidden[-1:])[0]
-
-    def _decode_one(self, token: int, strategy: Strategy) -> torch.Tensor:
-        # What is left to torch for one token, sampling, is too small to share out (8 ms on busy cores for a wait).
-        torch.set_num_threads(1)
-        logits = self._step.run(token, strategy)
-        self._cached_tokens.append(token)
-        return logits
 
     def _stats(self, prompt: int, reused: int, count: int, ttft: float, decode: float) -> GenerationStats:
         counters = self.runtime.counters
@@ -302,13 +317,3 @@ def choose_strategy(sparsity: str, activation: str, fires_sparsely: bool) -> Str
                 raise InputError(f"{activation} fires densely, so --sparsity {sparsity} has no meaning; use dense")
             return strategy
     raise InputError(f"unknown sparsity {sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
-
-
-def _stored_placement(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement:
-    """The bundle's placement; `learned` needs one, the others run all-cold without, and `notices` say so."""
-    if strategy == "learned" or bundle.placement.is_file():
-        notices += bundle.stale(folder.spec)
-        return bundle.load_placement(folder.spec)
-    if folder.spec.fires_sparsely:
-        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
-    return Placement.all_cold(folder.spec)

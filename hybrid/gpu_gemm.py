@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from gpu_kernels.dense import TERMS, split, widen
 from gpu_kernels.matrix import DeviceMatrix
-from gpu_kernels.prefill import TERMS, split, widen
 
 _ALIGNED = 64  # columns and rows of a piece are a multiple of this, or all there are
 _LEAST_COLUMNS = 1024  # of a piece of a product of bf16 weights, where the matrix has so many

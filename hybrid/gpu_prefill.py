@@ -13,14 +13,15 @@ input. Without a GPU, as in tests, the same code runs on the CPU, one thing afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from gpu_kernels.dense import activate_product, causal_softmax
 from gpu_kernels.gemv import gemv
 from gpu_kernels.norm import residual_norm
-from gpu_kernels.prefill import activate_product, causal_softmax
 from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import FFNView
 from hybrid.arena import DeviceArena
@@ -31,10 +32,8 @@ from hybrid.gpu_gemm import GpuGemm, Projection, pieces, scratch_floats, some_ro
 from hybrid.gpu_weights import GpuLayer, GpuWeights
 from hybrid.kv_cache import KVCache
 from hybrid.model import OPT_POSITION_OFFSET, Transformer
-from placement.workspace import PREFILL_ROWS, Workspace
+from placement.workspace import PREFILL_CHUNK, PREFILL_ROWS, PREFILL_WIDE, Workspace
 
-CHUNK = 2048  # tokens that go through the layers at once, if all of these are on the GPU
-WIDE = 512  # tokens for which QKV, hidden values and scores are computed at once, and those of a chunk otherwise
 PART = "workspace: prefill"
 _LEAST_QUERIES = 8  # whose scores fit the scratch
 Streams = Callable[[int, int], bool]
@@ -137,9 +136,7 @@ class GpuPrefill:
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
         self._streams, self._rotation, self._eps = streams, rotation, float(model.spec.norm_eps)
         self.counters = PrefillCounters()
-        some_on_cpu = any(layer is None for layer in weights.layers)
-        self._wide = min(WIDE, cache.capacity)
-        self._chunk = self._wide if some_on_cpu else min(CHUNK, cache.capacity)
+        self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
         self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
         self._buffers = _Buffers.take(arena, model, cache, self._chunk, self._wide, self._neurons)
         self._gemm = GpuGemm(self._buffers.scratch)
@@ -163,7 +160,7 @@ class GpuPrefill:
     ) -> torch.Tensor:
         """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join the KV cache chunk by chunk.
 
-        `progress(done, total)` follows the chunks. Raises `ContextError` when the tokens do not fit the cache.
+        `progress(done, total)` follows the chunks. Workers of the decode step must be at rest. Raises `ContextError` when the tokens do not fit the cache.
         """
         end = self._cache.length + len(tokens)
         if end > self._cache.capacity:
@@ -173,6 +170,7 @@ class GpuPrefill:
         logits = torch.empty(0)
         torch.set_num_threads(self._runtime.pool.threads)
         self._runtime.as_decode = False
+        self._wait()  # for what an interrupted call left under way
         for at in range(0, len(tokens), self._chunk):
             progress(at, len(tokens))
             some = tokens[at : at + self._chunk]
@@ -302,11 +300,15 @@ class GpuPrefill:
                 self._gemm.add_product(first, down, x[part])
 
     def _layer_on_cpu(self, number: int, count: int, start: int) -> None:
-        """The whole layer by the CPU's own block and its KV cache."""
+        """The whole layer by the CPU's own block and its KV cache, for some tokens at a time."""
         self.counters.on_cpu += 1
-        x = self._buffers.x[:count]
-        rotation = self._model.rotation(torch.arange(start, start + count))
-        self._to_device(self._model.blocks[number](self._to_host(x).wait(), rotation, self._cache), x)
+        x = self._to_host(self._buffers.x[:count]).wait()
+        for part in pieces(count, self._wide):
+            cache = copy(self._cache)  # the same keys and values, of which this part's follow
+            cache.length = start + part.start
+            rotation = self._model.rotation(torch.arange(cache.length, start + part.stop))
+            x[part] = self._model.blocks[number](x[part], rotation, cache)
+        self._buffers.x[:count].copy_(x, non_blocking=True)
 
     def _logits(self, count: int) -> torch.Tensor:
         """Logits [vocab] after the last of the chunk's tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cpu_kernels.matrix import Matrix
@@ -105,8 +106,12 @@ def _predictor(arena: DeviceArena, ffn: HybridFFN) -> PredictorView | None:
     p = ffn.predictor
     if p is None:
         return None
-    parts = (torch.from_numpy(part.copy()) for part in (p.fc1, p.s1, p.b1, p.fc2, p.s2, p.b2))
-    return PredictorView(*(arena.put(PREDICTORS, part) for part in parts), float(p.threshold), p.d)
+
+    def put(part: np.ndarray) -> torch.Tensor:
+        return arena.put(PREDICTORS, torch.from_numpy(part.copy()))
+
+    first, second = (put(p.fc1), put(p.s1), put(p.b1)), (put(p.fc2), put(p.s2), put(p.b2))
+    return PredictorView(*first, *second, float(p.threshold), p.d)
 
 
 def _matrix(arena: DeviceArena, part: str, matrix: Matrix, rows: slice = slice(None)) -> DeviceMatrix:

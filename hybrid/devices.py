@@ -1,0 +1,99 @@
+"""Which GPU an engine uses, and the placement that it runs by within a VRAM budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hybrid.bundle import Bundle
+from hybrid.errors import BudgetError
+from hybrid.ffn import Strategy
+from hybrid.loader import ModelFolder
+from hybrid.packed import PackedModel
+from placement.placement import Placement, PlacementSettings, place
+from placement.plan import UNLIMITED
+from profiler.hardware import HardwareProfile
+
+# Left free on the GPU where no budget is given: for what other programs, and drivers, take meanwhile.
+RESERVE_BYTES = 2**30
+
+
+def gpu_of(budget: int | None) -> torch.device | None:
+    """The first GPU; None where there is none, or none may be used. Raises `BudgetError` for a budget without a GPU."""
+    if budget == 0 or not torch.cuda.is_available():
+        if budget not in (None, 0, UNLIMITED):
+            raise BudgetError("there is no GPU here that torch can use; leave --vram-budget out, or give 0")
+        return None
+    return torch.device("cuda", 0)
+
+
+def free_bytes(gpu: torch.device) -> int:
+    """What an engine may take of `gpu` at most, `RESERVE_BYTES` left."""
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return max(0, free - RESERVE_BYTES)
+
+
+def placement_for(
+    bundle: Bundle,
+    folder: ModelFolder,
+    strategy: Strategy,
+    context: int,
+    gpu: torch.device | None,
+    budget: int | None,
+    notices: list[str],
+) -> Placement:
+    """The stored placement, or one within what the GPU and `budget` allow, solved now from the stored profile.
+
+    Models without a profile have no order of neurons; whole layers go to the GPU as they fit. `notices` get what is to
+    be known.
+    """
+    stored = _stored(bundle, folder, strategy, notices) if gpu is None or folder.spec.fires_sparsely else None
+    if gpu is None:
+        return stored or Placement.all_cold(folder.spec)
+    if stored is None and folder.spec.fires_sparsely:
+        return Placement.all_cold(folder.spec)
+    most = free_bytes(gpu)
+    if budget is not None and most < budget < UNLIMITED:
+        raise BudgetError(
+            f"VRAM budget is {budget / 2**30:.2f} GiB, the GPU has {most / 2**30:.2f} GiB free beside a reserve of 1; "
+            "lower --vram-budget"
+        )
+    made = {} if stored is None else stored.made_from
+    wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
+    as_made = made.get("vram_budget") == wanted and made.get("context") == context and wanted <= most
+    if stored is not None and as_made:
+        return stored
+    return solve_within(bundle, folder, strategy, context, min(wanted, most))
+
+
+def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int) -> Placement:
+    """The placement of a model for `budget` bytes on this machine, by its stored profile."""
+    spec = folder.spec
+    hardware = HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else HardwareProfile.load()
+    hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
+    settings = PlacementSettings(budget, context, strategy)
+    if not spec.fires_sparsely:
+        return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
+    profile = bundle.load_profile(spec)
+    sizes = (0,) * spec.n_layers
+    if strategy == "learned":
+        bank = bundle.load_predictors(spec)
+        sizes = bank.bytes_per_layer
+        if bank.report is not None:
+            settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
+    found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement
+    if isinstance(folder.weights, PackedModel):  # the order of its rows is fixed, and was made from the same profile
+        found = replace(found, order=folder.weights.order)
+    return found
+
+
+def _stored(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement | None:
+    """The bundle's placement; `learned` needs one, the others run all-cold without, and `notices` say so."""
+    if strategy == "learned" or bundle.placement.is_file():
+        notices += bundle.stale(folder.spec)
+        return bundle.load_placement(folder.spec)
+    if folder.spec.fires_sparsely:
+        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
+    return None

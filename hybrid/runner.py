@@ -1,0 +1,70 @@
+"""`Runner`: what an engine lets read prompts and decode tokens. One for the CPU alone, one for GPU and CPU together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from hybrid.decode import DecodeStep
+from hybrid.ffn import FFNRuntime, Strategy
+from hybrid.kv_cache import KVCache
+from hybrid.model import Transformer
+
+
+class Runner(Protocol):
+    """Appends tokens to the engine's KV cache. All logits are f32 [vocab] on the CPU, valid until the next call."""
+
+    def load_kernels(self) -> None:
+        """Compile what the first token will need, or read it from its cache."""
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        """Logits after some more tokens of a prompt, dense."""
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Logits after one more token of an answer, by the runtime's strategy."""
+
+    def rest(self) -> None:
+        """Nothing will come for a while: use no CPU until it does."""
+
+
+class CpuRunner:
+    """Everything on the CPU."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
+    ) -> None:
+        """`expect_scattered_reads` is told before many rows of a mapped file are read one after another, and after."""
+        self._model, self._cache, self._runtime = model, cache, runtime
+        self._step = DecodeStep(model, cache, runtime)
+        self._expect_scattered_reads = expect_scattered_reads
+
+    def load_kernels(self) -> None:
+        self._step.load_kernels()
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        if len(tokens) == 1:
+            return self._run(tokens[0], "dense")
+        torch.set_num_threads(self._runtime.pool.threads)
+        self._runtime.as_decode = False
+        if len(tokens) > self._runtime.few:
+            self._expect_scattered_reads(False)
+        hidden = self._model(torch.tensor(tokens), self._cache)
+        self._expect_scattered_reads(self._runtime.strategy != "dense")
+        return self._model.logits(hidden[-1:])[0]
+
+    def decode(self, token: int) -> torch.Tensor:
+        return self._run(token, self._runtime.strategy)
+
+    def rest(self) -> None:
+        """Its threads sleep between tokens."""
+
+    def _run(self, token: int, strategy: Strategy) -> torch.Tensor:
+        # What is left to torch for one token, sampling, is too small to share out (8 ms on busy cores for a wait).
+        torch.set_num_threads(1)
+        return self._step.run(token, strategy)
