@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 from cpu_kernels import activations as cpu_activations
 from gpu_kernels.activations import ACTIVATION_CODES
 from gpu_kernels.gemv import Tiling, gemv, gemv_ref
-from tests.gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 from gpu_kernels.sparse_ffn import (
     DOWN_COLUMNS,
@@ -13,7 +14,6 @@ from gpu_kernels.sparse_ffn import (
     sparse_ffn,
     sparse_ffn_ref,
 )
-from tests.gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 PARTS = 3
