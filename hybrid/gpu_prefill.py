@@ -160,7 +160,8 @@ class GpuPrefill:
     ) -> torch.Tensor:
         """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join the KV cache chunk by chunk.
 
-        `progress(done, total)` follows the chunks. Workers of the decode step must be at rest. Raises `ContextError` when the tokens do not fit the cache.
+        `progress(done, total)` follows the chunks. Workers of the decode step must be at rest, as the CPU's part of
+        prefill runs on their pool. Raises `ContextError` when the tokens do not fit the cache.
         """
         end = self._cache.length + len(tokens)
         if end > self._cache.capacity:

@@ -1,4 +1,4 @@
-"""What prefill does between its GEMMs, in place or into given buffers, so that nothing is allocated.
+"""What a dense pass over many tokens does between its GEMMs, in place or into given buffers: nothing is allocated.
 
     split     terms[0] = bf16(x), terms[1] = bf16(x - terms[0]), terms[2] = bf16(x - terms[0] - terms[1])
     widen     out[i, j] = weight[i, j] as f32
