@@ -48,6 +48,6 @@ class DeviceArena:
         return self.empty(part, shape, dtype).zero_()
 
     def put(self, part: str, source: torch.Tensor) -> torch.Tensor:
-        """A copy of a tensor on the CPU."""
+        """A copy of a tensor on the CPU, which a counting arena does not read."""
         target = self.empty(part, tuple(source.shape), source.dtype)
         return target if self.counts_only else target.copy_(source)

@@ -68,10 +68,15 @@ def placement_for(
     return solve_within(bundle, folder, strategy, context, min(wanted, most))
 
 
+def hardware_of(bundle: Bundle) -> HardwareProfile:
+    """The bundle's hardware profile, or the default one where it has none."""
+    return HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else HardwareProfile.load()
+
+
 def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int) -> Placement:
     """The placement of a model for `budget` bytes on this machine, by its stored profile."""
     spec = folder.spec
-    hardware = HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else HardwareProfile.load()
+    hardware = hardware_of(bundle)
     hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
     settings = PlacementSettings(budget, context, strategy)
     if not spec.fires_sparsely:

@@ -16,7 +16,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
-from hybrid.devices import gpu_of, placement_for
+from hybrid.devices import gpu_of, hardware_of, placement_for
 from hybrid.errors import BudgetError, ContextError, InputError
 from hybrid.ffn import STRATEGIES, FFNCounters, FFNRuntime, Strategy
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
@@ -121,7 +121,7 @@ class Engine:
         else:
             from hybrid.gpu_runner import GpuRunner  # needs triton, which comes with torch's builds for GPUs
 
-            runner = GpuRunner(built, cache, runtime, placement, gpu)
+            runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle))
         engine = cls(built, codec, runtime, placement, cache, runner)
         settings, ends = generation_defaults(folder.path)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())

@@ -4,35 +4,63 @@ from __future__ import annotations
 
 import torch
 
+from hybrid.arena import DeviceArena
 from hybrid.ffn import FFNRuntime, Strategy
+from hybrid.gpu_prefill import GpuPrefill
 from hybrid.gpu_step import GpuStep
 from hybrid.kv_cache import KVCache
 from hybrid.model import Transformer
 from placement.placement import Placement
+from placement.prefill import ColdPrefill
+from profiler.hardware import HardwareProfile
+
+# Up to so many tokens of a prompt go through the decode step, 8 at a time; more through prefill's GEMMs.
+FEW_TOKENS = 8
 
 
 class GpuRunner:
-    """A `Runner` on `device`. A short prompt goes through the decode step, up to 8 tokens at a time."""
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, runtime: FFNRuntime, placement: Placement, device: torch.device
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        placement: Placement,
+        device: torch.device,
+        hardware: HardwareProfile,
     ) -> None:
-        self._runtime = runtime
-        self.step = GpuStep(model, cache, runtime, placement, device)
+        """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed."""
+        self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
+        self._cold = ColdPrefill(hardware, model.spec)
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
-        sparse = model.spec.fires_sparsely
-        self._reading: Strategy = "exact" if sparse else "dense"
+        self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
+        counting = DeviceArena(device)
+        self._take(counting)
+        self.arena = DeviceArena(device, counting.used)
+        self.step, self.prefill = self._take(self.arena)
+
+    def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena)
+        given = (self._model, step.weights, self._cache, self._runtime, arena)
+        return step, GpuPrefill(*given, self._streams, step.rotation)
+
+    def _streams(self, tokens: int, layer: int) -> bool:
+        hot = int(self._placement.hot[layer])
+        return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
 
     def load_kernels(self) -> None:
         torch.set_num_threads(1)
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: list[int]) -> torch.Tensor:
-        logits = self.step.few(tokens, self._reading)
+        if len(tokens) <= FEW_TOKENS:
+            return self.step.few(tokens, self._reading)
         self.rest()
-        return logits
+        return self.prefill.read(tokens)
 
     def decode(self, token: int) -> torch.Tensor:
+        torch.set_num_threads(1)
         return self.step.run(token, self._runtime.strategy)
 
     def rest(self) -> None:

@@ -112,30 +112,28 @@ class GpuStep:
     """A model's step over two devices. It holds the model and the cache, neither of which may be replaced."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, runtime: FFNRuntime, placement: Placement, device: torch.device
+        self, model: Transformer, cache: KVCache, runtime: FFNRuntime, placement: Placement, arena: DeviceArena
     ) -> None:
-        """Copies to the GPU what `placement` puts there, in one allocation; see `arena` for its bytes."""
-        self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
-        self._step = DecodeStep(model, cache, runtime)
-        counting = DeviceArena(device)
-        self._take(counting)
-        self.arena = DeviceArena(device, counting.used)
-        self._take(self.arena)
-        self._native = device.type == "cuda"
+        """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`."""
+        self._model, self._cache, self._runtime = model, cache, runtime
+        self._native = arena.device.type == "cuda"
         self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}
-        spec = model.spec
-        self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=self._native)
-        self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=self._native)
-        self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=self._native)
-        self._report = torch.zeros_like(self._workers.report, device="cpu", pin_memory=self._native)
-
-    def _take(self, arena: DeviceArena) -> None:
-        self.weights = GpuWeights.take(arena, self._model, self._placement, self._cache)
+        self._step = DecodeStep(model, cache, runtime)
+        self.weights = GpuWeights.take(arena, model, placement, cache)
         views = [None if layer is None else layer.ffn for layer in self.weights.layers]
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
-        hot = torch.tensor(self._hot)
-        self._buffers = _Buffers.take(arena, self._model, hot, self._cache)
-        self._workers = ColdWorkers(self._step, self._runtime.pool, arena)
+        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), cache)
+        self._workers = ColdWorkers(self._step, runtime.pool, arena)
+        spec, pinned = model.spec, self._native and not arena.counts_only
+        self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
+        self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
+        self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=pinned)
+        self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
+
+    @property
+    def rotation(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosines and sines f32 [capacity, head_dim / 2] on the device; None for a model without RoPE."""
+        return self._buffers.cos, self._buffers.sin
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] f32 after `token`, which joins the KV cache; a buffer that the next call overwrites."""

@@ -108,7 +108,8 @@ def _predictor(arena: DeviceArena, ffn: HybridFFN) -> PredictorView | None:
         return None
 
     def put(part: np.ndarray) -> torch.Tensor:
-        return arena.put(PREDICTORS, torch.from_numpy(part.copy()))
+        # A mapped file's array is read-only, which torch warns of; a counting arena needs only its shape.
+        return arena.put(PREDICTORS, torch.from_numpy(np.empty_like(part) if arena.counts_only else part.copy()))
 
     first, second = (put(p.fc1), put(p.s1), put(p.b1)), (put(p.fc2), put(p.s2), put(p.b2))
     return PredictorView(*first, *second, float(p.threshold), p.d)
