@@ -14,6 +14,7 @@ from hybrid.arena import DeviceArena
 from hybrid.errors import ContextError
 from hybrid.ffn import FFNRuntime
 from hybrid.gpu_prefill import GpuPrefill
+from hybrid.gpu_step import GpuStep
 from hybrid.gpu_weights import GpuWeights
 from hybrid.kv_cache import KVCache
 from hybrid.loader import ModelFolder
@@ -210,3 +211,24 @@ def test_takes_what_the_plan_says(name, dtype, stored, monkeypatch):
     plan = workspace.Workspace(case.model.spec, CAPACITY, 0, workspace.PREFILL_CHUNK, 1)
     assert spent["workspace: staging"] == 2 * plan.staging_bytes
     assert spent["workspace: prefill"] == sum(plan.prefill.values())
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("on_cpu", [(), (1,)])
+def test_decoding_goes_on_from_its_cache(on_cpu, stored):
+    case, tokens = Case(stored("llama-relu", "f32"), on_cpu=on_cpu), some_tokens(13)
+
+    def both(arena):
+        step = GpuStep(case.model, case.cache, case.runtime, case.placed, arena)
+        return step, GpuPrefill(case.model, step.weights, case.cache, case.runtime, arena, case.streams, step.rotation)
+
+    counting = DeviceArena(torch.device(DEVICE))
+    both(counting)
+    step, prefill = both(DeviceArena(torch.device(DEVICE), counting.used))
+    prefill.read(tokens[:12])
+    try:
+        found = step.run(tokens[12], "exact").clone()
+    finally:
+        step.rest()
+    expected = case.expected(tokens)
+    assert float((found - expected).abs().max()) < TOLERANCE * float(expected.abs().max())
