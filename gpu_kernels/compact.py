@@ -37,7 +37,8 @@ def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr)
     return count
 
 
-@triton.jit
+# A size of 1 would be compiled in, and a loop over it fails to compile.
+@triton.jit(do_not_specialize=["f", "hot"])
 def _compact_kernel(  # type: ignore[no-untyped-def]
     masks, f, hot, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, cold_count, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -115,7 +115,7 @@ def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.con
     _release(request, number, NATIVE)
 
 
-@triton.jit(do_not_specialize=["layer", "hot", "tokens"])
+@triton.jit(do_not_specialize=["layer", "hot", "f", "tokens"])
 def _send_kernel(  # type: ignore[no-untyped-def]
     masks, hot, f, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, request, state, tallies, layer, tokens,
     positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr
