@@ -53,9 +53,9 @@ class Word(IntEnum):
 
 
 class Flag(IntEnum):
-    """Words of `Box.flags`, each in cache lines of its own."""
+    """Words of `Box.flags`, each in cache lines of its own. READY: the workers have begun to wait for requests."""
 
-    DONE, STOP, ARRIVED = 0, 16, 32
+    DONE, STOP, ARRIVED, READY = 0, 16, 32, 48
 
 
 class Box(NamedTuple):
@@ -196,6 +196,8 @@ def serve(  # type: ignore[no-untyped-def]
     number = load_acquire(box.flags, Flag.DONE)
     if not barrier.wait(state, workers):  # before anyone can write another number there
         return
+    if worker == 0:
+        store_release(box.flags, Flag.READY, 1)
     while _requested(box, state, number + 1):
         number += 1
         op, row = box.request[Word.OP], table[box.request[Word.LAYER]]

@@ -9,6 +9,7 @@ number is set beyond any request, so that no wait of the GPU outlives them, and 
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from hybrid.ffn import Strategy
 _NEVER = 2**62  # beyond any request's number
 _REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 2
 _WAIT_SECONDS = 0.5
+_POLL_SECONDS = 2e-5
 
 
 class ColdWorkers:
@@ -77,6 +79,9 @@ class ColdWorkers:
         self._strategy, self._sent = strategy, [0, 0]
         self._thread = threading.Thread(target=self._serve, name="hybrid-mailbox", daemon=True)
         self._thread.start()
+        # The GPU waits for seconds only, and the workers may have to be compiled first.
+        while not self._box.flags[Flag.READY] and self._thread.is_alive():
+            time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
         """Send the workers to sleep and wait until they are; a second call does nothing."""

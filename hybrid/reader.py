@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from cpu_kernels.matrix import Matrix
@@ -115,6 +116,16 @@ class CheckpointReader:
         self._checkpoint.refuse_unread(is_redundant)
 
 
+def _ordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The rows of a matrix in `order`, in memory of NumPy's, which asks for huge pages as torch does not.
+
+    Rows of a list lie on pages far apart: with 4 KiB pages 15 cores read active neurons at 116 GB/s, with 2 MiB pages
+    at 143.
+    """
+    copied = torch.from_numpy(np.empty(tuple(tensor.shape), f"i{tensor.element_size()}")).view(tensor.dtype)
+    return torch.index_select(tensor, 0, order, out=copied)
+
+
 class MatrixReader:
     """A checkpoint's parts as the runtime has them, its neurons in a placement's order.
 
@@ -143,7 +154,8 @@ class MatrixReader:
             return tensor if order is None else tensor[order]
 
         def matrix(tensor: torch.Tensor) -> Matrix:
-            return Matrix.of(pick(tensor.float() if self._mixed_ffn else tensor))
+            stored = tensor.float() if self._mixed_ffn else tensor
+            return Matrix.of(stored if order is None else _ordered(stored, order))
 
         return FFNMatrices(
             None if t.gate is None else matrix(t.gate),
