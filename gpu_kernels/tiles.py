@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Weights of a group. "codes" are int8 without scales, in rows of whole groups of 128.
-VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "int4": 32, "codes": 16}
+# Weights of a group.
+VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "int4": 32}
 
 
 @triton.jit
@@ -86,17 +86,6 @@ def int4_codes(words, S: tl.constexpr, R: tl.constexpr, G: tl.constexpr):  # typ
 
 
 @triton.jit
-def int8_codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The codes of int32 words [R, 4 G], as f32 [R, G, 16]."""
-    exponent = 0x4B000000 + tl.program_id(2)  # as in `int4_codes`
-    offset = words ^ 0x80808080
-    pairs = tl.join(offset, offset >> 16)
-    even = ((pairs & 0xFF) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
-    odd = ((pairs & 0xFF00) | exponent).to(tl.float32, bitcast=True) * (1.0 / 256) - (32768.0 + 128.0)
-    return tl.reshape(tl.join(even, odd), (R, G, 16))
-
-
-@triton.jit
 def _add_dots(  # type: ignore[no-untyped-def]
     sums, wide, scale, x, x_stride, first, K: tl.constexpr, T: tl.constexpr, V: tl.constexpr
 ):  # fmt: skip
@@ -122,21 +111,6 @@ def _dots_plain(  # type: ignore[no-untyped-def]
         tile = tl.load(rows[:, None] + at[None, :], mask=wanted[:, None] & (at < K)[None, :], other=0.0)
         wide = tl.reshape(tile.to(tl.float32), (R, G, V))
         sums = _add_dots(sums, wide, None, x, x_stride, c + tl.arange(0, G) * V, K, T, V)
-    return sums
-
-
-@triton.jit
-def _dots_codes(  # type: ignore[no-untyped-def]
-    w, ids, wanted, x, x_stride, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    G: tl.constexpr = C // 16
-    P: tl.constexpr = (K + 127) // 128 * 128
-    words = (w + ids * P).to(tl.pointer_type(tl.int32))
-    sums = zero_tiles(T, R, G)
-    for c in range(0, P, C):
-        at = c // 4 + tl.arange(0, C // 4)
-        tile = tl.load(words[:, None] + at[None, :], mask=wanted[:, None] & (at < P // 4)[None, :], other=0)
-        sums = _add_dots(sums, int8_codes(tile, R, G), None, x, x_stride, c + tl.arange(0, G) * 16, K, T, 16)
     return sums
 
 
@@ -194,8 +168,6 @@ def row_dots(  # type: ignore[no-untyped-def]
         sums = _dots_int8(w, ids, wanted, x, x_stride, K, T, R, C)
     elif KIND == "int4":
         sums = _dots_int4(w, ids, wanted, x, x_stride, K, T, R, C)
-    elif KIND == "codes":
-        sums = _dots_codes(w, ids, wanted, x, x_stride, K, T, R, C)
     elif KIND == "f32":
         sums = _dots_plain(w, ids, wanted, x, x_stride, K, T, R, C, 4)
     else:

@@ -30,7 +30,6 @@ from hybrid.text import Message, StreamDecoder, TextCodec, generation_defaults
 from placement.placement import Placement
 from predictor.bank import PredictorBank
 
-PREFILL_CHUNK = 256
 NO_GPU = "\nBoth devices are the CPU, as no GPU is used."
 # Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
 _FEW_TOKENS = 32
@@ -121,7 +120,7 @@ class Engine:
         else:
             from hybrid.gpu_runner import GpuRunner  # needs triton, which comes with torch's builds for GPUs
 
-            runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle))
+            runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle), advise)
         engine = cls(built, codec, runtime, placement, cache, runner)
         settings, ends = generation_defaults(folder.path)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
@@ -252,9 +251,9 @@ class Engine:
         self._cache.truncate(reused)
         del self._cached_tokens[reused:]
         logits = torch.empty(0)
-        for at in range(reused, len(tokens), PREFILL_CHUNK):
+        for at in range(reused, len(tokens), self.runner.chunk):
             progress(at - reused, len(tokens) - reused)
-            piece = tokens[at : at + PREFILL_CHUNK]
+            piece = tokens[at : at + self.runner.chunk]
             logits = self.runner.read(piece)
             self._cached_tokens += piece
         progress(len(tokens) - reused, len(tokens) - reused)

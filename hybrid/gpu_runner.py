@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from hybrid.arena import DeviceArena
@@ -12,6 +14,7 @@ from hybrid.kv_cache import KVCache
 from hybrid.model import Transformer
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
+from placement.workspace import PREFILL_CHUNK
 from profiler.hardware import HardwareProfile
 
 # Up to so many tokens of a prompt go through the decode step, 8 at a time; more through prefill's GEMMs.
@@ -21,6 +24,8 @@ FEW_TOKENS = 8
 class GpuRunner:
     """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways."""
 
+    chunk = PREFILL_CHUNK
+
     def __init__(
         self,
         model: Transformer,
@@ -29,8 +34,11 @@ class GpuRunner:
         placement: Placement,
         device: torch.device,
         hardware: HardwareProfile,
+        expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
     ) -> None:
-        """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed."""
+        """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed;
+        `expect_scattered_reads` is as for `CpuRunner`."""
+        self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
         self._cold = ColdPrefill(hardware, model.spec)
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
@@ -57,7 +65,10 @@ class GpuRunner:
         if len(tokens) <= FEW_TOKENS:
             return self.step.few(tokens, self._reading)
         self.rest()
-        return self.prefill.read(tokens)
+        self._expect_scattered_reads(False)
+        logits = self.prefill.read(tokens)
+        self._expect_scattered_reads(self._runtime.strategy != "dense")
+        return logits
 
     def decode(self, token: int) -> torch.Tensor:
         torch.set_num_threads(1)

@@ -14,7 +14,12 @@ from hybrid.model import Transformer
 
 
 class Runner(Protocol):
-    """Appends tokens to the engine's KV cache. All logits are f32 [vocab] on the CPU, valid until the next call."""
+    """Appends tokens to the engine's KV cache. All logits are f32 [vocab] on the CPU, valid until the next call.
+
+    chunk: tokens of a prompt to read at once.
+    """
+
+    chunk: int
 
     def load_kernels(self) -> None:
         """Compile what the first token will need, or read it from its cache."""
@@ -31,6 +36,8 @@ class Runner(Protocol):
 
 class CpuRunner:
     """Everything on the CPU."""
+
+    chunk = 256
 
     def __init__(
         self,

@@ -63,13 +63,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def make_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB") -> torch.nn.Module:
-    """Save the case `name` to `folder` with a byte tokenizer; returns the transformers model in f32."""
+def make_model(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, shard_size: str = "5GB", **changes: object
+) -> torch.nn.Module:
+    """Save the case `name` to `folder` with a byte tokenizer; returns the transformers model in f32.
+
+    changes: fields of the configuration that are to differ.
+    """
     import transformers
 
     prefix, fields = CASES[name]
     torch.manual_seed(sum(map(ord, name)))
-    config = getattr(transformers, f"{prefix}Config")(**fields)
+    config = getattr(transformers, f"{prefix}Config")(**fields | changes)
     kind = getattr(transformers, f"{prefix}ForCausalLM")
     model = kind(config)
     with torch.no_grad():
