@@ -128,6 +128,12 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # typ
     skip, first = shape.strategy != DENSE, row[Column.HOT]
     n = f - first if count < 0 else count
     ids = batch.every[first:f] if count < 0 else box.ids[:n]
+    unit = columns_unit(like)
+    units = (d + unit - 1) // unit
+    columns = slice(unit * (units * worker // workers), unit * (units * (worker + 1) // workers))
+    box.out[:tokens, columns] = 0
+    if n == 0:
+        return True
     for t in range(tokens):
         own.inputs[0][t, :d] = box.x[t]
         prepare(like, one_input(own.inputs, t), d)
@@ -148,9 +154,6 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # typ
     down_parts(state, workers, weights, ids, n, hidden, skip, parts, scratch, sums, offsets)
     if not barrier.wait(state, workers):
         return False
-    unit = columns_unit(like)
-    units = (d + unit - 1) // unit
-    box.out[:tokens, unit * (units * worker // workers) : unit * (units * (worker + 1) // workers)] = 0
     merge_parts(worker, workers, like, d, parts, sums, offsets, box.out[:tokens])
     return True
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from profiler.handoff import Handoff
 from profiler.hardware import HardwareProfile
 from profiler.kernel_costs import all_cases, graph_seconds, kernel_points, replay_seconds, small_launches
 from profiler.measure_hardware import Report, gemm_flops, median_seconds
 
 _PCIE_BYTES = 256 * 2**20
 _TOKEN_KERNELS = 6  # times 64: the kernels of a step of 32 layers
-_HANDOFF_WIDTH = 4096  # f32 values of the vector that is handed over
 
 
 def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
@@ -53,20 +53,10 @@ def pcie_bandwidths(device: torch.device) -> tuple[float, float]:
 
 
 def measure_handoff(device: torch.device, threads: int) -> float:
-    """Seconds that one hand-off without active neurons adds to a decode step: send, an empty answer, receive.
-
-    threads: CPU workers that answer. A stand-in until the mailbox is measured here: a copy of 16 KB to the host, a
-    synchronisation and a copy back, without any worker. Workers that watch host memory take less.
-    """
-    vector = torch.ones(_HANDOFF_WIDTH, device=device)
-    mirror = torch.ones(_HANDOFF_WIDTH).pin_memory()
-
-    def hand_over() -> None:
-        mirror.copy_(vector, non_blocking=True)
-        torch.cuda.synchronize(device)
-        vector.copy_(mirror, non_blocking=True)
-
-    return _waited(hand_over)
+    """Seconds that one hand-off without active neurons adds to a decode step: the mailbox's norm and request, an empty
+    answer of `threads` CPU workers, and the sum with the next norm."""
+    with Handoff(device, threads) as handoff:
+        return handoff.seconds()
 
 
 def _waited(work: Callable[[], object]) -> float:
