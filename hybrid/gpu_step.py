@@ -19,6 +19,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from cpu_kernels.decode_state import Count
 from cpu_kernels.mailbox import MAX_BATCH, Op
 from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits, decode_attention
 from gpu_kernels.gemv import gemv
@@ -124,6 +125,7 @@ class GpuStep:
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
         self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), cache)
         self._workers = ColdWorkers(self._step, runtime.pool, arena)
+        self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
         spec, pinned = model.spec, self._native and not arena.counts_only
         self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
         self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
@@ -164,8 +166,10 @@ class GpuStep:
         count, start = len(tokens), self._cache.length
         if self._native and (strategy, count) not in self._graphs:
             self._capture(strategy, count)
+            self.rest()  # so that what the capture sent is not counted
         begun = perf_counter()
         self._workers.start(strategy)
+        self._layer_tallies[:] = 0
         self._embed(tokens, start)
         if self._native:
             self._graphs[strategy, count].replay()
@@ -173,7 +177,7 @@ class GpuStep:
         else:
             self._launch(strategy, count)
         self._check()
-        self._count(perf_counter() - begun, count)
+        self._count(strategy, perf_counter() - begun, count)
         self._cache.advance(count)
         return self._logits[:count]
 
@@ -214,7 +218,7 @@ class GpuStep:
             following = norms[number + 1]
             if layer is None:
                 box = self._workers.mailbox
-                ask(Op.LAYER, number, x, box, positions, count, cold=self._model.spec.d_ff)
+                ask(Op.LAYER, number, x, box, positions, count)
                 receive(x, None, None, following.weight, following.bias, eps, normed, box, asked=True, replace=True)
             else:
                 self._attention(layer, x, normed, positions, eps)
@@ -293,12 +297,17 @@ class GpuStep:
         if self.weights.head is None:
             self._logits[:] = torch.from_numpy(self._workers.logits)
 
-    def _count(self, seconds: float, tokens: int) -> None:
-        """Neurons and seconds of a step; what was sent to a side counts as fired there."""
+    def _count(self, strategy: Strategy, seconds: float, tokens: int) -> None:
+        """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to; without a
+        prediction every neuron of the two sides is computed, and which of them fired is not known."""
         counters, spec = self._runtime.counters, self._model.spec
         hot, cold = self._workers.sent(self._report)
         counters.neurons += spec.n_layers * spec.d_ff * tokens
+        counters.ffn_seconds += seconds
+        if strategy != "learned":
+            counters.computed += spec.n_layers * spec.d_ff * tokens
+            return
+        cold += int(self._layer_tallies[Count.COMPUTED])
         counters.computed += hot + cold
         counters.fired += hot + cold
         counters.fired_hot += hot
-        counters.ffn_seconds += seconds
