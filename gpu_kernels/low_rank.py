@@ -15,13 +15,24 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.gemv import Tiling
 from gpu_kernels.matrix import padded
+from gpu_kernels.tiles import append, load_groups, zero_tiles
 
-# A thread's share of a tile is 8 loads of 16 codes in both: with d = 4096, r = 1024 and f = 11008, every code is asked
-# for at once, by programs that all fit on an H100. More rows share the loads of x, fewer make more programs.
-_HIDDEN_ROWS, _HIDDEN_COLUMNS, _HIDDEN_WARPS = 8, 4096, 8
-_FIRING_ROWS, _FIRING_COLUMNS, _FIRING_WARPS = 16, 1024, 4
 MAX_TOKENS = 8  # bits of a mask
+
+
+@dataclass(frozen=True)
+class PredictorTiling:
+    """How programs read fc1, and how they read fc2."""
+
+    hidden: Tiling
+    firing: Tiling
+
+
+# All loads of a program are under way at once, and its programs all fit on an H100: 512 of fc1 for r = 1024, 1376 of
+# fc2 for f = 11008. Chosen for what compiles without spills and barriers; `bench_gpu_kernels.py --tune` tries others.
+TILING = PredictorTiling(Tiling(2, 1, 8), Tiling(8, 1, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,60 +93,98 @@ def pad_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _products(weight, rows, n, v, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fc[rows] . v as f32 [ROWS], of codes [n, WIDTH] and an input of D elements; 0 for rows from n on."""
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    lines = weight + rows.to(tl.int64)[:, None] * WIDTH
-    for start in tl.static_range(0, WIDTH, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        here = (rows < n)[:, None] & (columns < WIDTH)[None, :]
-        codes = tl.load(lines + columns[None, :], mask=here, other=0)
-        total += codes.to(tl.float32) * tl.load(v + columns, mask=columns < D, other=0.0)[None, :]
-    return tl.sum(total, 1)
+def _codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The int8 codes of int32 words [R, 4 G], as f32 [R, G, 16].
+
+    Code + 128 becomes the mantissa of 2^23, or at its place in the upper byte of 16 bits 256 times as much; both are
+    exact. A conversion would run at a quarter of the rate or less, and take longer than the bytes' way from memory.
+    """
+    # Axis 2 of the grid is always 1; a number that the compiler cannot know takes one instruction for `and` with `or`.
+    exponent = 0x4B000000 + tl.program_id(2)
+    shifted = words ^ -0x7F7F7F80
+    pairs = tl.join(shifted, shifted >> 16)
+    even = ((pairs & 0xFF) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+    odd = ((pairs & 0xFF00) | exponent).to(tl.float32, bitcast=True) * (1.0 / 256) - (32768.0 + 128.0)
+    return tl.reshape(tl.join(even, odd), (R, G, 16))
+
+
+@triton.jit
+def _dots(  # type: ignore[no-untyped-def]
+    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """fc[row] . x[t] of T tokens as a tuple of f32 [R], 0 where not `inside`; fc has K columns, padded.
+
+    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them.
+    """
+    G: tl.constexpr = C // 16
+    P: tl.constexpr = (K + 127) // 128 * 128
+    words = (fc + row.to(tl.int64) * P).to(tl.pointer_type(tl.int32))
+    sums = zero_tiles(T, R, G)
+    for c in range(0, P, C):
+        at = c // 4 + tl.arange(0, C // 4)
+        tile = tl.load(words[:, None] + at[None, :], mask=inside[:, None] & (at < P // 4)[None, :], other=0)
+        wide = _codes(tile, R, G)
+        following = ()
+        for t in tl.static_range(T):
+            values = load_groups(x + t * K, c + tl.arange(0, G) * 16, K, 16)
+            following = append(following, sums[t] + tl.sum(wide * values[None, :, :], 2))
+        sums = following
+    dots = ()
+    for t in tl.static_range(T):
+        dots = append(dots, tl.sum(sums[t], 1))
+    return dots
 
 
 @triton.jit
 def _hidden_kernel(  # type: ignore[no-untyped-def]
-    fc1, s1, b1, x, hidden, r, TOKENS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr
+    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """hidden[t, rows of this program] of all tokens."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    scale, bias = tl.load(s1 + rows, mask=rows < r, other=0.0), tl.load(b1 + rows, mask=rows < r, other=0.0)
-    for t in range(TOKENS):
-        sums = _products(fc1, rows, r, x + t * D, D, WIDTH, ROWS, COLUMNS)
-        tl.store(hidden + t * r + rows, tl.maximum(sums * scale + bias, 0.0), mask=rows < r)
+    """hidden[t, R rows of this program] of all tokens."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < r
+    scale, bias = tl.load(s1 + row, mask=inside, other=0.0), tl.load(b1 + row, mask=inside, other=0.0)
+    dots = _dots(fc1, row, inside, x, K, T, R, C)
+    for t in tl.static_range(T):
+        tl.store(hidden + t * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
 
 
 @triton.jit
 def _firing_kernel(  # type: ignore[no-untyped-def]
-    fc2, s2, b2, threshold, hidden, masks, f, TOKENS: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    fc2, s2, b2, threshold, hidden, masks, f, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """masks[rows of this program]; later tokens find the codes in the cache."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    scale, bias = tl.load(s2 + rows, mask=rows < f, other=0.0), tl.load(b2 + rows, mask=rows < f, other=0.0)
-    bits = tl.zeros((ROWS,), tl.int32)
-    for t in range(TOKENS):
-        sums = _products(fc2, rows, f, hidden + t * R, R, WIDTH, ROWS, COLUMNS)
-        bits |= (sums * scale + bias >= threshold).to(tl.int32) << t
-    tl.store(masks + rows, bits.to(tl.uint8), mask=rows < f)
+    """masks[R rows of this program]."""
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    inside = row < f
+    scale, bias = tl.load(s2 + row, mask=inside, other=0.0), tl.load(b2 + row, mask=inside, other=0.0)
+    dots = _dots(fc2, row, inside, hidden, K, T, R, C)
+    bits = tl.zeros((R,), tl.int32)
+    for t in tl.static_range(T):
+        bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << t
+    tl.store(masks + row, bits.to(tl.uint8), mask=inside)
 
 
-def predict(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
+def predict(
+    view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor, tiling: PredictorTiling = TILING
+) -> None:
     """Write which neurons are predicted to fire: bit t of masks[i] is set where neuron i fires for token t.
 
     x: f32 [t, d] of 1 to 8 tokens, the FFN's input; hidden: f32 [t, r] scratch; masks: uint8 [f]; all contiguous.
-    Raises `ValueError` when shapes or types do not fit.
+    tiling: for trials. Raises `ValueError` when shapes or types do not fit.
     """
     r, f = len(view.b1), len(view.b2)
     _check(view, x, hidden, masks)
-    first = (view.fc1, view.s1, view.b1, x, hidden, r, len(x), view.d, view.fc1.shape[1], _HIDDEN_ROWS)
-    columns = min(_HIDDEN_COLUMNS, triton.next_power_of_2(view.fc1.shape[1]))
-    _hidden_kernel[(triton.cdiv(r, _HIDDEN_ROWS),)](*first, columns, num_warps=_HIDDEN_WARPS)
-    second = (view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, len(x), r, view.fc2.shape[1], _FIRING_ROWS)
-    columns = min(_FIRING_COLUMNS, triton.next_power_of_2(view.fc2.shape[1]))
-    _firing_kernel[(triton.cdiv(f, _FIRING_ROWS),)](*second, columns, num_warps=_FIRING_WARPS)
+    first, second = _sizes(tiling.hidden, view.d, len(x)), _sizes(tiling.firing, r, len(x))
+    _hidden_kernel[(triton.cdiv(r, first["R"]),)](view.fc1, view.s1, view.b1, x, hidden, r, **first)
+    _firing_kernel[(triton.cdiv(f, second["R"]),)](
+        view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, **second
+    )
+
+
+def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, int]:
+    """Constants of a kernel. Of several tokens a program takes fewer rows, of short rows fewer warps read one."""
+    width = tiling.columns("int8", columns)
+    rows = min(tiling.rows, 16 // triton.next_power_of_2(tokens))
+    return {"K": columns, "T": tokens, "R": rows, "C": width, "num_warps": max(1, min(tiling.warps, width // 512))}
 
 
 def _check(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:

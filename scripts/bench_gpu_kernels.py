@@ -3,9 +3,10 @@
     python scripts/bench_gpu_kernels.py [--only gemv] [--replays 15] [--tune] [--kinds bf16,int4]
 
 Weights are copied often enough that the L2 cache does not hold them. The read bandwidth is that of a torch sum over
-2 GiB, before and after. A row is printed as soon as it is there; the last line is one JSON object. `--tune` times GEMV
-and the sparse FFN over rows of a program, groups of a thread and warps, and prints the fastest; kernels are compiled
-beforehand by several processes. Exits with 2 where there is no GPU, with 1 when an answer is wrong or a kernel fails.
+2 GiB, before and after. A row is printed as soon as it is there; the last line is one JSON object. `--tune` times GEMV,
+the sparse FFN and the predictor over rows of a program, groups of a thread and warps, and prints the fastest; kernels
+are compiled beforehand by several processes. Exits with 2 where there is no GPU, with 1 when an answer is wrong or a
+kernel fails.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gpu_kernel_cases import (
     D,
     all_cases,
     gemv_case,
+    predict_case,
     random_matrix,
     random_values,
     sparse_ffn_case,
@@ -37,6 +39,8 @@ from gpu_kernel_cases import (
 from triton.errors import TritonError
 
 from gpu_kernels.gemv import Tiling, gemv
+from gpu_kernels.low_rank import TILING as PREDICTOR
+from gpu_kernels.low_rank import PredictorTiling
 from gpu_kernels.matrix import KINDS
 from gpu_kernels.sparse_ffn import TILINGS, FFNTiling, FFNView, down_parts, sparse_ffn
 from hybrid.console import percent
@@ -45,6 +49,7 @@ from hybrid.measurements import origin
 WRONG = 1e-4  # relative error from which an answer is wrong
 PROBE_BYTES = 2 * 2**30
 CALLS = 32  # at least so many calls in a graph
+AnyTiling = Tiling | FFNTiling | PredictorTiling
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,21 @@ def ffn_tilings(kind: str) -> Iterator[FFNTiling]:
             yield replace(chosen, depth=depth, columns=columns, warps=warps)
 
 
-def compile_one(kind: str, tiling: Tiling | FFNTiling) -> None:
+def predictor_tilings() -> Iterator[PredictorTiling]:
+    """Other ways to read fc1, then other ways to read fc2."""
+    for rows, groups, warps in itertools.product((1, 2, 4), (1, 2), (2, 4, 8)):
+        yield replace(PREDICTOR, hidden=Tiling(rows, groups, warps))
+    for rows, groups, warps in itertools.product((2, 4, 8, 16), (1, 2), (1, 2)):
+        yield replace(PREDICTOR, firing=Tiling(rows, groups, warps))
+
+
+def compile_one(kind: str, tiling: AnyTiling) -> None:
     """Run a kernel on a few rows, which leaves it in Triton's cache on disk."""
     one, x = random_matrix(kind, 64, D), random_values(1, D)
     try:
-        if isinstance(tiling, Tiling):
+        if isinstance(tiling, PredictorTiling):
+            predict_case(tiling=tiling).calls[0]()
+        elif isinstance(tiling, Tiling):
             gemv(one, x, None, random_values(1, 64), tiling=tiling)
         else:
             ids, count = (
@@ -164,7 +179,7 @@ def compile_one(kind: str, tiling: Tiling | FFNTiling) -> None:
         return  # it will fail again, and be reported, where it is timed
 
 
-def compile_all(jobs: list[tuple[str, Tiling | FFNTiling]]) -> None:
+def compile_all(jobs: Sequence[tuple[str, AnyTiling]]) -> None:
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
     click.echo(f"compiling {len(jobs)} kernels in {workers} processes", err=True)
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -172,13 +187,13 @@ def compile_all(jobs: list[tuple[str, Tiling | FFNTiling]]) -> None:
 
 
 def tune_one(
-    label: str, make: Callable[[Tiling | FFNTiling], Case], tilings: Sequence[Tiling | FFNTiling], bandwidth: float
+    label: str, make: Callable[..., Case], tilings: Sequence[AnyTiling], bandwidth: float
 ) -> dict[str, object]:
     """Print and return the fastest tilings of one case that give the right answer."""
     found = []
     for tiling in tilings:
         try:
-            timing = time_case(replace(make(tiling), torch=[]), bandwidth, 5)
+            timing = time_case(replace(make(tiling=tiling), torch=[]), bandwidth, 5)
         except (RuntimeError, ValueError, TritonError) as error:
             click.echo(f"{label} {tiling} failed: {str(error).strip().splitlines()[-1][:200]}")
             continue
@@ -193,20 +208,24 @@ def tune_one(
     return {"case": label, "fastest": [(round(time, 3), asdict(tiling)) for time, tiling, _ in found[:6]]}
 
 
-def tune(kinds: Sequence[str], bandwidth: float) -> list[dict[str, object]]:
-    """GEMV on three shapes and the sparse FFN on two, for each kind."""
-    jobs: list[tuple[str, Tiling | FFNTiling]] = []
-    for kind in kinds:
-        jobs += [(kind, tiling) for tiling in (*gemv_tilings(), *ffn_tilings(kind))]
-    compile_all(jobs)
-    results = []
+def searches(kinds: Sequence[str]) -> Iterator[tuple[str, str, Callable[..., Case], list[AnyTiling]]]:
+    """Name, kind of weights, maker of the case and tilings: the predictor, and of each kind GEMV and the sparse FFN."""
+    yield "predict", "int8", predict_case, list(predictor_tilings())
     for kind in kinds:
         for name, (n, d) in GEMV_SHAPES.items():
-            make = partial(gemv_case, kind, name, n, d, 1)
-            results.append(tune_one(f"gemv {kind} {name}", make, list(gemv_tilings()), bandwidth))
+            yield f"gemv {kind} {name}", kind, partial(gemv_case, kind, name, n, d), list(gemv_tilings())
         for hot, active in ((4000, 640), (FF, 1100)):
-            make = partial(sparse_ffn_case, kind, hot, active, 1, False)
-            results.append(tune_one(f"sparse_ffn {kind} {active} of {hot}", make, list(ffn_tilings(kind)), bandwidth))
+            make = partial(sparse_ffn_case, kind, hot, active)
+            yield f"sparse_ffn {kind} {active} of {hot}", kind, make, list(ffn_tilings(kind))
+
+
+def tune(kinds: Sequence[str], only: str, bandwidth: float) -> list[dict[str, object]]:
+    """Results of the searches whose name contains `only`."""
+    chosen = [search for search in searches(kinds) if only in search[0]]
+    compile_all(list(dict.fromkeys((kind, tiling) for _, kind, _, tilings in chosen for tiling in tilings)))
+    results = []
+    for label, _, make, tilings in chosen:
+        results.append(tune_one(label, make, tilings, bandwidth))
         torch.cuda.empty_cache()
     return results
 
@@ -214,7 +233,7 @@ def tune(kinds: Sequence[str], bandwidth: float) -> list[dict[str, object]]:
 @click.command(help="Time every GPU kernel against the read bandwidth, torch and its reference.")
 @click.option("--only", default="", help="Kernels whose name contains this, such as 'gemv bf16'.")
 @click.option("--replays", type=click.IntRange(3), default=15, show_default=True)
-@click.option("--tune", "tuning", is_flag=True, help="Try tilings of GEMV and the sparse FFN instead.")
+@click.option("--tune", "tuning", is_flag=True, help="Try tilings of GEMV, the sparse FFN and the predictor.")
 @click.option("--kinds", default="bf16,int8,int4", show_default=True, help="Kinds of weights that --tune tries.")
 def main(only: str, replays: int, tuning: bool, kinds: str) -> None:
     """Command line of this script."""
@@ -233,7 +252,7 @@ def main(only: str, replays: int, tuning: bool, kinds: str) -> None:
     result: dict[str, object] = origin() | {"gpu": torch.cuda.get_device_name(), "read_bandwidth": before}
     failed = False
     if tuning:
-        result["tilings"] = tune(kinds.split(","), before)
+        result["tilings"] = tune(kinds.split(","), only, before)
     else:
         timings, failures = time_all(only, before, replays)
         failed = bool(failures) or any(timing.wrong for timing in timings)

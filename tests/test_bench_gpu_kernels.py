@@ -34,3 +34,9 @@ def test_tilings_fit_registers_and_are_distinct(script):
     tilings = list(script.gemv_tilings())
     assert len(set(tilings)) == len(tilings) > 20
     assert all(len(set(script.ffn_tilings(kind))) > 20 for kind in ("bf16", "int4"))
+    assert len(set(script.predictor_tilings())) > 20
+
+
+def test_searches_have_names_of_their_own(script):
+    names = [name for name, *_ in script.searches(["bf16", "int4"])]
+    assert len(set(names)) == len(names) == 11

@@ -7,7 +7,8 @@ from gpu_cases import DEVICE, assert_close, random_input
 
 from cpu_kernels import low_rank as on_cpu
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels.low_rank import PredictorView, predict, predict_ref
+from gpu_kernels.gemv import Tiling
+from gpu_kernels.low_rank import PredictorTiling, PredictorView, predict, predict_ref
 from gpu_kernels.matrix import padded
 
 
@@ -35,8 +36,10 @@ def _clear_threshold(view: PredictorView, x: torch.Tensor) -> float:
     return float(middle[at : at + 2].mean())
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize(("d", "r", "f"), [(1, 1, 1), (129, 17, 300), (300, 130, 129)])
+@pytest.mark.parametrize(
+    ("tokens", "d", "r", "f"),
+    [(1, 1, 1, 1), (1, 129, 17, 300), (1, 300, 130, 129), (8, 1, 1, 1), (8, 129, 17, 31), (3, 300, 33, 17)],
+)
 def test_equals_reference(tokens, d, r, f):
     parts, x = _parts(d, r, f), random_input(tokens, d)
     threshold = _clear_threshold(PredictorView.of(*parts, 0.0, DEVICE), x)
@@ -48,6 +51,27 @@ def test_equals_reference(tokens, d, r, f):
     assert_close(hidden, expected_hidden)
     assert torch.equal(masks, expected)
     assert f == 1 or 0 < int((masks & 1).sum()) < f
+
+
+def test_every_code_is_exact():
+    """One column at a time, with all codes of -128 to 127 at each place of a word."""
+    codes = torch.arange(-128, 128).to(torch.int8)[:, None].repeat(1, 4)
+    ones, one = torch.ones(256), torch.ones(1)
+    view = PredictorView.of(codes, ones, ones * 128, torch.zeros(1, 256, dtype=torch.int8), one, one, 0.0, DEVICE)
+    hidden, masks = _outputs(view, 4)
+    predict(view, torch.eye(4, device=DEVICE), hidden, masks, PredictorTiling(Tiling(16, 1, 1), Tiling(1, 1, 1)))
+    assert hidden.tolist() == [list(range(256))] * 4
+
+
+@pytest.mark.parametrize("tiling", [Tiling(1, 1, 1), Tiling(4, 2, 4)])
+def test_other_tilings(tiling):
+    parts, x = _parts(260, 20, 40), random_input(2, 260)
+    view = PredictorView.of(*parts, _clear_threshold(PredictorView.of(*parts, 0.0, DEVICE), x), DEVICE)
+    found, expected = _outputs(view, 2), _outputs(view, 2)
+    predict(view, x, *found, PredictorTiling(tiling, tiling))
+    predict_ref(view, x, *expected)
+    assert_close(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_more_columns_than_a_tile():
@@ -79,12 +103,12 @@ def test_a_score_at_the_threshold_fires():
 
 
 def test_agrees_with_the_cpu():
-    parts, x = _parts(256, 64, 300), random_input(1, 256)
+    parts, x = _parts(256, 40, 100), random_input(1, 256)
     threshold = _clear_threshold(PredictorView.of(*parts, 0.0, DEVICE), x)
     view = PredictorView.of(*parts, threshold, DEVICE)
     hidden, masks = _outputs(view, 1)
     predict(view, x, hidden, masks)
-    rows = np.empty(300, np.int32)
+    rows = np.empty(100, np.int32)
     count = on_cpu.predict_rows(on_cpu.PredictorView.of(*parts, threshold), x[0].cpu().numpy(), rows, WorkerPool(1))
     assert rows[:count].tolist() == masks.nonzero()[:, 0].tolist()
 
