@@ -35,6 +35,11 @@ def free_bytes(gpu: torch.device) -> int:
     return max(0, free - RESERVE_BYTES)
 
 
+def taken_bytes(gpu: torch.device, free_before: int) -> int:
+    """Bytes of `gpu` taken since `free_before` of them were free; other programs' too, where one runs beside."""
+    return free_before - torch.cuda.mem_get_info(gpu)[0]
+
+
 def placement_for(
     bundle: Bundle,
     folder: ModelFolder,
