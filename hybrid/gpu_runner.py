@@ -22,7 +22,10 @@ FEW_TOKENS = 8
 
 
 class GpuRunner:
-    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways."""
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
+
+    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
+    """
 
     chunk = PREFILL_CHUNK
 
@@ -41,6 +44,7 @@ class GpuRunner:
         self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
         self._cold = ColdPrefill(hardware, model.spec)
+        self.streams: bool | None = None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         counting = DeviceArena(device)
@@ -54,6 +58,8 @@ class GpuRunner:
         return step, GpuPrefill(*given, self._streams, step.rotation)
 
     def _streams(self, tokens: int, layer: int) -> bool:
+        if self.streams is not None:
+            return self.streams
         hot = int(self._placement.hot[layer])
         return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
 
@@ -73,6 +79,10 @@ class GpuRunner:
     def decode(self, token: int) -> torch.Tensor:
         torch.set_num_threads(1)
         return self.step.run(token, self._runtime.strategy)
+
+    def greedy(self, token: int) -> int:
+        torch.set_num_threads(1)
+        return self.step.greedy(token, self._runtime.strategy)
 
     def rest(self) -> None:
         self.step.rest()
