@@ -212,8 +212,8 @@ class Engine:
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
         seen, first = list(tokens), 0.0
+        token = sampler.pick(logits, seen)
         for count in range(1, settings.max_new_tokens + 1):
-            token = sampler.pick(logits, seen)
             seen.append(token)
             now = perf_counter()
             first = first or now
@@ -229,8 +229,16 @@ class Engine:
                 return
             if self._answer != answer:
                 raise InputError("this answer was ended by another call of the engine; take one answer at a time")
-            logits = self.runner.decode(token)
-            self._cached_tokens.append(token)
+            token = self._next(sampler, seen)
+
+    def _next(self, sampler: Sampler, seen: list[int]) -> int:
+        """The token after those `seen`, of which the last joins the KV cache."""
+        if sampler.takes_largest:
+            following = self.runner.greedy(seen[-1])
+        else:
+            following = sampler.pick(self.runner.decode(seen[-1]), seen)
+        self._cached_tokens.append(seen[-1])
+        return following
 
     def _finish(
         self, text: AnswerText, token: int, seen: list[int], count: int, settings: SamplingSettings

@@ -12,7 +12,7 @@ request of its own. Without a GPU, as in tests, the same kernels run one after a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -27,6 +27,7 @@ from gpu_kernels.low_rank import predict
 from gpu_kernels.mailbox import State, ask, post, receive, send
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
+from gpu_kernels.sampling import blocks_of, greedy
 from gpu_kernels.sparse_ffn import down_parts, sparse_ffn
 from hybrid.arena import DeviceArena
 from hybrid.cold_workers import ColdWorkers
@@ -35,6 +36,7 @@ from hybrid.ffn import FFNRuntime, Strategy
 from hybrid.gpu_weights import GpuLayer, GpuWeights
 from hybrid.kv_cache import KVCache
 from hybrid.model import OPT_POSITION_OFFSET, Transformer
+from hybrid.sampling import most_likely, not_numbers
 from placement.placement import Placement
 
 BATCHES = (8, 4, 2, 1)
@@ -60,6 +62,9 @@ class _Buffers:
     hidden: torch.Tensor
     parts: torch.Tensor
     logits: torch.Tensor
+    best: torch.Tensor
+    best_ids: torch.Tensor
+    token: torch.Tensor
     positions: torch.Tensor
     table: torch.Tensor
     cos: torch.Tensor | None
@@ -101,6 +106,9 @@ class _Buffers:
             hidden=floats(MAX_BATCH * most_hot),
             parts=floats(down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
             logits=floats(MAX_BATCH, spec.vocab_size),
+            best=floats(1, blocks_of(spec.vocab_size)),
+            best_ids=arena.zeros(part, (1, blocks_of(spec.vocab_size)), torch.int32),
+            token=arena.zeros(part, (1,), torch.int32),
             positions=arena.zeros(part, (MAX_BATCH,), torch.int32),
             table=arena.put(part, torch.from_numpy(cache.table)),
             cos=angles[0],
@@ -130,6 +138,7 @@ class GpuStep:
         self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
         self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
         self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=pinned)
+        self._token = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
         self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
 
     @property
@@ -140,6 +149,18 @@ class GpuStep:
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] f32 after `token`, which joins the KV cache; a buffer that the next call overwrites."""
         return self._tokens((token,), strategy)[0]
+
+    def greedy(self, token: int, strategy: Strategy) -> int:
+        """The id of the largest logit after `token`, found on the GPU where the head is there.
+
+        Raises `RuntimeError` for logits that are not numbers.
+        """
+        if self.weights.head is None:
+            return most_likely(self.run(token, strategy))
+        self._step_over((token,), strategy, self._take_token)
+        if int(self._token) < 0:
+            raise not_numbers()
+        return int(self._token)
 
     def few(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] after some tokens, which go through in batches of up to 8."""
@@ -155,6 +176,8 @@ class GpuStep:
         self._step.load_kernels()
         if self._native:
             self._capture(strategy, 1)
+        if self.weights.head is not None:
+            self._take_token(1)
         self.rest()
 
     def rest(self) -> None:
@@ -163,6 +186,11 @@ class GpuStep:
 
     def _tokens(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits [t, vocab] of t tokens, of which a head on the CPU computes the last only."""
+        self._step_over(tokens, strategy, self._take_logits)
+        return self._logits[: len(tokens)]
+
+    def _step_over(self, tokens: Sequence[int], strategy: Strategy, take: Callable[[int], None]) -> None:
+        """The step for t tokens; `take` of t, queued while it runs, copies what is asked of its logits to the host."""
         count, start = len(tokens), self._cache.length
         if self._native and (strategy, count) not in self._graphs:
             self._capture(strategy, count)
@@ -173,13 +201,24 @@ class GpuStep:
         self._embed(tokens, start)
         if self._native:
             self._graphs[strategy, count].replay()
-            torch.cuda.current_stream().synchronize()
         else:
             self._launch(strategy, count)
+        take(count)
+        if self._native:
+            torch.cuda.current_stream().synchronize()
         self._check()
         self._count(strategy, perf_counter() - begun, count)
         self._cache.advance(count)
-        return self._logits[:count]
+
+    def _take_logits(self, count: int) -> None:
+        if self.weights.head is not None:
+            self._logits[:count].copy_(self._buffers.logits[:count], non_blocking=True)
+
+    def _take_token(self, count: int) -> None:
+        """The most likely token after the one token of a step: 4 bytes to the host in place of all logits."""
+        b = self._buffers
+        greedy(b.logits[:1], b.best, b.best_ids, b.token)
+        self._token.copy_(b.token, non_blocking=True)
 
     def _embed(self, tokens: Sequence[int], start: int) -> None:
         ids = np.array(tokens)
@@ -275,11 +314,10 @@ class GpuStep:
         )  # fmt: skip
 
     def _head(self, x: torch.Tensor, normed: torch.Tensor, positions: torch.Tensor, eps: float) -> None:
-        """Logits of the final norm's output to the host."""
+        """Logits of the final norm's output; a head on the CPU leaves them there."""
         b, count, norm = self._buffers, x.shape[0], self.weights.norms[-1]
         if self.weights.head is not None:
             gemv(self.weights.head, normed, None, b.logits[:count])
-            self._logits[:count].copy_(b.logits[:count], non_blocking=True)
             return
         box, ends = self._workers.mailbox, len(self.weights.layers)
         ask(Op.HEAD, ends, x, box, positions, count)

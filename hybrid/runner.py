@@ -11,6 +11,7 @@ from hybrid.decode import DecodeStep
 from hybrid.ffn import FFNRuntime, Strategy
 from hybrid.kv_cache import KVCache
 from hybrid.model import Transformer
+from hybrid.sampling import most_likely
 
 
 class Runner(Protocol):
@@ -29,6 +30,12 @@ class Runner(Protocol):
 
     def decode(self, token: int) -> torch.Tensor:
         """Logits after one more token of an answer, by the runtime's strategy."""
+
+    def greedy(self, token: int) -> int:
+        """The id of the largest logit after one more token, the lowest among equals, by the runtime's strategy.
+
+        Raises `RuntimeError` for logits that are not numbers.
+        """
 
     def rest(self) -> None:
         """Nothing will come for a while: use no CPU until it does."""
@@ -67,6 +74,9 @@ class CpuRunner:
 
     def decode(self, token: int) -> torch.Tensor:
         return self._run(token, self._runtime.strategy)
+
+    def greedy(self, token: int) -> int:
+        return most_likely(self.decode(token))
 
     def rest(self) -> None:
         """Its threads sleep between tokens."""

@@ -33,6 +33,11 @@ class Sampler:
         else:
             self._generator.manual_seed(settings.seed)
 
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is that of the largest logit, whatever was seen: `most_likely`."""
+        return self._settings.greedy and self._settings.repetition_penalty == 1
+
     def pick(self, logits: torch.Tensor, seen: Sequence[int]) -> int:
         """The next token for `logits` [vocab] f32; `seen` are prompt and answer so far, for the repetition penalty.
 
@@ -40,7 +45,7 @@ class Sampler:
         """
         settings = self._settings
         if not np.isfinite(logits.numpy().max()):
-            raise RuntimeError("the model's logits are not numbers; its weights may be damaged")
+            raise not_numbers()
         if settings.repetition_penalty != 1 and seen:
             logits = _penalise(logits, seen, settings.repetition_penalty)
         if settings.greedy:
@@ -53,6 +58,18 @@ class Sampler:
         cumulative = probabilities.double().cumsum(0)
         point = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulative[-1]
         return min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)
+
+
+def most_likely(logits: torch.Tensor) -> int:
+    """The id of the largest of logits f32 [vocab], the lowest among equals. Raises `RuntimeError` as `pick` does."""
+    if not np.isfinite(logits.numpy().max()):
+        raise not_numbers()
+    return int(np.argmax(logits.numpy()))
+
+
+def not_numbers() -> RuntimeError:
+    """What is raised for logits of which one is NaN, or the largest infinite."""
+    return RuntimeError("the model's logits are not numbers; its weights may be damaged")
 
 
 def candidates(logits: torch.Tensor, settings: SamplingSettings, pool: WorkerPool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.generation import SamplingSettings
-from hybrid.sampling import Sampler, candidates
+from hybrid.sampling import Sampler, candidates, most_likely
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 CASES = [
@@ -101,6 +101,31 @@ def test_repetition_penalty_matches_transformers():
 def test_greedy_takes_the_largest_whatever_the_seed():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
     assert Sampler(SamplingSettings(temperature=0, seed=1)).pick(logits, []) == logits.argmax()
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_most_likely_refuses_logits_that_are_not_numbers(bad):
+    logits = torch.zeros(9)
+    logits[4] = bad
+    with pytest.raises(RuntimeError, match="logits are not numbers"):
+        most_likely(logits)
+    with pytest.raises(RuntimeError, match="logits are not numbers"):
+        most_likely(torch.full((9,), -math.inf))
+
+
+def test_most_likely_is_the_lowest_of_equals():
+    logits = torch.zeros(300)
+    logits[[290, 7, 80]] = 2.0
+    logits[5] = -math.inf
+    assert most_likely(logits) == 7 == Sampler(SamplingSettings(temperature=0)).pick(logits, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({"temperature": 0}, True), ({"temperature": 0.1}, False), ({"temperature": 0, "repetition_penalty": 1.1}, False)],
+)
+def test_what_takes_the_largest_whatever_was_seen(change, expected):
+    assert Sampler(SamplingSettings(**(OFF | change))).takes_largest == expected
 
 
 def draw(seed, count=200):
