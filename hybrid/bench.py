@@ -17,15 +17,18 @@ import click
 import numpy as np
 
 from cpu_kernels.bandwidth import BUFFER_BYTES, BandwidthProbe
+from hybrid.bench_devices import GpuFacts, PrefillWays, gpu_facts, gpu_result, gpu_runner
 from hybrid.bench_report import BenchResult, csv_rows, json_line, report
-from hybrid.bundle import EMBEDDED_MODEL
+from hybrid.bundle import EMBEDDED_MODEL, Bundle
+from hybrid.ceiling import bytes_per_token
 from hybrid.console import progress
+from hybrid.devices import gpu_of
 from hybrid.engine import Engine, EngineConfig
 from hybrid.errors import ContextError, InputError
 from hybrid.ffn import STRATEGIES, FFNCounters, Strategy
 from hybrid.generation import SamplingSettings
+from hybrid.loader import ModelFolder
 from hybrid.measurements import append_csv, origin
-from hybrid.model import Transformer
 from hybrid.peers import GreedyRun, LlamaCpp
 from placement.plan import parse_size
 
@@ -75,15 +78,22 @@ class Bench:
         config: BenchConfig,
         peer: LlamaCpp | None = None,
         probe_bytes: int = BUFFER_BYTES,
+        gpu: GpuFacts | None = None,
     ) -> None:
-        """Takes over the engine: its end tokens are dropped. Raises `ContextError` where the runs do not fit."""
+        """Takes over the engine: its end tokens are dropped. `gpu` is for one on two devices, which needs it.
+
+        Raises `ContextError` where the runs do not fit.
+        """
         spec = engine.model.spec
         if config.context > engine.context:
             raise ContextError(
                 f"{config.prompt_tokens} + {config.tokens} tokens exceed a context of {engine.context}; ask for fewer"
             )
+        if gpu is None and gpu_runner(engine) is not None:
+            raise ValueError("an engine that uses a GPU is measured with what is known of the GPU; give `gpu`")
         engine.end_tokens = frozenset()
         self._engine, self._config, self._peer = engine, config, peer
+        self._gpu = None if gpu_runner(engine) is None else gpu
         every = STRATEGIES if spec.fires_sparsely else ("dense",)
         self.strategies = cast("tuple[Strategy, ...]", config.strategies or every)
         prompt = np.random.default_rng(config.seed).integers(0, spec.vocab_size, config.prompt_tokens)
@@ -99,8 +109,11 @@ class Bench:
         """Warm up, then measure all in turn; `advance` is called with 1 after each run."""
         result = BenchResult({strategy: [] for strategy in self.strategies}, {})
         counters = {strategy: FFNCounters() for strategy in self.strategies}
+        prefill = dict[str, PrefillWays]()
         for strategy in self.strategies:
+            before = PrefillWays.so_far(self._engine)
             self.ours(strategy, min(_WARM_UP_TOKENS, self._config.tokens))
+            prefill[strategy] = PrefillWays.so_far(self._engine).since(before)
         if self._peer is not None:
             self._peer.generate(self._prompt, min(_WARM_UP_TOKENS, self._config.tokens))
         for _ in range(self._config.runs):
@@ -113,11 +126,22 @@ class Bench:
             if self._peer is not None:
                 result.peer_runs.append(self._peer.generate(self._prompt, self._config.tokens))
                 advance(1)
+        self._explain(result, counters, prefill)
+        return result
+
+    def _explain(
+        self, result: BenchResult, counters: dict[Strategy, FFNCounters], prefill: dict[str, PrefillWays]
+    ) -> None:
+        """Add to the runs what they are held against."""
         position = self._config.prompt_tokens + self._config.tokens / 2
+        if self._gpu is not None:
+            result.gpu = gpu_result(self._engine, self._gpu, counters, prefill, position)
         for strategy, total in counters.items():
             result.counters[strategy] = total
-            result.bytes[strategy] = bytes_per_token(self._engine.model, strategy, total, position)
-        return result
+            if result.gpu is None:
+                result.bytes[strategy] = bytes_per_token(self._engine.model, strategy, total, position)
+            else:
+                result.bytes[strategy] = result.gpu.steps[strategy].parts
 
     def ours(self, strategy: Strategy, count: int) -> GreedyRun:
         """One run of the engine from an empty cache; its counters stay in the engine's runtime."""
@@ -135,32 +159,6 @@ def _add(total: FFNCounters, more: FFNCounters) -> None:
         setattr(total, each.name, getattr(total, each.name) + getattr(more, each.name))
 
 
-def bytes_per_token(model: Transformer, strategy: Strategy, counters: FFNCounters, position: float) -> dict[str, int]:
-    """Bytes that a decode step must read with `position` tokens in the KV cache, by part, at the shares in `counters`.
-
-    Matrices outside the FFN once, a row of the embedding, norms, keys and values in f32; biases are left out as small.
-    FFN: dense reads all; exact the first matrix (gate, or up where there is none) of every neuron and the rest of those
-    that fire; learned the first matrix of those predicted, and the rest of those of them that fire.
-    """
-    spec, blocks = model.spec, model.blocks
-    fired = counters.fired / max(1, counters.neurons)
-    predicted = counters.computed / max(1, counters.neurons)
-    shares = {"dense": (1.0, 1.0), "exact": (1.0, fired), "learned": (predicted, fired)}
-    first, rest = shares[strategy]
-    rows = spec.n_layers * spec.d_ff * model.ffns[0].up.row_bytes
-    norms = (2 * spec.n_layers + 1) * spec.d_model * (1 if spec.norm == "rms" else 2)
-    lengths = [min(position, block.attention.window or position) for block in blocks]
-    predictors = [ffn.predictor.nbytes for ffn in model.ffns if ffn.predictor is not None]
-    return {
-        "attention": sum(block.attention.qkv.matrix.nbytes + block.attention.out.matrix.nbytes for block in blocks),
-        "keys and values": sum(spec.kv_bytes_per_layer(round(length)) for length in lengths),
-        "predictor": sum(predictors) if strategy == "learned" else 0,
-        "FFN": round(rows * (first + (spec.rows_per_neuron - 1) * rest)),
-        "head": model.head.matrix.nbytes,
-        "norms, embedding": 4 * norms + model.embedding.row_bytes,
-    }
-
-
 def bench(model: Path | None, options: Mapping[str, Any]) -> None:
     """The command: run, print ceiling, speeds and times, then one JSON line; add rows to the CSV where asked."""
     config = BenchConfig(
@@ -169,28 +167,47 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
     )
     if (options["peer"] is None) != (options["peer_model"] is None):
         raise InputError("--peer and --peer-model go together; give both or neither")
-    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
-    settings = EngineConfig(
-        config.engine_sparsity, threads=options["threads"], bundle=options["bundle"], vram_budget=budget
-    )
+    settings = engine_settings(config.engine_sparsity, options)
+    path = model or EMBEDDED_MODEL
+    gpu = facts_of(path, settings)
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine.load(model or EMBEDDED_MODEL, settings))
+        engine = stack.enter_context(Engine.load(path, settings))
         spec, threads = engine.model.spec, engine.runtime.pool.threads
         peer = None
         if options["peer_model"] is not None:
             peer = stack.enter_context(closing(LlamaCpp(options["peer_model"], threads, config.context)))
             peer.refuse_other_shape(spec)
-        runner = Bench(engine, config, peer)
+        runner = Bench(engine, config, peer, gpu=gpu)
         with progress("bench", runner.turns, "run") as advance:
             result = runner.run(advance)
-    setting = origin() | {
-        "model": model.absolute().name if model else "embedded",
-        "dtype": spec.dtype,
-        "threads": threads,
-        "prompt_tokens": config.prompt_tokens,
-        "tokens": config.tokens,
-    }
+        setting = setting_of(model, engine, config)
     click.echo(report(result, setting, same_text=spec.activation == "silu"))
     if options["csv"]:
         append_csv(options["csv"], csv_rows(result, setting))
     click.echo(json_line(result, setting))
+
+
+def engine_settings(sparsity: str, options: Mapping[str, Any]) -> EngineConfig:
+    """How the command's options ask to load an engine."""
+    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
+    return EngineConfig(sparsity, options["context"], options["threads"], options["bundle"], budget)
+
+
+def facts_of(model: Path, settings: EngineConfig) -> GpuFacts | None:
+    """What is known of the GPU before an engine is loaded; None where none is to be used."""
+    gpu = gpu_of(settings.vram_budget)
+    if gpu is None:
+        return None
+    folder = ModelFolder.open(model)
+    return gpu_facts(gpu, Bundle.of(folder.path, folder.spec, settings.bundle), folder.spec, settings.vram_budget)
+
+
+def setting_of(model: Path | None, engine: Engine, config: BenchConfig) -> dict[str, Any]:
+    """The columns that begin every row."""
+    return origin() | {
+        "model": model.absolute().name if model else "embedded",
+        "dtype": engine.model.spec.dtype,
+        "threads": engine.runtime.pool.threads,
+        "prompt_tokens": config.prompt_tokens,
+        "tokens": config.tokens,
+    }

@@ -10,8 +10,9 @@ import pytest
 from model_cases import CASES, SHAPE, make_model
 
 from hybrid import Engine, EngineConfig
-from hybrid.bench import Bench, BenchConfig, bytes_per_token
+from hybrid.bench import Bench, BenchConfig
 from hybrid.bench_report import PEER, BenchResult, Summary, csv_rows, json_line, report
+from hybrid.ceiling import bytes_per_token
 from hybrid.cli import main
 from hybrid.errors import ContextError, InputError
 from hybrid.ffn import FFNCounters
