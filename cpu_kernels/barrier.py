@@ -99,6 +99,12 @@ def is_aborted(state):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def leave(state):  # type: ignore[no-untyped-def]
+    """`abort` from inside a kernel: the calling worker will not come to the barrier again."""
+    store_release(state, _ABORTED, 1)
+
+
+@kernel
 def wait(state, workers):  # type: ignore[no-untyped-def]
     """Wait until all `workers` have called this; what they wrote before is then seen by all. False once aborted."""
     if load_acquire(state, _ABORTED) != 0:

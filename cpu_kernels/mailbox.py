@@ -102,7 +102,7 @@ def new_batch_own(shape: Shape) -> BatchOwn:
 
 
 def stop(box: Box) -> None:
-    """Send the workers home; they may be in the middle of a request."""
+    """Send the workers home; a request that they are at may stay unanswered."""
     box.flags[Flag.STOP] = 1
 
 
@@ -215,3 +215,4 @@ def serve(  # type: ignore[no-untyped-def]
         if fetch_add(box.flags, Flag.ARRIVED, 1) == workers - 1:
             store_release(box.flags, Flag.ARRIVED, 0)
             store_release(box.flags, Flag.DONE, number)
+    barrier.leave(state)  # another may have seen a request that came with the stop, and would wait for this one
