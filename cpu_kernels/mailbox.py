@@ -141,7 +141,7 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # typ
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
     hidden = batch.hidden[: tokens * n].reshape(tokens, n)
-    masks = batch.ones[:n] if count < 0 else box.masks[:n]
+    masks = batch.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
     code = shape.activation
     given = False
     gate_and_up(state, workers, weights, ids, n, masks, own.inputs, code, skip, given, hidden, own.places, own.down[1])

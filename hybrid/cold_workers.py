@@ -85,12 +85,13 @@ class ColdWorkers:
 
     def stop(self) -> None:
         """Send the workers to sleep and wait until they are; a second call does nothing."""
-        thread, self._thread = self._thread, None
-        if thread is None:
+        self._strategy = None  # if Ctrl-C ends the wait below, `start` must not take them for ready, but wait again
+        if self._thread is None:
             return
         stop(self._box)
-        while thread.is_alive():  # in steps, so that Ctrl-C is heard
-            thread.join(_WAIT_SECONDS)
+        while self._thread.is_alive():  # in steps, so that Ctrl-C is heard
+            self._thread.join(_WAIT_SECONDS)
+        self._thread = None
 
     def check(self) -> None:
         """Raise what a worker raised."""
