@@ -19,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 Blocks = Literal["int8", "int4"]
 
@@ -32,6 +33,7 @@ ARRAY_TYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
 _TRIED = {"int8": np.array([1.0], np.float32), "int4": np.linspace(0.76, 1.12, 13, dtype=np.float32)}
 
 
+@register_jitable
 def padded(d: int) -> int:
     """Codes of a row of `d` weights."""
     return -(-d // GROUP) * GROUP

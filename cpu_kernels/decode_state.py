@@ -1,4 +1,7 @@
-"""What the compiled decode step works on: columns of its table of addresses, sizes, and its buffers."""
+"""What the compiled decode step works on: columns of its table of addresses, sizes, and its buffers.
+
+A step is given its buffers as `address_table`s and makes its tuples of them itself: see `addresses.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cpu_kernels.addresses import reader_of
+from cpu_kernels.compiled import kernel
 from cpu_kernels.ffn_phases import DownScratch, new_down_scratch, sum_parts
 from cpu_kernels.lanes import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
@@ -57,6 +62,12 @@ class Shape(NamedTuple):
     layer_norm: int
     activation: int
     strategy: int
+
+
+class Number(IntEnum):
+    """Entries of a step's numbers, int64, that follow the `Shape`; EPS: the bits of an f64."""
+
+    EPS, TOKEN, POSITION = 11, 12, 13
 
 
 class Shared(NamedTuple):
@@ -128,3 +139,20 @@ def new_own(shape: Shape, rank: int) -> Own:
         places=np.zeros(shape.f, np.int32),
         down=new_down_scratch(shape.d, shape.f, 1),
     )
+
+
+def new_numbers(shape: Shape, eps: float) -> np.ndarray:
+    """A step's numbers, int64, with token and position 0."""
+    return np.array([*shape, np.float64(eps).view(np.int64), 0, 0], np.int64)
+
+
+@kernel
+def shape_of(numbers):  # type: ignore[no-untyped-def]
+    n = numbers
+    return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10])
+
+
+_SMALL = Shape(*[1] * len(Shape._fields))
+# Of the address table of (rotation, blocks, buffers of all workers), and of that of one worker's buffers.
+read_shared = reader_of(((np.zeros((1, 1), np.float32),) * 2, np.zeros(1, np.int32), new_shared(_SMALL, 1, 1)))
+read_own = reader_of(new_own(_SMALL, 1))

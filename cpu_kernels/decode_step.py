@@ -28,9 +28,23 @@ from numba.extending import intrinsic
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
+from cpu_kernels.addresses import floats, pointer
 from cpu_kernels.attention import attend_heads
+from cpu_kernels.blocks import GROUP, padded
 from cpu_kernels.compiled import kernel
-from cpu_kernels.decode_state import DENSE, EXACT, LEARNED, Column, Count, Ends, Phase
+from cpu_kernels.decode_state import (
+    DENSE,
+    EXACT,
+    LEARNED,
+    Column,
+    Count,
+    Ends,
+    Number,
+    Phase,
+    read_own,
+    read_shared,
+    shape_of,
+)
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
 from cpu_kernels.lanes import one_input, prepare, round_input
@@ -38,14 +52,6 @@ from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidde
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_sum import finish, sum_rows
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
 
 
 @intrinsic
@@ -60,23 +66,20 @@ def _tick(typing_context: Any) -> Any:
 
 
 @kernel
-def floats(address, n):  # type: ignore[no-untyped-def]
-    """The f32 vector of n elements at `address`, or an empty one for address 0."""
-    return carray(_pointer(address), (n if address else 0,), np.float32)
-
-
-@kernel
 def row_bytes(like, columns):  # type: ignore[no-untyped-def]
-    """Bytes of a row; `like` has one row of 128 columns, as long as 128 columns are."""
-    return like.shape[1] * like.itemsize * ((columns + 127) // 128) if like.itemsize == 1 else columns * like.itemsize
+    """Bytes of a row; in blocks it is made of groups of columns, and `like` has the size of one."""
+    return like.shape[1] * (padded(columns) // GROUP) if like.itemsize == 1 else columns * like.itemsize
 
 
 @kernel
-def _normed(x, weight, bias, eps, layer_norm, out):  # type: ignore[no-untyped-def]
-    if layer_norm:
-        layer_norm_row(x, weight, bias, eps, out)
+def _normed(like, weight, bias, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+    """own.inputs = norm(x), in the form that rows like `like` are multiplied with; weight, bias: addresses of f32."""
+    d, v = shape.d, one_input(own.inputs, 0)
+    if shape.layer_norm:
+        layer_norm_row(shared.x[0], floats(weight, d), floats(bias, d), eps, v[0])
     else:
-        rms_norm_row(x, weight, eps, out)
+        rms_norm_row(shared.x[0], floats(weight, d), eps, v[0])
+    prepare(like, v, d)
 
 
 @kernel
@@ -104,23 +107,14 @@ def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # ty
 def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
     """x += attention of norm(x)."""
     d, heads, head_dim = shape.d, shape.heads, shape.head_dim
-    v = one_input(own.inputs, 0)
-    _normed(
-        shared.x[0],
-        floats(row[Column.ATTENTION_NORM], d),
-        floats(row[Column.ATTENTION_NORM_BIAS], d),
-        eps,
-        shape.layer_norm,
-        v[0],
-    )
-    prepare(like, v, d)
+    _normed(like, row[Column.ATTENTION_NORM], row[Column.ATTENTION_NORM_BIAS], shape, eps, shared, own)
     width = heads * head_dim
     _project(
         state, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv
     )
     if not barrier.wait(state, workers):
         return False
-    cache = carray(_pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
+    cache = carray(pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
     norms = floats(row[Column.Q_NORM], head_dim), floats(row[Column.K_NORM], head_dim), eps
     turn = rotation[0][position], rotation[1][position]
     rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
@@ -161,7 +155,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     round_input(v, d)
     start, stop = r * worker // workers, r * (worker + 1) // workers
     s1, b1 = floats(row[Column.FC1_SCALE], r), floats(row[Column.FC1_BIAS], r)
-    hidden_units(like, row[Column.FC1], (d + 127) // 128 * 128, start, stop, v, d, s1, b1, shared.hidden_units)
+    hidden_units(like, row[Column.FC1], padded(d), start, stop, v, d, s1, b1, shared.hidden_units)
     if not barrier.wait(state, workers):
         return -1
     v = one_input(own.units, 0)
@@ -171,7 +165,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     s2, b2 = floats(row[Column.FC2_SCALE], f), floats(row[Column.FC2_BIAS], f)
     threshold = np.int32(row[Column.THRESHOLD]).view(np.float32)
     shared.counts[worker * COUNT_STRIDE] = firing_rows(
-        like, row[Column.FC2], (r + 127) // 128 * 128, start, stop, v, r, s2, b2, threshold, own.ids
+        like, row[Column.FC2], padded(r), start, stop, v, r, s2, b2, threshold, own.ids
     )
     if not barrier.wait(state, workers):
         return -1
@@ -228,16 +222,7 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
     """x += FFN of norm(x)."""
     d, f, strategy = shape.d, shape.f, shape.strategy
     begun = _tick()
-    v = one_input(own.inputs, 0)
-    _normed(
-        shared.x[0],
-        floats(row[Column.FFN_NORM], d),
-        floats(row[Column.FFN_NORM_BIAS], d),
-        eps,
-        shape.layer_norm,
-        v[0],
-    )
-    prepare(like, v, d)
+    _normed(like, row[Column.FFN_NORM], row[Column.FFN_NORM_BIAS], shape, eps, shared, own)
     biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
@@ -286,16 +271,7 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
 def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """shared.logits of shared.x. False when aborted."""
     d, begun = shape.d, _tick()
-    v = one_input(own.inputs, 0)
-    _normed(
-        shared.x[0],
-        floats(ends[Ends.FINAL_NORM], d),
-        floats(ends[Ends.FINAL_NORM_BIAS], d),
-        eps,
-        shape.layer_norm,
-        v[0],
-    )
-    prepare(like, v, d)
+    _normed(like, ends[Ends.FINAL_NORM], ends[Ends.FINAL_NORM_BIAS], shape, eps, shared, own)
     _project(state, workers, like, ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
     if not barrier.wait(state, workers):
         return False
@@ -305,29 +281,35 @@ def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: 
 
 
 @kernel
-def decode_step(  # type: ignore[no-untyped-def]
-    worker, workers, state, likes, table, shape, eps, rotation, blocks, token, position, shared, own
-):  # fmt: skip
-    """logits [1, vocab] of the token after `token`, whose keys and values go to `position` of the KV cache.
+def decode_step(worker, workers, state, likes, table, numbers, shared_table, own_table):  # type: ignore[no-untyped-def]
+    """shared.logits [1, vocab] of the token after the given one, whose keys and values go to its place in the KV cache.
 
-    state: the pool's barrier. likes: types of attention, FFN, head, embedding and codes. table: int64 [layers + 1, 27].
-    rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]. blocks: int32, the cache's block table.
+    state: the pool's barrier. likes: types of attention, FFN, head and embedding. table: int64 [layers + 1, 27].
+    numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what `read_shared` and `read_own`
+    make; rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]; blocks: the cache's block table.
     """
+    attention_like, ffn_like, head_like, embedding_like = likes
+    codes_like = carray(pointer(0), (1, GROUP), np.int8)
+    rotation, blocks, shared = read_shared(shared_table)
+    own, shape = read_own(own_table), shape_of(numbers)
+    eps, position = np.int64(numbers[Number.EPS]).view(np.float64), numbers[Number.POSITION]
     layers = table.shape[0] - 1
     ends = table[layers]
     if worker == 0:
         shared.x[:] = 0
-        _add_embedding(likes[3], ends[Ends.EMBEDDING], token, shape, shared, own)
+        _add_embedding(embedding_like, ends[Ends.EMBEDDING], numbers[Number.TOKEN], shape, shared, own)
         if ends[Ends.POSITIONS]:
-            _add_embedding(likes[3], ends[Ends.POSITIONS], position + 2, shape, shared, own)
+            _add_embedding(embedding_like, ends[Ends.POSITIONS], position + 2, shape, shared, own)
     if not barrier.wait(state, workers):
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
-        if not attention(worker, workers, state, likes[0], row, shape, eps, rotation, blocks, position, shared, own):
+        if not attention(
+            worker, workers, state, attention_like, row, shape, eps, rotation, blocks, position, shared, own
+        ):
             return
         if worker == 0:
             shared.ticks[Phase.ATTENTION] += _tick() - begun
-        if not ffn(worker, workers, state, likes[1], likes[4], row, shape, eps, shared, own):
+        if not ffn(worker, workers, state, ffn_like, codes_like, row, shape, eps, shared, own):
             return
-    head(worker, workers, state, likes[2], ends, shape, eps, shared, own)
+    head(worker, workers, state, head_like, ends, shape, eps, shared, own)

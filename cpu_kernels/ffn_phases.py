@@ -8,6 +8,7 @@ import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
+from cpu_kernels.blocks import BLOCK
 from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import one_input
 from cpu_kernels.row_dot import dot_four
@@ -198,6 +199,6 @@ def merge_parts(worker, workers, like, d, parts, sums, offsets, out):  # type: i
             row = part * tokens + t
             for j in range(first, last):
                 sums[t, j] += sums[row, j]
-            for b in range(first // 32, last // 32):
+            for b in range(first // BLOCK, last // BLOCK):
                 offsets[t, b] += offsets[row, b]
         finish(like, sums[t], offsets[t], d, first, last, out[t])

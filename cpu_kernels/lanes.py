@@ -25,7 +25,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from cpu_kernels.blocks import BLOCK, GROUP, padded
+from cpu_kernels.blocks import BLOCK, padded
 from cpu_kernels.compiled import kernel, target_features
 
 # Sums may be reordered into vector lanes and multiplies fused; infinities and NaN keep their meaning.
@@ -96,7 +96,7 @@ def round_input(v, d):  # type: ignore[no-untyped-def]
     """Fill the 16-bit forms of `v` from its f32 form, of which the first `d` elements are the input."""
     x, codes, scales, nibble_scales, sums, _ = v
     one = np.float32(1)
-    for b in range((d + GROUP - 1) // GROUP * (GROUP // BLOCK)):
+    for b in range(padded(d) // BLOCK):
         start, stop = min(BLOCK * b, d), min(BLOCK * b + BLOCK, d)
         top = _largest(x, start, stop)
         scale = top / _LARGEST
@@ -220,31 +220,21 @@ class Code:
             for at in range(0, 32, width)
         ]
         while len(parts) > 1:
-            parts = [self.joined(low, high) for low, high in zip(parts[::2], parts[1::2], strict=True)]
+            count = 2 * parts[0].type.count
+            parts = [
+                self.picked(low, high, list(range(count))) for low, high in zip(parts[::2], parts[1::2], strict=True)
+            ]
         return parts[0]
 
     def _plain_pair_products(self, a: Any, b: Any) -> Any:
         wide = ir.VectorType(I32, 32)
         product = self.builder.mul(self.builder.sext(a, wide), self.builder.sext(b, wide))
-        undefined = ir.Constant(wide, ir.Undefined)
-        even, odd = (
-            self.builder.shuffle_vector(
-                product, undefined, ir.Constant(ir.VectorType(I32, 16), list(range(first, 32, 2)))
-            )
-            for first in (0, 1)
-        )
+        even, odd = (self.picked(product, product, list(range(first, 32, 2))) for first in (0, 1))
         return self.builder.add(even, odd)
 
     def slice(self, vector: Any, start: int, lanes: int) -> Any:
         """Lanes [start, start + lanes) of `vector`."""
-        if lanes == vector.type.count:
-            return vector
-        indices = ir.Constant(ir.VectorType(I32, lanes), list(range(start, start + lanes)))
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
-
-    def joined(self, low: Any, high: Any) -> Any:
-        count = 2 * low.type.count
-        return self.builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
+        return vector if lanes == vector.type.count else self.picked(vector, vector, list(range(start, start + lanes)))
 
     def splat(self, value: Any, lanes: int) -> Any:
         """A vector of `lanes` times the same value."""
@@ -254,8 +244,7 @@ class Code:
 
     def lane(self, vector: Any, number: int, lanes: int = LANES) -> Any:
         """One lane of `vector` in all of `lanes`."""
-        indices = ir.Constant(ir.VectorType(I32, lanes), [number] * lanes)
-        return self.builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), indices)
+        return self.picked(vector, vector, [number] * lanes)
 
     def picked(self, a: Any, b: Any, lanes: list[int]) -> Any:
         """Lanes of `a` and `b`, which are numbered one after the other."""

@@ -210,7 +210,7 @@ def sum_rows(  # type: ignore[no-untyped-def]
     for t in range(tokens):
         sums[t, first:last] = 0
         offsets[t, first // BLOCK : last // BLOCK] = 0
-    padded_width = (d + GROUP - 1) // GROUP * GROUP
+    padded_width = padded(d)
     codes_bytes = padded_width // 2 if columns_unit(like) == GROUP else padded_width
     whole, end = last, last
     if like.itemsize > 1:

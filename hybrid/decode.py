@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from cpu_kernels.activations import ACTIVATION_CODES
+from cpu_kernels.addresses import address_table
+from cpu_kernels.blocks import GROUP
 from cpu_kernels.decode_state import (
     DENSE,
     EXACT,
@@ -16,9 +18,11 @@ from cpu_kernels.decode_state import (
     Column,
     Count,
     Ends,
+    Number,
     Phase,
     Shape,
     Shared,
+    new_numbers,
     new_own,
     new_shared,
 )
@@ -75,8 +79,11 @@ class DecodeStep:
         self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
         attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
         matrices = (attention, ffn, model.head.matrix, model.embedding)
-        self._likes = (*(matrix.like for matrix in matrices), np.empty((1, 128), np.int8))
+        self._likes = (*(matrix.like for matrix in matrices), np.empty((1, GROUP), np.int8))
         self._rotation = self._angles(cache.capacity)
+        self._numbers = new_numbers(self._shape, float(spec.norm_eps))
+        self._shared_table = address_table((self._rotation, cache.table, self._shared))
+        self._own_tables = Each(address_table(own) for own in self._owns)
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] f32 after `token`, which joins the KV cache; counts and times go to the runtime's counters.
@@ -102,9 +109,10 @@ class DecodeStep:
         )
 
     def _run(self, table: np.ndarray, shape: Shape, token: int, position: int) -> None:
-        pool = self._runtime.pool
-        sizes = (shape, float(self._model.spec.norm_eps), self._rotation, self._cache.table, token, position)
-        pool.run(decode_step, pool.threads, pool.barrier, self._likes, table, *sizes, self._shared, self._owns)
+        pool, numbers = self._runtime.pool, self._numbers
+        numbers[: len(shape)], numbers[Number.TOKEN], numbers[Number.POSITION] = shape, token, position
+        buffers = self._shared_table, self._own_tables
+        pool.run(decode_step, pool.threads, pool.barrier, self._likes[:4], table, numbers, *buffers)
 
     def _count(self, seconds: float, strategy: Strategy) -> None:
         counters, spec = self._runtime.counters, self._model.spec
