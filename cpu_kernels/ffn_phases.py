@@ -14,7 +14,7 @@ from cpu_kernels.lanes import one_input
 from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, sum_rows
 
-BLOCK_ROWS = 8  # neighbours that go to one part of down, and the fewest rows of gate that a worker takes
+LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
 MAX_PARTS = 8  # in which the rows of down are summed
 
 
@@ -51,52 +51,87 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
+    """Rows [start, stop) of a piece of work: four, but one by one at the end, so that all workers end together."""
+    fours = max(0, n - LAST_ROWS * workers) // 4
+    if piece < fours:
+        return 4 * piece, 4 * piece + 4
+    start = 3 * fours + piece
+    return start, start + 1
+
+
+@kernel
 def gate_and_up(  # type: ignore[no-untyped-def]
     state, workers, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked
 ):  # fmt: skip
-    """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the blocks of k
+    """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the pieces of k
     that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
 
     given: hidden has the activations already. places, picked: this worker's own scratch, int32 [f].
     """
     count = np.int64(0)  # a literal 0 would have every callee compiled for itself
-    block = max(BLOCK_ROWS, min(4 * BLOCK_ROWS, n // (8 * workers) // 4 * 4))
-    start = barrier.take(state) * block
+    start, stop = _rows_of_piece(barrier.take(state), n, workers)
     while start < n:
-        following = barrier.take(state) * block
-        stop = min(start + block, n)
+        following = _rows_of_piece(barrier.take(state), n, workers)
         if not given:
-            _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden)
-        for k in range(start, stop):
-            live = not skip
-            for t in range(hidden.shape[0]):
-                live |= hidden[t, k] != 0
-            if live:
-                places[count], picked[count] = k, ids[k]
-                count += 1
-        start = following
+            _first_rows(ffn, ids, start, stop, following[0], n, masks, inputs, code, hidden)
+        live = stop - start
+        if skip:
+            live = 0
+            for k in range(start, stop):
+                places[count + live], picked[count + live] = k, ids[k]
+                live += _fires(hidden, k)
+        if ffn.gate:
+            if live == stop - start:
+                ahead = four_rows(ffn.gate, ffn.width, ids, min(following[0], n - 1), n)
+                _up_rows(ffn, ids, start, stop, ahead, inputs, hidden)
+            else:
+                count += live
+        start, stop = following
     if ffn.gate:
         _second_rows(ffn, count, inputs, hidden, places, picked)
 
 
 @kernel
+def _fires(hidden, k):  # type: ignore[no-untyped-def]
+    """Whether neuron k's activation is not 0 for some token."""
+    for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
+        if hidden[t, k] != 0:
+            return True
+    return False
+
+
+@kernel
 def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
-    """The activations of rows ids[start:stop], while those that come next are fetched, in the end ids[following]."""
+    """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, or where
+    there is no gate those from ids[following] on."""
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
-    for k in range(start, stop, 4):
-        rows = four_rows(weight, ffn.width, ids, k, n)
-        ahead = four_rows(weight, ffn.width, ids, k + 4 if k + 4 < stop else following, n)
-        for t in range(hidden.shape[0]):
-            if not _wanted(masks, k, stop, t):
-                hidden[t, k : min(k + 4, stop)] = 0
-                continue
-            sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
-            for i in range(min(4, stop - k)):
-                z = sums[i]
-                if bias.shape[0]:
-                    z += bias[ids[k + i]]
-                mine = (masks[k + i] >> t) & 1 != 0
-                hidden[t, k + i] = activate(code, z) if mine else np.float32(0)
+    rows = four_rows(weight, ffn.width, ids, start, stop)
+    ahead = four_rows(ffn.up, ffn.width, ids, start if ffn.gate else min(following, n - 1), stop if ffn.gate else n)
+    for t in range(hidden.shape[0]):
+        if not _wanted(masks, start, stop, t):
+            hidden[t, start:stop] = 0
+            continue
+        sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
+        for i in range(stop - start):
+            z = sums[i]
+            if bias.shape[0]:
+                z += bias[ids[start + i]]
+            mine = (masks[start + i] >> t) & 1 != 0
+            hidden[t, start + i] = activate(code, z) if mine else np.float32(0)
+
+
+@kernel
+def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-untyped-def]
+    """hidden[:, start:stop] *= up . x of rows ids[start:stop], at most four."""
+    rows = four_rows(ffn.up, ffn.width, ids, start, stop)
+    for t in range(hidden.shape[0]):
+        sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
+        for i in range(stop - start):
+            u = sums[i]
+            if ffn.up_bias.shape[0]:
+                u += ffn.up_bias[ids[start + i]]
+            hidden[t, start + i] *= u
 
 
 @kernel
@@ -125,33 +160,32 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
     """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
     `starts`; returns how many values of hidden are not 0.
 
-    Blocks of eight neurons go to the parts in turn, as neighbours fire alike in a placement's order.
+    Rows with something to add go to the parts in turn, so that parts are equally long, and those that add nothing come
+    last in each: whether they are skipped changes no sum.
     """
-    fired = np.int64(0)
-    starts[: parts + 1] = 0
+    fired, live, idle = np.int64(0), np.int64(0), np.int64(0)
     for k in range(n):
-        live = not skip
-        for t in range(hidden.shape[0]):
-            fired += hidden[t, k] != 0
-            live |= hidden[t, k] != 0
-        if live:
-            starts[(ids[k] // BLOCK_ROWS) % parts + 1] += 1
-    for part in range(parts):
-        starts[part + 1] += starts[part]
-    for k in range(n):
-        live = not skip
-        for t in range(hidden.shape[0]):
-            live |= hidden[t, k] != 0
-        if live:
-            part = (ids[k] // BLOCK_ROWS) % parts
-            at = starts[part]
-            starts[part] += 1
-            picked[at] = ids[k]
-            for t in range(hidden.shape[0]):
-                scales[t, at] = hidden[t, k]
-    for part in range(parts, 0, -1):
-        starts[part] = starts[part - 1]
+        fires = _fires(hidden, k)
+        live += fires
+        idle += not (fires or skip)
     starts[0] = 0
+    for part in range(parts):
+        starts[part + 1] = starts[part] + (live - part + parts - 1) // parts + (idle - part + parts - 1) // parts
+    at, last = np.int64(0), np.int64(0)
+    for k in range(n):
+        if _fires(hidden, k):
+            place = starts[at % parts] + at // parts
+            at += 1
+        elif skip:
+            continue
+        else:
+            part = last % parts
+            place = starts[part] + (live - part + parts - 1) // parts + last // parts
+            last += 1
+        picked[place] = ids[k]
+        for t in range(hidden.shape[0]):
+            scales[t, place] = hidden[t, k]
+            fired += hidden[t, k] != 0
     return fired
 
 
