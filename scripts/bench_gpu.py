@@ -85,10 +85,10 @@ def all_runs() -> Iterator[Run]:
     for gib in BUDGETS:
         yield decode_run("budgets", "all" if gib is None else f"{gib} GiB", "7b", gib)
     yield decode_run("int4", "3 GiB", "7b-int4", 3, tokens=256, runs=3)
-    yield decode_run("ablation", "random neurons", "7b", 8, placement="random")
     yield decode_run("ablation", "dense, all on the GPU", "7b", None, sparsity="dense", tokens=128)
-    ablation = (sys.executable, "-m", "hybrid", "bench", "{models}/7b", "--ablation", "--vram-budget", "8GiB")
-    yield Run("ablation", "hybrid bench --ablation", ablation, "7b", limit=360)
+    sizes = ("--context", str(CONTEXT), "--prompt-tokens", "64", "--tokens", "64", "--runs", "2")
+    command = (sys.executable, "-m", "hybrid", "bench", "{models}/7b", "--ablation", "--vram-budget", "8GiB", *sizes)
+    yield Run("ablation", "hybrid bench --ablation", command, "7b", limit=360)
     way = {"budget": 8 * GIB, "context": LONG_CONTEXT}
     yield Run.of("prefill", "8 GiB", "prefill", "7b", lengths=[512, 2048], limit=300, **way)
     yield decode_run("latency", "2000 tokens", "7b", 8, context=LONG_CONTEXT, tokens=2000, runs=1)

@@ -42,6 +42,7 @@ from profiler.hardware import HardwareProfile
 
 Result = dict[str, Any]
 
+_SAME_CONTEXT = 256  # of the check for the same tokens
 _SHOWN_TOKENS = 32  # of an answer, kept to compare budgets
 
 
@@ -279,7 +280,7 @@ def _placements(
 def _greedy(
     path: Path, strategy: str, placement: Placement, threads: int, prompt: int, tokens: int, budget: int | None
 ) -> list[int]:
-    config = EngineConfig(strategy, context=prompt + tokens + 1, threads=threads, vram_budget=budget)
+    config = EngineConfig(strategy, context=_SAME_CONTEXT, threads=threads, vram_budget=budget)
     with _loaded(path, config, placement) as engine:
         engine.end_tokens = frozenset()
         settings = SamplingSettings(temperature=0, max_new_tokens=tokens)

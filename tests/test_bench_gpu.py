@@ -71,8 +71,8 @@ CANNED = {
     ("budgets", "0 GiB"): decode(17.0, 18.0, 17.5, 0),
     ("budgets", "8 GiB"): decode(155.0, 190.0, 161.0, 8 * GIB),
     ("budgets", "all"): decode(300.0, 340.0, 310.0, 14 * GIB, tokens=(5, 6, 7, 8)),
-    ("ablation", "random neurons"): decode(90.0, 150.0, 100.0, 8 * GIB),
-    ("ablation", "hybrid bench --ablation"): {"text": "whole layers 20\nsolver 155"},
+    ("ablation", "dense, all on the GPU"): decode(110.0, 130.0, 120.0, 14 * GIB),
+    ("ablation", "hybrid bench --ablation"): {"text": "whole layers 20\nsolver 155", "solver_over_random": 1.5},
     ("prefill", "8 GiB"): {
         "rows": [
             {"length": 512, "way": way, "seconds": seconds, "streamed": 32, "computed": 0}
