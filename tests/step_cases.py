@@ -1,0 +1,112 @@
+"""Tiny models for tests of the decode step over two devices, and one such step beside the CPU's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_cases import DEVICE
+from model_cases import make_model
+from packed_cases import pack
+
+from cpu_kernels.worker_pool import WorkerPool
+from gpu_kernels import attention, gemv, low_rank, norm, rope, sparse_ffn
+from hybrid.arena import DeviceArena
+from hybrid.decode import DecodeStep
+from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
+from hybrid.gpu_step import GpuStep
+from hybrid.kv_cache import KVCache
+from hybrid.loader import ModelFolder
+from placement.placement import Placement
+from predictor.low_rank import LowRankPredictor
+
+VOCAB, CAPACITY = 67, 24
+_STEP_KERNELS = {"decode_attention", "gemv", "predict", "residual_norm", "rope", "sparse_ffn"}
+
+
+def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
+    """Make the case `name` of `model_cases` with few layers and a small vocabulary; returns its folder."""
+    plain = folder / f"{name}-{layers}"
+    if not plain.exists():
+        make_model(
+            name, plain, num_hidden_layers=layers, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0
+        )
+    if dtype != "f32" and not (folder / f"{name}-{layers}-{dtype}").exists():
+        pack(plain, folder / f"{name}-{layers}-{dtype}", dtype)
+    return plain if dtype == "f32" else folder / f"{name}-{layers}-{dtype}"
+
+
+def random_predictor(ffn: HybridFFN, rank: int = 5) -> LowRankPredictor:
+    """Names about half of the neurons."""
+    neurons, d = ffn.up.shape
+    g = torch.Generator().manual_seed(neurons)
+    fc1, fc2 = (
+        torch.randint(-127, 128, shape, generator=g, dtype=torch.int8) for shape in ((rank, d), (neurons, rank))
+    )
+    scales = torch.rand(rank, generator=g) / 50, torch.rand(neurons, generator=g) / 50
+    return LowRankPredictor(fc1, scales[0], torch.randn(rank, generator=g), fc2, scales[1], torch.zeros(neurons), 0.1)
+
+
+def some_tokens(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class StepCase:
+    """A model's `GpuStep` and `DecodeStep`, each with a cache of its own, under one placement.
+
+    share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        share: float = 0.4,
+        on_cpu: Sequence[int] = (),
+        head: bool = True,
+        threads: int = 2,
+        predictors: bool = False,
+    ) -> None:
+        opened = ModelFolder.open(folder)
+        spec = opened.spec
+        self.placement = replace(Placement.all_hot(spec), head_on_gpu=head)
+        self.placement.hot[:] = round(share * spec.d_ff)
+        self.placement.hot[list(on_cpu)], self.placement.layer_on_gpu[list(on_cpu)] = 0, False
+        self.runtime = FFNRuntime("exact", WorkerPool(threads), spec.d_model, spec.d_ff)
+        self.model = opened.build(self.runtime, self.placement, None)
+        if predictors:
+            for ffn in self.model.ffns:
+                ffn.set_predictor(random_predictor(ffn))
+        self.cache, self.own_cache = KVCache(spec, CAPACITY), KVCache(spec, CAPACITY)
+        counting = DeviceArena(torch.device(DEVICE))
+        self._take(counting)
+        self.arena = DeviceArena(torch.device(DEVICE), counting.used)
+        self.step = self._take(self.arena)
+        self._cpu = DecodeStep(self.model, self.own_cache, self.runtime)
+
+    def _take(self, arena: DeviceArena) -> GpuStep:
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena)
+
+    def expected(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
+        """Logits after `tokens` from the CPU's step, which must be called while the workers are at rest."""
+        for token in tokens:
+            logits = self._cpu.run(token, strategy)
+        return logits.clone()
+
+    def close(self) -> None:
+        self.step.rest()
+        self.runtime.pool.close()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, references in the place of the step's kernels but the mailbox's: the interpreter takes seconds."""
+    if DEVICE == "cpu":
+        for module in (attention, gemv, low_rank, norm, rope, sparse_ffn):
+            for name in _STEP_KERNELS & set(vars(module)):
+                monkeypatch.setattr(f"hybrid.gpu_step.{name}", getattr(module, f"{name}_ref"))
