@@ -1,9 +1,12 @@
 """Next token on the GPU: against the references, and against the host's sampler and top k."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from gpu_cases import DEVICE, assert_close, random_input
+from model_cases import make_model
 
 from cpu_kernels import top_k as on_cpu
 from cpu_kernels.worker_pool import WorkerPool
@@ -19,8 +22,14 @@ from gpu_kernels.sampling import (
     top_k_ref,
     top_k_scratch,
 )
+from hybrid.arena import DeviceArena
+from hybrid.ffn import FFNRuntime
 from hybrid.generation import SamplingSettings
+from hybrid.gpu_step import GpuStep
+from hybrid.kv_cache import KVCache
+from hybrid.loader import ModelFolder
 from hybrid.sampling import candidates
+from placement.placement import Placement
 
 NAN, INF = float("nan"), float("inf")
 
@@ -214,3 +223,35 @@ def test_refuses_wrong_shapes_and_types():
         sample(values, ids, _each(1.0, 1), _each(1.0, 2), _each(0.0, 2), _each(0.5, 2), out)
     with pytest.raises(ValueError, match="temperature"):
         log_sum_exp(logits, _each(1.0, 3), scratch, scratch, scratch[:, 0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model("llama-relu", folder, num_hidden_layers=1, vocab_size=67, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    return folder
+
+
+@pytest.mark.parametrize("head_on_gpu", [True, False])
+def test_the_step_takes_the_largest_of_its_logits(folder, head_on_gpu):
+    opened = ModelFolder.open(folder)
+    spec, pool = opened.spec, WorkerPool(1)
+    placement = replace(Placement.all_hot(spec), head_on_gpu=head_on_gpu)
+    placement.hot[:] = 40
+    runtime = FFNRuntime("exact", pool, spec.d_model, spec.d_ff)
+    model, counting = opened.build(runtime, placement, None), DeviceArena(torch.device(DEVICE))
+    cache = KVCache(spec, 8)
+    GpuStep(model, cache, runtime, placement, counting)
+    step = GpuStep(model, cache, runtime, placement, DeviceArena(torch.device(DEVICE), counting.used))
+    try:
+        expected = [int(step.run(token, "exact").argmax()) for token in (5, 41)]
+        cache.truncate(0)
+        assert [step.greedy(token, "exact") for token in (5, 41)] == expected
+        assert cache.length == 2
+        if head_on_gpu:
+            step.weights.norms[-1].weight.fill_(NAN)
+            with pytest.raises(RuntimeError, match="logits are not numbers"):
+                step.greedy(7, "exact")
+    finally:
+        step.rest()
+        pool.close()
