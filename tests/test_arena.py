@@ -1,5 +1,7 @@
 """The arena: one slab, aligned pieces, counted by part, and a counting run that asks for the same."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from gpu_cases import DEVICE
@@ -28,7 +30,7 @@ def test_pieces_of_the_slab_are_aligned_disjoint_and_hold_what_is_put():
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
     first = spans[0][0]
     assert all((start - first) % ALIGNMENT == 0 for start, _ in spans)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     for number, tensor in enumerate(tensors):
         tensor.fill_(number + 1)
     assert [t.unique().tolist() for t in tensors if t.numel()] == [[1], [2], [3], [4], [6]]
