@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import subroutine
 
 _COLUMNS = 3  # address, sizes of two axes
 
@@ -32,7 +32,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-@kernel
+@subroutine
 def floats(address, n):  # type: ignore[no-untyped-def]
     """The f32 vector of n elements at `address`, or an empty one for address 0."""
     return carray(pointer(address), (n if address else 0,), np.float32)

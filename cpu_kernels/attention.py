@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numba import njit
 
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.lanes import FAST_SUMS, fetch
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -52,7 +52,7 @@ def _fetch_rows(rows):  # type: ignore[no-untyped-def]
             fetch(rows[i], j)
 
 
-@kernel(fastmath=FAST_SUMS)
+@subroutine(fastmath=FAST_SUMS)
 def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
     """scores[i] = q . keys[i]; four keys at a time share the loads of q: 5 ns a key of 128, 9 one at a time."""
     n, head_dim = keys.shape
@@ -74,7 +74,7 @@ def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
         scores[i] = s0
 
 
-@kernel(fastmath=FAST_SUMS)
+@subroutine(fastmath=FAST_SUMS)
 def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
     """out += sum over i of p[i] * values[i]; four rows at a time: 6 ns a row of 128, 21 one at a time."""
     n, head_dim = values.shape
@@ -90,7 +90,7 @@ def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
             out[j] += p[i] * values[i, j]
 
 
-@kernel(fastmath=FAST_SUMS)
+@subroutine(fastmath=FAST_SUMS)
 def _attend_block(q, keys, values, next_keys, next_values, scores, state, out):  # type: ignore[no-untyped-def]
     """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p.
 
@@ -115,7 +115,7 @@ def _attend_block(q, keys, values, next_keys, next_values, scores, state, out): 
     _add_values(scores, values, out, next_values)
 
 
-@kernel
+@subroutine
 def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
     """The heads q [n, head_dim] of KV head g; each fetches its share of the next block, in the end of next_g's."""
     n, block_size = q.shape[0], cache.shape[3]

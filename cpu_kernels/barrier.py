@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
 
 # Each counter has two cache lines to itself: processors fetch lines in pairs, and sharing one costs a miss a poll.
 _STRIDE = 16
@@ -86,19 +86,19 @@ def new_barrier() -> np.ndarray:
     return raw[skipped : skipped + 4 * _STRIDE]
 
 
-@kernel
+@subroutine
 def nap():  # type: ignore[no-untyped-def]
     """Sleep between two polls."""
     _usleep(_NAP_MICROSECONDS)
 
 
-@kernel
+@subroutine
 def is_aborted(state):  # type: ignore[no-untyped-def]
     """Whether `abort` was called since the last `reset`."""
     return load_acquire(state, _ABORTED) != 0
 
 
-@kernel
+@subroutine
 def leave(state):  # type: ignore[no-untyped-def]
     """`abort` from inside a kernel: the calling worker will not come to the barrier again."""
     store_release(state, _ABORTED, 1)
@@ -127,7 +127,7 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
     return True
 
 
-@kernel
+@subroutine
 def take(state):  # type: ignore[no-untyped-def]
     """The next piece of work, 0 first; between two waits each number goes to one worker, whichever asks next.
 
@@ -136,7 +136,7 @@ def take(state):  # type: ignore[no-untyped-def]
     return fetch_add(state, _TAKEN, 1)
 
 
-@kernel
+@subroutine
 def restart(state):  # type: ignore[no-untyped-def]
     """Number the pieces of work from 0 again; for a state that only the calling worker uses."""
     store_release(state, _TAKEN, 0)

@@ -1,4 +1,5 @@
-"""`@kernel`: Numba's `njit(nogil=True)` with a disk cache, so that only the first start compiles.
+"""`@kernel`: Numba's `njit(nogil=True)` with a disk cache, so that only the first start compiles. `@subroutine`: a part
+of kernels.
 
 Numba's own cache watches the file that a function stands in, so an edit of a helper leaves its callers stale, and it
 refuses to import a function where no folder can be written. This one keeps a file per function and signature, named by
@@ -47,8 +48,28 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile `function` without the GIL and cache the result on disk; `options` are those of `numba.njit`."""
     if function is None:
         return functools.partial(kernel, **options)
-    dispatcher = numba.njit(nogil=True, **options)(function)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, **options)(function)
     dispatcher._cache = _cache_of(function)
+    return dispatcher
+
+
+def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """A `kernel` for other kernels alone; a call from Python raises `TypeError`.
+
+    Code that unpacks Python's arguments, of which nested tuples of arrays take much, was a quarter of all compiling.
+    """
+    if function is None:
+        return functools.partial(subroutine, **options)
+    dispatcher = kernel(function, no_cpython_wrapper=True, **options)
+
+    def add_overload(result: CompileResult) -> None:
+        """As the dispatcher's own, but without the address that Python would call, which is null."""
+        dispatcher.overloads[tuple(result.signature.args)] = result
+
+    def refuse(*args: Any, **keywords: Any) -> None:
+        raise TypeError(f"{function.__name__} is a subroutine: only compiled code can call it")
+
+    dispatcher.add_overload, dispatcher._compile_for_args = add_overload, refuse
     return dispatcher
 
 

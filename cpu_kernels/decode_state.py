@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels.addresses import reader_of
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import subroutine
 from cpu_kernels.ffn_phases import DownScratch, new_down_scratch, sum_parts
 from cpu_kernels.lanes import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
@@ -146,7 +146,7 @@ def new_numbers(shape: Shape, eps: float) -> np.ndarray:
     return np.array([*shape, np.float64(eps).view(np.int64), 0, 0], np.int64)
 
 
-@kernel
+@subroutine
 def shape_of(numbers):  # type: ignore[no-untyped-def]
     n = numbers
     return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10])

@@ -31,7 +31,7 @@ from cpu_kernels.activations import activate
 from cpu_kernels.addresses import floats, pointer
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.blocks import GROUP, padded
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.decode_state import (
     DENSE,
     EXACT,
@@ -47,7 +47,7 @@ from cpu_kernels.decode_state import (
 )
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
-from cpu_kernels.lanes import one_input, prepare, round_input
+from cpu_kernels.lanes import copy, one_input, prepare, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
@@ -65,13 +65,13 @@ def _tick(typing_context: Any) -> Any:
     return types.int64(), generate
 
 
-@kernel
+@subroutine
 def row_bytes(like, columns):  # type: ignore[no-untyped-def]
     """Bytes of a row; in blocks it is made of groups of columns, and `like` has the size of one."""
     return like.shape[1] * (padded(columns) // GROUP) if like.itemsize == 1 else columns * like.itemsize
 
 
-@kernel
+@subroutine
 def _normed(like, weight, bias, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """own.inputs = norm(x), in the form that rows like `like` are multiplied with; weight, bias: addresses of f32."""
     d, v = shape.d, one_input(own.inputs, 0)
@@ -82,7 +82,7 @@ def _normed(like, weight, bias, shape, eps, shared, own):  # type: ignore[no-unt
     prepare(like, v, d)
 
 
-@kernel
+@subroutine
 def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-untyped-def]
     """x += one row of an embedding matrix."""
     d, first, one = shape.d, np.int64(0), np.int64(1)
@@ -97,13 +97,13 @@ def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-unt
     finish(like, sums[0], offsets[0], d, first, padded, shared.x[0])
 
 
-@kernel
+@subroutine
 def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # type: ignore[no-untyped-def]
     """out = W . input, which is in form; workers take pieces of the rows."""
     gemv_shared(state, workers, like, weight, row_bytes(like, columns), n, inputs, columns, floats(bias, n), out)
 
 
-@kernel
+@subroutine
 def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
     """x += attention of norm(x)."""
     d, heads, head_dim = shape.d, shape.heads, shape.head_dim
@@ -134,7 +134,7 @@ def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, p
     return barrier.wait(state, workers)
 
 
-@kernel
+@subroutine
 def _add_output(state, workers, like, row, d, width, shared, own):  # type: ignore[no-untyped-def]
     """x += W_out . attended, by pieces of rows."""
     bias, size, chunk = floats(row[Column.OUT_BIAS], d), row_bytes(like, width), chunk_rows(d, workers)
@@ -147,7 +147,7 @@ def _add_output(state, workers, like, row, d, width, shared, own):  # type: igno
         first = barrier.take(state) * chunk
 
 
-@kernel
+@subroutine
 def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ignore[no-untyped-def]
     """The ids of the neurons that the predictor names, in shared.ids; returns their number, -1 when aborted."""
     d, f, r = shape.d, shape.f, row[Column.RANK]
@@ -159,7 +159,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     if not barrier.wait(state, workers):
         return -1
     v = one_input(own.units, 0)
-    v[0][:r] = shared.hidden_units[:r]
+    copy(shared.hidden_units, r, v[0])
     round_input(v, r)
     start, stop = f * worker // workers, f * (worker + 1) // workers
     s2, b2 = floats(row[Column.FC2_SCALE], f), floats(row[Column.FC2_BIAS], f)
@@ -173,7 +173,7 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
     return count if barrier.wait(state, workers) else -1
 
 
-@kernel
+@subroutine
 def _first_of_all(state, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
     """shared.hidden = the activation of every neuron, by pieces of the rows."""
     f, chunk = shape.f, chunk_rows(shape.f, workers)
@@ -188,7 +188,7 @@ def _first_of_all(state, workers, ffn, shape, shared, own):  # type: ignore[no-u
     return barrier.wait(state, workers)
 
 
-@kernel
+@subroutine
 def _firing(worker, workers, state, shape, shared, own):  # type: ignore[no-untyped-def]
     """Copy together the neurons whose activation is not 0, ids and values; returns their number, -1 when aborted."""
     f, count = shape.f, 0
@@ -203,7 +203,7 @@ def _firing(worker, workers, state, shape, shared, own):  # type: ignore[no-unty
     return count if barrier.wait(state, workers) else -1
 
 
-@kernel
+@subroutine
 def _tally(row, n, shape, shared):  # type: ignore[no-untyped-def]
     """Count what was computed and what fired on each side; by one worker."""
     hot = cold = 0
@@ -217,7 +217,7 @@ def _tally(row, n, shape, shared):  # type: ignore[no-untyped-def]
     shared.tallies[Count.FIRED_COLD] += cold
 
 
-@kernel
+@subroutine
 def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """x += FFN of norm(x)."""
     d, f, strategy = shape.d, shape.f, shape.strategy
@@ -262,12 +262,14 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
         return False
     if worker == 0:
         if row[Column.DOWN_BIAS]:
-            shared.x[0] += floats(row[Column.DOWN_BIAS], d)
+            bias = floats(row[Column.DOWN_BIAS], d)
+            for j in range(d):
+                shared.x[0, j] += bias[j]
         shared.ticks[Phase.FFN] += _tick() - begun
     return barrier.wait(state, workers) if row[Column.DOWN_BIAS] else True
 
 
-@kernel
+@subroutine
 def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """shared.logits of shared.x. False when aborted."""
     d, begun = shape.d, _tick()

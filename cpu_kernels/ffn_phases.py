@@ -9,8 +9,8 @@ import numpy as np
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
 from cpu_kernels.blocks import BLOCK
-from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import one_input
+from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.lanes import fetch, one_input
 from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, sum_rows
 
@@ -41,7 +41,7 @@ def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
     return np.zeros(MAX_PARTS + 1, np.int64), np.zeros(f, np.int32), np.zeros((tokens, f), np.float32), new_steps(d)
 
 
-@kernel
+@subroutine
 def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
     """Whether any of the next four rows is token t's."""
     any_bit = 0
@@ -50,7 +50,7 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
     return (any_bit >> t) & 1 != 0
 
 
-@kernel
+@subroutine
 def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
     """Rows [start, stop) of a piece of work: four, but one by one at the end, so that all workers end together."""
     fours = max(0, n - LAST_ROWS * workers) // 4
@@ -60,7 +60,7 @@ def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
     return start, start + 1
 
 
-@kernel
+@subroutine
 def gate_and_up(  # type: ignore[no-untyped-def]
     state, workers, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked
 ):  # fmt: skip
@@ -92,7 +92,7 @@ def gate_and_up(  # type: ignore[no-untyped-def]
         _second_rows(ffn, count, inputs, hidden, places, picked)
 
 
-@kernel
+@subroutine
 def _fires(hidden, k):  # type: ignore[no-untyped-def]
     """Whether neuron k's activation is not 0 for some token."""
     for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
@@ -101,7 +101,7 @@ def _fires(hidden, k):  # type: ignore[no-untyped-def]
     return False
 
 
-@kernel
+@subroutine
 def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
     """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, or where
     there is no gate those from ids[following] on."""
@@ -121,7 +121,7 @@ def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden
             hidden[t, start + i] = activate(code, z) if mine else np.float32(0)
 
 
-@kernel
+@subroutine
 def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-untyped-def]
     """hidden[:, start:stop] *= up . x of rows ids[start:stop], at most four."""
     rows = four_rows(ffn.up, ffn.width, ids, start, stop)
@@ -134,7 +134,7 @@ def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-u
             hidden[t, start + i] *= u
 
 
-@kernel
+@subroutine
 def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no-untyped-def]
     """hidden[:, places[i]] *= up . x of row picked[i], for i < count."""
     for k in range(0, count, 4):
@@ -155,7 +155,7 @@ def sum_parts(f):  # type: ignore[no-untyped-def]
     return max(1, min(MAX_PARTS, f // 1024))
 
 
-@kernel
+@subroutine
 def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type: ignore[no-untyped-def]
     """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
     `starts`; returns how many values of hidden are not 0.
@@ -189,7 +189,7 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
     return fired
 
 
-@kernel
+@subroutine
 def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
     """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0.
 
@@ -221,13 +221,16 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
     return fired
 
 
-@kernel
+@subroutine
 def merge_parts(worker, workers, like, d, parts, sums, offsets, out):  # type: ignore[no-untyped-def]
     """out[t] += the parts' sums, in order, of this worker's columns."""
     tokens = out.shape[0]
     unit = columns_unit(like)
     units = (d + unit - 1) // unit
     first, last = unit * (units * worker // workers), unit * (units * (worker + 1) // workers)
+    for row in range(parts * tokens):  # they lie in other workers' caches: all at once, not one part after another
+        for j in range(first, last, 16):
+            fetch(sums[row], j)
     for t in range(tokens):
         for part in range(1, parts):
             row = part * tokens + t

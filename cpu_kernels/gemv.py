@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels import barrier
-from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import new_inputs, one_input, prepare
+from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_four
 from cpu_kernels.worker_pool import Each, WorkerPool
@@ -21,7 +21,7 @@ _AHEAD = 4096
 MAX_BATCH = 8
 
 
-@kernel
+@subroutine
 def gemv_rows(like, weight, width, first, last, inputs, d, bias, out):  # type: ignore[no-untyped-def]
     """out[t, first:last] = those rows of the matrix at address `weight`, `width` bytes each, times token t's input."""
     quarter = (last - first + 3) // 4
@@ -39,13 +39,13 @@ def gemv_rows(like, weight, width, first, last, inputs, d, bias, out):  # type: 
                     out[t, at[k]] += bias[at[k]]
 
 
-@kernel
+@subroutine
 def chunk_rows(rows, workers):  # type: ignore[no-untyped-def]
     """Rows of one piece of work: some eight pieces a worker, as workers' speeds differ, by 40% on a shared host."""
     return max(16, (rows // (8 * workers) + 3) // 4 * 4)
 
 
-@kernel
+@subroutine
 def gemv_shared(state, workers, like, weight, width, rows, inputs, d, bias, out):  # type: ignore[no-untyped-def]
     """`gemv_rows` over all rows, of which each worker takes pieces until none is left."""
     chunk = chunk_rows(rows, workers)
@@ -59,7 +59,7 @@ def gemv_shared(state, workers, like, weight, width, rows, inputs, d, bias, out)
 def _gemv(worker, workers, state, like, weight, width, x, own, bias, out):  # type: ignore[no-untyped-def]
     d = x.shape[1]
     for t in range(x.shape[0]):
-        own[0][t] = x[t]
+        copy(x[t], d, own[0][t])
         prepare(like, one_input(own, t), d)
     gemv_shared(state, workers, like, weight, width, out.shape[1], own, d, bias, out)
 

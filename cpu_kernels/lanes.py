@@ -26,7 +26,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from cpu_kernels.blocks import BLOCK, padded
-from cpu_kernels.compiled import kernel, target_features
+from cpu_kernels.compiled import kernel, subroutine, target_features
 
 # Sums may be reordered into vector lanes and multiplies fused; infinities and NaN keep their meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz", "arcp"}
@@ -89,6 +89,13 @@ def _largest(x, start, stop):  # type: ignore[no-untyped-def]
     for j in range(start, stop):
         top = max(top, abs(x[j]))
     return top
+
+
+@subroutine
+def copy(source, n, target):  # type: ignore[no-untyped-def]
+    """target[:n] = source[:n]. An assignment of slices compiles 3 s longer: it words an error for sizes that differ."""
+    for j in range(n):
+        target[j] = source[j]
 
 
 @kernel

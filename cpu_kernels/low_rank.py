@@ -18,8 +18,8 @@ import torch
 
 from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
-from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import new_inputs, one_input, round_input
+from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.lanes import copy, new_inputs, one_input, round_input
 from cpu_kernels.row_dot import dot_codes
 from cpu_kernels.worker_pool import Each, WorkerPool
 
@@ -74,7 +74,7 @@ def pad_codes(codes: np.ndarray) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(codes)
 
 
-@kernel
+@subroutine
 def _products(like, weight, width, i, stop, v, n):  # type: ignore[no-untyped-def]
     """fc[i : i + 4] . v; beyond `stop` the last row again. Rows follow each other, so the next four are 4 widths on."""
     last = stop - 1
@@ -84,7 +84,7 @@ def _products(like, weight, width, i, stop, v, n):  # type: ignore[no-untyped-de
     return dot_codes(like, (r0, r1, r2, r3), (r0 + near, r1 + near, r2 + near, r3 + near), v, n)
 
 
-@kernel
+@subroutine
 def hidden_units(like, fc1, width, start, stop, v, d, s1, b1, hidden):  # type: ignore[no-untyped-def]
     """hidden[start:stop] of the first product; fc1 is an address, `v` the input of `d` elements in its 16-bit form."""
     for i in range(start, stop, 4):
@@ -93,7 +93,7 @@ def hidden_units(like, fc1, width, start, stop, v, d, s1, b1, hidden):  # type: 
             hidden[k] = max(sums[k - i] * s1[k] + b1[k], np.float32(0))
 
 
-@kernel
+@subroutine
 def firing_rows(like, fc2, width, start, stop, v, r, s2, b2, threshold, ids):  # type: ignore[no-untyped-def]
     """Write those of rows start to stop that are predicted to fire to `ids`, and return how many there are."""
     count = 0
@@ -105,7 +105,7 @@ def firing_rows(like, fc2, width, start, stop, v, r, s2, b2, threshold, ids):  #
     return count
 
 
-@kernel
+@subroutine
 def copy_together(worker, workers, counts, ids, rows):  # type: ignore[no-untyped-def]
     """Copy this worker's `ids` to its place among all in `rows`; returns how many all are."""
     total = first = 0
@@ -125,13 +125,13 @@ def _predict(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     d, r, f = x.shape[0], b1.shape[0], b2.shape[0]
     v = one_input(inputs, 0)
-    v[0][:d] = x
+    copy(x, d, v[0])
     round_input(v, d)
     hidden_units(like, fc1, width1, r * worker // workers, r * (worker + 1) // workers, v, d, s1, b1, hidden)
     if not barrier.wait(state, workers):
         return
     v = one_input(inputs, 1)
-    v[0][:r] = hidden
+    copy(hidden, r, v[0])
     round_input(v, r)
     start, stop = f * worker // workers, f * (worker + 1) // workers
     counts[worker * COUNT_STRIDE] = firing_rows(like, fc2, width2, start, stop, v, r, s2, b2, threshold, ids[worker])
@@ -167,11 +167,11 @@ def _predict_tokens(  # type: ignore[no-untyped-def]
     d, r, f, first = x.shape[1], b1.shape[0], b2.shape[0], np.int64(0)
     for t in range(worker, x.shape[0], workers):
         v = one_input(inputs, 0)
-        v[0][:d] = x[t]
+        copy(x[t], d, v[0])
         round_input(v, d)
         hidden_units(like, fc1, width1, first, r, v, d, s1, b1, hidden)
         v = one_input(inputs, 1)
-        v[0][:r] = hidden
+        copy(hidden, r, v[0])
         round_input(v, r)
         counts[t] = firing_rows(like, fc2, width2, first, f, v, r, s2, b2, threshold, ids[t])
 

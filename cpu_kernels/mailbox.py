@@ -20,7 +20,7 @@ import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.barrier import fetch_add, load_acquire, nap, pause, store_release
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.decode_state import DENSE, Column, Shape
 from cpu_kernels.decode_step import attention, ffn, floats, head, row_bytes
 from cpu_kernels.ffn_phases import (
@@ -32,7 +32,7 @@ from cpu_kernels.ffn_phases import (
     new_down_scratch,
     sum_parts,
 )
-from cpu_kernels.lanes import Input, new_inputs, one_input, prepare
+from cpu_kernels.lanes import Input, copy, new_inputs, one_input, prepare
 from cpu_kernels.row_sum import columns_unit, new_sums
 
 MAX_BATCH = 8  # tokens of one request
@@ -47,9 +47,10 @@ class Op(IntEnum):
 
 
 class Word(IntEnum):
-    """Words of a request, one cache line. COUNT: neurons, or -1 for all cold ones of the layer."""
+    """Words of a request, one cache line. COUNT: neurons, or -1 for all cold ones of the layer. POSTED: number of the
+    input in `Box.x`, which for one token comes ahead of its request; 0 where none did."""
 
-    NUMBER, OP, LAYER, COUNT, TOKENS, POSITION = 0, 1, 2, 3, 4, 5
+    NUMBER, OP, LAYER, COUNT, TOKENS, POSITION, POSTED = 0, 1, 2, 3, 4, 5, 6
 
 
 class Flag(IntEnum):
@@ -106,23 +107,38 @@ def stop(box: Box) -> None:
     box.flags[Flag.STOP] = 1
 
 
-@kernel
-def _requested(box, state, number):  # type: ignore[no-untyped-def]
-    """Wait for request `number`; False when told to go home."""
-    spins = 0
+@subroutine
+def _take_inputs(box, like, d, tokens, inputs):  # type: ignore[no-untyped-def]
+    """Bring the inputs of some tokens into form: 10 us where 14 workers read what the GPU has just written."""
+    for t in range(tokens):
+        copy(box.x[t], d, inputs[0][t])
+        prepare(like, one_input(inputs, t), d)
+
+
+@subroutine
+def _requested(box, state, number, posted, like, d, inputs):  # type: ignore[no-untyped-def]
+    """Wait for request `number`, and meanwhile take an input that comes ahead of it, when it is not that of `posted`.
+
+    Returns whether the request came, False when told to go home, and the number of the input taken last.
+    """
+    spins, one = 0, np.int64(1)
     while load_acquire(box.request, Word.NUMBER) < number:
         if load_acquire(box.flags, Flag.STOP) != 0 or barrier.is_aborted(state):
-            return False
-        if spins < _SPINS:
+            return False, posted
+        now = load_acquire(box.request, Word.POSTED)
+        if now != posted:
+            posted, spins = now, 0
+            _take_inputs(box, like, d, one, inputs)
+        elif spins < _SPINS:
             spins += 1
             pause()
         else:
             nap()
-    return True
+    return True, posted
 
 
-@kernel
-def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # type: ignore[no-untyped-def]
+@subroutine
+def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted):  # type: ignore[no-untyped-def]
     """box.out = the FFN of the request's neurons; up to the last phase, after which workers need not meet."""
     d, f, tokens, count = shape.d, shape.f, box.request[Word.TOKENS], box.request[Word.COUNT]
     skip, first = shape.strategy != DENSE, row[Column.HOT]
@@ -134,9 +150,8 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # typ
     box.out[:tokens, columns] = 0
     if n == 0:
         return True
-    for t in range(tokens):
-        own.inputs[0][t, :d] = box.x[t]
-        prepare(like, one_input(own.inputs, t), d)
+    if tokens > 1 or posted == 0 or box.request[Word.POSTED] != posted:
+        _take_inputs(box, like, d, tokens, own.inputs)
     biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
@@ -158,12 +173,12 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own):  # typ
     return True
 
 
-@kernel
+@subroutine
 def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own):  # type: ignore[no-untyped-def]
     """box.out = one layer of box.x, token after token."""
     for t in range(box.request[Word.TOKENS]):
         if worker == 0:
-            shared.x[0] = box.x[t]
+            copy(box.x[t], shape.d, shared.x[0])
         if not barrier.wait(state, workers):
             return False
         position = box.request[Word.POSITION] + t
@@ -174,15 +189,15 @@ def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks
         if not barrier.wait(state, workers):
             return False
         if worker == 0:
-            box.out[t] = shared.x[0]
+            copy(shared.x[0], shape.d, box.out[t])
     return True
 
 
-@kernel
+@subroutine
 def _head(worker, workers, state, box, likes, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """shared.logits of the request's last token."""
     if worker == 0:
-        shared.x[0] = box.x[box.request[Word.TOKENS] - 1]
+        copy(box.x[box.request[Word.TOKENS] - 1], shape.d, shared.x[0])
     if not barrier.wait(state, workers):
         return False
     return head(worker, workers, state, likes[2], ends, shape, eps, shared, own)
@@ -201,11 +216,15 @@ def serve(  # type: ignore[no-untyped-def]
         return
     if worker == 0:
         store_release(box.flags, Flag.READY, 1)
-    while _requested(box, state, number + 1):
+    like, d, none = likes[1], shape.d, np.int64(0)
+    came, posted = _requested(box, state, number + 1, none, like, d, batch_own.inputs)
+    while came:
         number += 1
         op, row = box.request[Word.OP], table[box.request[Word.LAYER]]
         if op == Op.FFN:
-            fine = _cold_ffn(worker, workers, state, box, likes[1], row, shape, batch, batch_own)
+            fine = _cold_ffn(worker, workers, state, box, like, row, shape, batch, batch_own, posted)
+            if box.request[Word.TOKENS] > 1:
+                posted = none  # the input taken last is no longer there
         elif op == Op.LAYER:
             fine = _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own)
         else:
@@ -215,4 +234,5 @@ def serve(  # type: ignore[no-untyped-def]
         if fetch_add(box.flags, Flag.ARRIVED, 1) == workers - 1:
             store_release(box.flags, Flag.ARRIVED, 0)
             store_release(box.flags, Flag.DONE, number)
+        came, posted = _requested(box, state, number + 1, posted, like, d, batch_own.inputs)
     barrier.leave(state)  # another may have seen a request that came with the stop, and would wait for this one

@@ -13,12 +13,12 @@ import math
 
 import numpy as np
 
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.lanes import FAST_SUMS
 from cpu_kernels.worker_pool import WorkerPool
 
 
-@kernel(fastmath=FAST_SUMS)
+@subroutine(fastmath=FAST_SUMS)
 def _moments(x):  # type: ignore[no-untyped-def]
     """Mean and variance; not as mean(x^2) - mean^2, which cancels when the mean is large."""
     total = squares = np.float32(0)
@@ -30,7 +30,7 @@ def _moments(x):  # type: ignore[no-untyped-def]
     return mean, squares / x.shape[0]
 
 
-@kernel(fastmath=FAST_SUMS)
+@subroutine(fastmath=FAST_SUMS)
 def _sum_of_squares(x):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for j in range(x.shape[0]):
@@ -39,7 +39,7 @@ def _sum_of_squares(x):  # type: ignore[no-untyped-def]
 
 
 # Only sums may be reordered: freely ordered products would come out otherwise in place than apart.
-@kernel
+@subroutine
 def rms_norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """`rms_norm` of one row: x, weight, out [d] f32; out may be x."""
     scale = np.float32(1 / math.sqrt(_sum_of_squares(x) / x.shape[0] + eps))
@@ -47,7 +47,7 @@ def rms_norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
         out[j] = x[j] * scale * weight[j]
 
 
-@kernel
+@subroutine
 def layer_norm_row(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
     """`layer_norm` of one row: x, weight, bias, out [d] f32; out may be x."""
     mean, variance = _moments(x)

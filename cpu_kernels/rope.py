@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.lanes import copy
 from cpu_kernels.norm import rms_norm_row
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -19,7 +20,7 @@ Rotation = tuple[np.ndarray, np.ndarray]
 QKNorm = tuple[np.ndarray, np.ndarray, float]
 
 
-@kernel(fastmath={"contract"})
+@subroutine(fastmath={"contract"})
 def _rotate_head(x, cos, sin):  # type: ignore[no-untyped-def]
     half = cos.shape[0]
     for j in range(half):
@@ -44,7 +45,7 @@ def rope_heads(worker, workers, qkv, rotation, norm, cache, table, position):  #
             _rotate_head(x, cos, sin)
         if h >= heads:
             is_value, head = divmod(h - heads, kv_heads)
-            cache[block, is_value, head, slot] = x
+            copy(x, x.shape[0], cache[block, is_value, head, slot])
 
 
 def rope(

@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from cpu_kernels.blocks import BLOCK, GROUP, padded
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import subroutine
 from cpu_kernels.lanes import F32, FLOATS, I8, I32, I64, LANES, Code, constant, weight_at
 
 
@@ -184,7 +184,7 @@ def _add_last_columns(like: Any, rows: Any, scales: Any, sums: Any, first: Any, 
     return add
 
 
-@kernel
+@subroutine
 def four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
     """Addresses of rows ids[k : k + 4]; beyond the end the last again."""
     last = count - 1
@@ -196,7 +196,7 @@ def four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
     )
 
 
-@kernel
+@subroutine
 def sum_rows(  # type: ignore[no-untyped-def]
     like, weight, width, ids, scales, start, stop, ahead, d, first, last, sums, offsets, steps
 ):  # fmt: skip
@@ -230,7 +230,7 @@ def sum_rows(  # type: ignore[no-untyped-def]
             _last_columns(like, rows, factors, sums[t], whole, end)
 
 
-@kernel
+@subroutine
 def column_bytes(like, columns):  # type: ignore[no-untyped-def]
     """Bytes of that many columns of a row, without scales."""
     return columns // 2 if columns_unit(like) == GROUP else columns * like.itemsize

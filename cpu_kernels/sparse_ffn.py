@@ -27,7 +27,7 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import ACTIVATION_CODES, activate_ref
 from cpu_kernels.compiled import kernel
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts, new_down_scratch, sum_parts
-from cpu_kernels.lanes import new_inputs, one_input, prepare
+from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_sum import new_sums
 from cpu_kernels.worker_pool import Each, WorkerPool
@@ -92,7 +92,7 @@ def _together(  # type: ignore[no-untyped-def]
     """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
     n, d = ids.shape[0], x.shape[1]
     for t in range(x.shape[0]):
-        mine[0][t, :d] = x[t]
+        copy(x[t], d, mine[0][t])
         prepare(ffn.like, one_input(mine, t), d)
     gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
     if not barrier.wait(state, workers):
@@ -113,7 +113,7 @@ def _apart(  # type: ignore[no-untyped-def]
     for t in range(worker, x.shape[0], workers):
         ids = rows[starts[t] : starts[t + 1]]
         n = ids.shape[0]
-        mine[0][0, :d] = x[t]
+        copy(x[t], d, mine[0][0])
         prepare(ffn.like, one_input(mine, 0), d)
         barrier.restart(state)
         gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])

@@ -18,7 +18,6 @@ from cpu_kernels.mailbox import (
     MAX_BATCH,
     Box,
     Flag,
-    Word,
     new_batch_own,
     new_batch_shared,
     serve,
@@ -75,7 +74,7 @@ class ColdWorkers:
         self.report.zero_()
         if self.report.is_cuda:
             torch.cuda.synchronize(self.report.device)
-        self._box.request[Word.NUMBER], self._box.flags[:], self._error = 0, 0, None
+        self._box.request[:], self._box.flags[:], self._error = 0, 0, None
         self._strategy, self._sent = strategy, [0, 0]
         self._thread = threading.Thread(target=self._serve, name="hybrid-mailbox", daemon=True)
         self._thread.start()

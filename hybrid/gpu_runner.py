@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,7 @@ class GpuRunner:
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
         self._cold = ColdPrefill(hardware, model.spec)
         self.streams: bool | None = None
+        self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         counting = DeviceArena(device)
@@ -68,6 +70,7 @@ class GpuRunner:
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: list[int]) -> torch.Tensor:
+        self._check_process()
         if len(tokens) <= FEW_TOKENS:
             return self.step.few(tokens, self._reading)
         self.rest()
@@ -77,12 +80,22 @@ class GpuRunner:
         return logits
 
     def decode(self, token: int) -> torch.Tensor:
+        self._check_process()
         torch.set_num_threads(1)
         return self.step.run(token, self._runtime.strategy)
 
     def greedy(self, token: int) -> int:
+        self._check_process()
         torch.set_num_threads(1)
         return self.step.greedy(token, self._runtime.strategy)
 
     def rest(self) -> None:
         self.step.rest()
+
+    def _check_process(self) -> None:
+        """Raise in a child of `fork`, where CUDA calls fail one by one with messages that do not say why."""
+        if self._owner not in (None, os.getpid()):
+            raise RuntimeError(
+                "this engine's GPU belongs to the process that loaded it; CUDA does not survive fork, so start the "
+                "child by multiprocessing's `spawn` and load an engine there"
+            )

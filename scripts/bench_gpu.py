@@ -36,7 +36,7 @@ GIB = 2**30
 BUDGETS = (0, 2, 4, 8, 12, None)  # GiB; None is all that the card has
 PREDICTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)
 THREADS = (1, 4, 8, 15)
-CONTEXT, LONG_CONTEXT = 1024, 2304
+CONTEXT, LONG_CONTEXT = 512, 2304
 SHAPES = {
     "7b": "--d-model 4096 --d-ff 11008 --layers 32 --heads 32 --vocab 32000 --predictor-rank 1024 --context 4096",
     "13b": "--d-model 5120 --d-ff 13824 --layers 40 --heads 40 --vocab 32000 --predictor-rank 1024 --context 4096",
