@@ -48,7 +48,8 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile `function` without the GIL and cache the result on disk; `options` are those of `numba.njit`."""
     if function is None:
         return functools.partial(kernel, **options)
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True, **options)(function)
+    without: dict[str, Any] = {"no_cfunc_wrapper": True}  # for C, which nobody calls it from
+    dispatcher = numba.njit(nogil=True, **without, **options)(function)
     dispatcher._cache = _cache_of(function)
     return dispatcher
 
@@ -62,7 +63,7 @@ def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> An
         return functools.partial(subroutine, **options)
     dispatcher = kernel(function, no_cpython_wrapper=True, **options)
 
-    def add_overload(result: CompileResult) -> None:
+    def add_overload(result: Any) -> None:
         """As the dispatcher's own, but without the address that Python would call, which is null."""
         dispatcher.overloads[tuple(result.signature.args)] = result
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from cpu_kernels import compiled
-from cpu_kernels.compiled import kernel, target_features
+from cpu_kernels.compiled import kernel, subroutine, target_features
 
-# A package of two kernels, one of which calls the other; it prints what came of the cache.
+# A package of a kernel and a subroutine that it calls; it prints what came of the cache.
 HELPER = """
-from cpu_kernels.compiled import kernel
+from cpu_kernels.compiled import subroutine
 
-@kernel
+@subroutine
 def scaled(x):
     return x * 2
 """
@@ -36,7 +36,7 @@ print(total(np.ones(2)), sum(total.stats.cache_hits.values()), sum(total.stats.c
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of the package's cache beside two small kernels, and an empty home."""
+    """A copy of the package's cache beside a small kernel and its subroutine, and an empty home."""
     package = tmp_path / "tree" / "cpu_kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -203,6 +203,27 @@ def test_kernels_release_the_gil_and_take_options():
 
     assert doubled.targetoptions["nogil"] and doubled.targetoptions["fastmath"]
     assert doubled.__doc__ == "Kept."
+
+
+def test_a_subroutine_is_for_kernels_alone(folder):
+    def make():
+        @subroutine
+        def doubled(x):
+            return x + x
+
+        return doubled
+
+    first = make()
+    with pytest.raises(TypeError, match="doubled is a subroutine: only compiled code can call it"):
+        first(1)
+
+    @kernel
+    def outer(x):
+        return first(x) + 1
+
+    assert outer(1) == 3 and len(files(folder)) == 1
+    with pytest.raises(TypeError, match="only compiled code"):  # compiled or not
+        first(1)
 
 
 def test_target_features_follow_the_order_of_the_list():
