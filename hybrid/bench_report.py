@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.bench_devices import GpuResult
-from hybrid.console import percent, table
+from hybrid.console import counted, percent, table
 from hybrid.ffn import FFNCounters
 from hybrid.measurements import Spread
 from hybrid.peers import GreedyRun
@@ -161,7 +161,7 @@ def report(result: BenchResult, setting: Mapping[str, Any], same_text: bool) -> 
 def _head_lines(result: BenchResult, setting: Mapping[str, Any]) -> str:
     measured, gpu = [bandwidth / 1e9 for bandwidth in result.bandwidths], result.gpu
     lines = [
-        f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads of {setting['machine']}",
+        f"{setting['model']}, {setting['dtype']}, {counted(setting['threads'], 'thread')} of {setting['machine']}",
         f"read bandwidth {result.bandwidth / 1e9:.1f} GB/s (median of {min(measured):.1f} to {max(measured):.1f}), "
         f"measured with {min(result.cores):.1f} to {max(result.cores):.1f} cores",
     ]

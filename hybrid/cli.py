@@ -108,7 +108,7 @@ def prepare(model: Path | None, **options: Any) -> None:
     """Profile, train and place in turn, each skipped when its artefact is present and matches."""
     from hybrid import commands
 
-    commands.prepare(model, options)
+    _run(commands.prepare, model, options)
 
 
 @cli.command()
@@ -123,7 +123,7 @@ def profile(model: Path | None, **options: Any) -> None:
     """Record over a corpus how often each neuron fires. Goes on where an interrupted run ended."""
     from hybrid import commands
 
-    commands.profile(model, options)
+    _run(commands.profile, model, options)
 
 
 @cli.command()
@@ -136,7 +136,7 @@ def train(model: Path | None, **options: Any) -> None:
     """Train the predictors of which neurons will fire."""
     from hybrid import commands
 
-    commands.train(model, options)
+    _run(commands.train, model, options)
 
 
 @cli.command()
@@ -152,7 +152,7 @@ def place(model: Path | None, **options: Any) -> None:
     """Solve which neurons are hot within a VRAM budget, and print the plan."""
     from hybrid import commands
 
-    commands.place(model, options)
+    _run(commands.place, model, options)
 
 
 @cli.command()
@@ -172,7 +172,7 @@ def pack(model: Path | None, **options: Any) -> None:
     """
     from hybrid import commands
 
-    commands.pack(model, options)
+    _run(commands.pack, model, options)
 
 
 @cli.command()
@@ -189,7 +189,7 @@ def chat(model: Path | None, system: str | None, **options: Any) -> None:
     """Chat in the terminal; with piped input, answer each line and end."""
     from hybrid import commands
 
-    commands.chat(model, system, options)
+    _run(commands.chat, model, system, options)
 
 
 @cli.command()
@@ -209,7 +209,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either --prompt or --prompt-file")
-    commands.generate(model, prompt, prompt_file, options)
+    _run(commands.generate, model, prompt, prompt_file, options)
 
 
 @cli.command(name="eval")
@@ -224,7 +224,7 @@ def evaluate(model: Path | None, **options: Any) -> None:
     """Perplexity, KL and top-1 agreement of each strategy, held against dense."""
     from hybrid import commands
 
-    commands.evaluate(model, options)
+    _run(commands.evaluate, model, options)
 
 
 @cli.command()
@@ -250,7 +250,7 @@ def bench(model: Path | None, ablation: bool, **options: Any) -> None:
     from hybrid import ablation as ablations
     from hybrid import bench
 
-    (ablations.ablation if ablation else bench.bench)(model, options)
+    _run(ablations.ablation if ablation else bench.bench, model, options)
 
 
 @cli.command()
@@ -269,7 +269,7 @@ def hardware(output: Path) -> None:
     """Measure this machine for `place --hardware`, in under a minute: memory, GPU kernels, PCIe, hand-off."""
     from hybrid import hardware_report
 
-    hardware_report.hardware(output)
+    _run(hardware_report.hardware, output)
 
 
 @cli.command()
@@ -278,6 +278,14 @@ def doctor() -> None:
     from hybrid import reports
 
     reports.doctor()
+
+
+def _run(command: Callable[..., None], *arguments: Any) -> None:
+    """Do the command's work, and say so when it has to wait for the compiler."""
+    from hybrid.console import compile_notice
+
+    with compile_notice():
+        command(*arguments)
 
 
 def repeat_corpus(arguments: list[str]) -> list[str]:

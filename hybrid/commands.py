@@ -13,7 +13,7 @@ import click
 import torch
 
 from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
-from hybrid.console import percent, progress, size, table
+from hybrid.console import counted, percent, progress, size, table
 from hybrid.engine import Engine, EngineConfig
 from hybrid.errors import InputError
 from hybrid.evaluate import StrategyQuality
@@ -47,7 +47,7 @@ def prepare(model: Path | None, options: Options) -> None:
     if not project.spec.fires_sparsely:
         click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
         return
-    request, target = _profile_request(project, model, options), _target(options)
+    request, target = _profile_request(project, options), _target(options)
     seed, hardware = options["seed"], _hardware(project, options)
     settings = _placement_settings(project, options, "learned")
     settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
@@ -69,7 +69,7 @@ def prepare(model: Path | None, options: Options) -> None:
 def profile(model: Path | None, options: Options) -> None:
     """Record and print a profile."""
     project = _project(model, options)
-    found = project.profile(_profile_request(project, model, options))
+    found = project.profile(_profile_request(project, options))
     click.echo(profile_report(found))
     click.echo(f"wrote {project.bundle.profile}", err=True)
 
@@ -200,8 +200,8 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, o
 def evaluate(model: Path | None, options: Options) -> None:
     """Print the quality of each strategy, and with `curve` that of the predictors over a sweep of thresholds."""
     project = _project(model, options)
-    corpus = options["corpus"] or ((EMBEDDED_CORPUS / "heldout.jsonl",) if model is None else ())
-    windows = project.windows(ProfileRequest(tuple(corpus), options["tokens"], _window(project, options)))
+    corpus = _corpus(project, options, "heldout.jsonl")
+    windows = project.windows(ProfileRequest(corpus, options["tokens"], _window(project, options)))
     strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
@@ -269,9 +269,17 @@ def _window(project: Project, options: Options) -> int:
     return options["window"] if options["window"] is not None else min(512, project.spec.max_context)
 
 
-def _profile_request(project: Project, model: Path | None, options: Options) -> ProfileRequest:
-    corpus = options["corpus"] or ((EMBEDDED_CORPUS / "calibration.jsonl",) if model is None else ())
-    return ProfileRequest(tuple(corpus), options["tokens"], _window(project, options), options["seed"])
+def _corpus(project: Project, options: Options, embedded: str) -> tuple[Path, ...]:
+    """The files that were named; else, for the embedded model, a copy or a packed one, its own corpus."""
+    if options["corpus"]:
+        return tuple(options["corpus"])
+    is_embedded = project.spec.fingerprint == ModelFolder.open(EMBEDDED_MODEL).spec.fingerprint
+    return (EMBEDDED_CORPUS / embedded,) if is_embedded else ()
+
+
+def _profile_request(project: Project, options: Options) -> ProfileRequest:
+    corpus = _corpus(project, options, "calibration.jsonl")
+    return ProfileRequest(corpus, options["tokens"], _window(project, options), options["seed"])
 
 
 def _target(options: Options) -> PredictorTarget:
@@ -355,7 +363,7 @@ def _chat_header(engine: Engine, name: str) -> str:
     hot = int(engine.placement.hot.sum()) / (spec.n_layers * spec.d_ff)
     lines = [
         f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {engine.runtime.strategy}; "
-        f"{percent(hot)} of neurons hot; context {engine.context}; {engine.runtime.pool.threads} threads. "
+        f"{percent(hot)} of neurons hot; context {engine.context}; {counted(engine.runtime.pool.threads, 'thread')}. "
         "/help for commands."
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in engine.notices)])

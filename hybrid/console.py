@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
+from typing import Any
 
 import click
+from numba.core import event
 from tqdm import tqdm
 
 
@@ -42,6 +44,33 @@ def details(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """A title and under it names with what they are, both aligned left."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, *(f"  {name.ljust(width)}  {value}" for name, value in rows)])
+
+
+def counted(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+class _CompileNotice(event.Listener):
+    """Says once that a kernel is being compiled, when the first is."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def on_start(self, begun: Any) -> None:
+        if not self._said:
+            self._said = True
+            tqdm.write("compiling kernels (once)", file=sys.stderr)
+
+    def on_end(self, ended: Any) -> None:
+        pass
+
+
+@contextmanager
+def compile_notice() -> Iterator[None]:
+    """Inside, a line on stderr says why nothing happens when kernels have to be compiled; they are kept on disk."""
+    with event.install_listener("numba:compile", _CompileNotice()):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 
 from cpu_kernels.matrix import Matrix
 from hybrid.ffn import FFNRuntime, HybridFFN
-from hybrid.gemm import linear, linear_few
+from hybrid.gemm import linear, linear_few, widened
 from hybrid.kv_cache import KVCache
 from profiler.spec import ModelSpec, RopeSpec
 
@@ -167,6 +167,17 @@ class Transformer(nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [t, d_model]; returns [t, vocab_size] f32."""
         return self.head(hidden)
+
+    @torch.inference_mode()
+    def load_kernels(self) -> None:
+        """Compile what a prompt needs, or read it from its cache, by products with one row of each type of weights."""
+        ffn, pool = self.ffns[0], self.ffns[0].runtime.pool
+        matrices = {matrix.dtype: matrix for matrix in (self.blocks[0].attention.qkv.matrix, self.head.matrix, ffn.up)}
+        ffn.every(torch.zeros(2, self.spec.d_model), self.spec.d_ff - 1)
+        for matrix in matrices.values():
+            row = Matrix(matrix.rows[:1], matrix.columns)
+            linear_few(torch.zeros(2, matrix.columns), row, None, pool)
+            widened(row, slice(1), pool)
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Cosines and sines [t, 1, head_dim / 2] of the positions' angles; None for a model without RoPE."""

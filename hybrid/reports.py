@@ -16,7 +16,7 @@ from llvmlite import binding
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.commands import predictor_report, profile_report
-from hybrid.console import details, percent, size
+from hybrid.console import counted, details, percent, size
 from hybrid.errors import ArtifactError
 from hybrid.loader import ModelFolder
 from placement.plan import UNLIMITED
@@ -128,7 +128,7 @@ def _cpu_rows() -> list[tuple[str, str]]:
         ("CPU", f"{platform.machine()}, {binding.get_host_cpu_name()}"),
         ("vector features", ", ".join(found) or "none of those used"),
         ("cores", f"{os.cpu_count()} in the machine, {available_cpus()} for this process"),
-        ("memory read", f"{measured.cpu_read_bandwidth / 1e9:.1f} GB/s by {measured.cpu_threads} threads"),
+        ("memory read", f"{measured.cpu_read_bandwidth / 1e9:.1f} GB/s by {counted(measured.cpu_threads, 'thread')}"),
     ]
 
 
@@ -161,7 +161,7 @@ def _planned_for() -> str:
 
 def _choice_rows() -> list[tuple[str, str]]:
     return [
-        ("would run on", f"the CPU with {available_cpus()} threads; this build has no GPU runtime yet"),
+        ("would run on", f"the CPU with {counted(available_cpus(), 'thread')}; this build has no GPU runtime yet"),
         ("hot and cold neurons", "both on the CPU, in one pass"),
         ("kernels", "Numba, compiled for this CPU on first use and cached"),
         ("placement", f"planned for: {_planned_for()}; --hardware FILE for another"),

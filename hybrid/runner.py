@@ -60,6 +60,7 @@ class CpuRunner:
 
     def load_kernels(self) -> None:
         self._step.load_kernels()
+        self._model.load_kernels()
 
     def read(self, tokens: list[int]) -> torch.Tensor:
         if len(tokens) == 1:

@@ -3,11 +3,12 @@
 import json
 import shutil
 
+import numba
 import pytest
 import torch
 from model_cases import make_model
 
-from cpu_kernels.worker_pool import WorkerPool
+from cpu_kernels.worker_pool import Each, WorkerPool
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.errors import ArtifactError, ContextError, InputError
 from hybrid.interrupts import InterruptGuard
@@ -46,6 +47,23 @@ def test_the_documented_way_to_use_it(folder):
 def test_text_and_token_prompts_are_the_same(engine):
     first = tokens(engine.generate("abc", GREEDY))
     assert tokens(engine.generate(engine.codec.encode("abc"), GREEDY)) == first
+
+
+def test_answers_need_no_kernels_but_those_that_were_loaded(folder, monkeypatch):
+    needed, run = set(), WorkerPool.run
+
+    def note(pool, kernel, workers, *args):
+        types = tuple(numba.typeof(value[0] if isinstance(value, Each) else value) for value in args)
+        needed.add((kernel, types))
+        run(pool, kernel, workers, *args)
+
+    monkeypatch.setattr(WorkerPool, "run", note)
+    engine = Engine.load(folder, EngineConfig("exact", threads=2))
+    loaded = set(needed)
+    for prompt_tokens in (1, 2, 40):
+        list(engine.generate([5] * prompt_tokens, GREEDY))
+    engine.close()
+    assert needed == loaded
 
 
 def test_statistics_of_the_last_step(engine):
@@ -140,7 +158,7 @@ def test_the_end_token_may_stand_in_the_configuration(folder, tmp_path):
 
 
 def test_long_prompts_are_read_in_chunks(folder, monkeypatch):
-    monkeypatch.setattr("hybrid.engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("hybrid.runner.CpuRunner.chunk", 7)
     engine, seen = Engine.load(folder, EngineConfig("dense")), []
     chunked = tokens(engine.generate("a" * 20, GREEDY, lambda done, total: seen.append((done, total))))
     assert seen == [(0, 20), (7, 20), (14, 20), (20, 20)]
