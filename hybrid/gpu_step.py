@@ -173,6 +173,7 @@ class GpuStep:
 
     def load_kernels(self, strategy: Strategy) -> None:
         """Compile and capture the step for one token; the cache stays as it is."""
+        self.rest()  # the CPU's step runs on the same pool
         self._step.load_kernels()
         if self._native:
             self._capture(strategy, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from model_cases import make_model
 from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import attention, gemv, low_rank, norm, rope, sparse_ffn
+from gpu_kernels import attention, dense, gemv, low_rank, norm, rope, sampling, sparse_ffn
+from hybrid import gpu_gemm, gpu_prefill, gpu_step
 from hybrid.arena import DeviceArena
 from hybrid.decode import DecodeStep
 from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
@@ -23,12 +25,14 @@ from hybrid.loader import ModelFolder
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
 
-VOCAB, CAPACITY = 67, 24
-_STEP_KERNELS = {"decode_attention", "gemv", "predict", "residual_norm", "rope", "sparse_ffn"}
+VOCAB, CAPACITY = 131, 24
+_USERS = (gpu_gemm, gpu_prefill, gpu_step)
+_KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
+_KERNELS |= {"split", "widen", "activate_product", "causal_softmax"}
 
 
 def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
-    """Make the case `name` of `model_cases` with few layers and a small vocabulary; returns its folder."""
+    """Make the case `name` of `model_cases` with few layers and a vocabulary as its tokenizer needs; returns its folder."""
     plain = folder / f"{name}-{layers}"
     if not plain.exists():
         make_model(
@@ -105,8 +109,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, references in the place of the step's kernels but the mailbox's: the interpreter takes seconds."""
+    """Without a GPU, references in the place of all kernels but the mailbox's: the interpreter takes seconds."""
     if DEVICE == "cpu":
-        for module in (attention, gemv, low_rank, norm, rope, sparse_ffn):
-            for name in _STEP_KERNELS & set(vars(module)):
-                monkeypatch.setattr(f"hybrid.gpu_step.{name}", getattr(module, f"{name}_ref"))
+        for module, user in product((attention, dense, gemv, low_rank, norm, rope, sampling, sparse_ffn), _USERS):
+            for name in _KERNELS & set(vars(module)) & set(vars(user)):
+                monkeypatch.setattr(user, name, getattr(module, f"{name}_ref"))

@@ -116,7 +116,7 @@ def test_the_last_token_of_the_context(models):
 def test_forgotten_tokens_are_overwritten(models):
     case, tokens = StepCase(tiny_model("llama-relu", models)), some_tokens(12)
     expected = case.expected(tokens, "exact")
-    case.step.few(tokens[:6] + [3, 4, 5], "exact")
+    case.step.few([*tokens[:6], 3, 4, 5], "exact")
     case.cache.truncate(6)
     assert relative_error(case.step.few(tokens[6:], "exact"), expected) < FLOATS
     case.close()
