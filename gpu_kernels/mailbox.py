@@ -77,6 +77,15 @@ def _release(address, number, NATIVE: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
+def _next(counter):  # type: ignore[no-untyped-def]
+    """Count on; every thread reads the same number, so none may write before all have read."""
+    number = tl.load(counter) + 1
+    tl.debug_barrier()
+    tl.store(counter, number)
+    return number
+
+
+@triton.jit
 def _acquire(address, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Read a number that the host releases."""
     if NATIVE:
@@ -108,16 +117,13 @@ def _post_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row + columns, values, mask=mask)
     tl.store(host + row + columns, values, mask=mask)
     if AHEAD:
-        number = tl.load(state + 3) + 1
-        tl.store(state + 3, number)
-        _release(posted, number, NATIVE)
+        _release(posted, _next(state + 3), NATIVE)
 
 
 @triton.jit
 def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write a request and release it."""
-    number = tl.load(state) + 1
-    tl.store(state, number)
+    number = _next(state)
     tl.store(request + 1, op.to(tl.int64))
     tl.store(request + 2, layer.to(tl.int64))
     tl.store(request + 3, count.to(tl.int64))
