@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -57,6 +58,7 @@ class CpuRunner:
         self._model, self._cache, self._runtime = model, cache, runtime
         self._step = DecodeStep(model, cache, runtime)
         self._expect_scattered_reads = expect_scattered_reads
+        self._owner = os.getpid()
 
     def load_kernels(self) -> None:
         self._step.load_kernels()
@@ -65,7 +67,8 @@ class CpuRunner:
     def read(self, tokens: list[int]) -> torch.Tensor:
         if len(tokens) == 1:
             return self._run(tokens[0], "dense")
-        torch.set_num_threads(self._runtime.pool.threads)
+        # A child of fork waits for ever for torch's threads, which stayed with its parent.
+        torch.set_num_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1)
         self._runtime.as_decode = False
         if len(tokens) > self._runtime.few:
             self._expect_scattered_reads(False)

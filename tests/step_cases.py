@@ -32,7 +32,7 @@ _KERNELS |= {"split", "widen", "activate_product", "causal_softmax"}
 
 
 def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
-    """Make the case `name` of `model_cases` with few layers and a vocabulary as its tokenizer needs; returns its folder."""
+    """Make the case `name` of `model_cases` with few layers, once; returns its folder."""
     plain = folder / f"{name}-{layers}"
     if not plain.exists():
         make_model(
