@@ -223,8 +223,8 @@ def serve(  # type: ignore[no-untyped-def]
         op, row = box.request[Word.OP], table[box.request[Word.LAYER]]
         if op == Op.FFN:
             fine = _cold_ffn(worker, workers, state, box, like, row, shape, batch, batch_own, posted)
-            if box.request[Word.TOKENS] > 1:
-                posted = none  # the input taken last is no longer there
+            # Of several inputs none is kept; of one, that of this request.
+            posted = none if box.request[Word.TOKENS] > 1 else box.request[Word.POSTED]
         elif op == Op.LAYER:
             fine = _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own)
         else:

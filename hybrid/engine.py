@@ -316,7 +316,7 @@ class AnswerText:
 
 
 def cpu_threads(beside_gpu: bool) -> int:
-    """All CPUs, but beside a GPU leave one in eight, at least one: for the caller, who waits for the GPU, and the system.
+    """All CPUs, but beside a GPU leave one in eight, at least one: for the caller, which waits for the GPU, and others.
 
     On 16 cores 14 threads took 6.47 ms a token, 15 took 6.62, 12 6.50 and 10 6.96 (7B bf16, 8 GiB).
     """

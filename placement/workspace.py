@@ -18,8 +18,8 @@ BATCHES = (1, 2, 4, 8)  # tokens of a decode step: there is a CUDA graph for eac
 KV_BLOCK = 256  # tokens of a block of the KV cache
 STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
-# Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first tensor,
-# 268 once a short prompt was read, 308 after one of 2048 tokens.
+# Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first
+# tensor, 268 once a short prompt was read, 308 after one of 2048 tokens.
 RUNTIME_RESERVE = 320 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once

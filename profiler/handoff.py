@@ -10,7 +10,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -73,16 +72,21 @@ class Handoff:
         self._pool.close()
 
     def empty(self) -> None:
-        """Launch a step of which each layer asks for the FFN of no neuron."""
-        nothing = partial(ask, Op.FFN, self.shape.layers, None, self._mailbox, self._positions, 1)
-        self._launch(lambda layer: nothing())
+        """Launch a step of which each layer sends its input and asks for the FFN of no neuron."""
+        for _ in range(self.shape.layers):
+            ask(Op.FFN, self.shape.layers, self._normed, self._mailbox, self._positions, 1)
+            self._receive()
 
     def active(self) -> None:
         """Launch a step of which each layer compacts its masks and asks for the FFN of the neurons drawn last."""
         hot = (self._hot_ids, self._spare, self._hot_count, self._spare)  # there are none
-        self._launch(
-            lambda layer: send(self._masks[layer], 0, *hot, self._mailbox, layer, self._positions)
-        )  # fmt: skip
+        for layer in range(self.shape.layers):
+            post(self.x, self._norm, None, _EPS, self._normed, self._mailbox)
+            send(self._masks[layer], 0, *hot, self._mailbox, layer, self._positions)
+            self._receive()
+
+    def _receive(self) -> None:
+        receive(self.x, None, None, self._norm, None, _EPS, self._normed, self._mailbox, asked=True)
 
     def draw(self, count: int, seed: int) -> None:
         """Choose `count` active neurons of each layer."""
@@ -92,8 +96,9 @@ class Handoff:
         self._masks.copy_(torch.from_numpy((ranks < count).astype(np.uint8)))
 
     def seconds(self, count: int = 0, replays: int = _REPLAYS) -> float:
-        """Median seconds of a layer with `count` active neurons inside a CUDA graph of all layers: the norm that goes
-        to the host, the request, the workers, and the sum with the next norm. Needs CUDA.
+        """Median seconds of a layer with `count` active neurons inside a CUDA graph of all layers: the input to the
+        host, the request, the workers, and the sum with the next norm; with neurons also the norm before and the
+        compaction. Needs CUDA.
 
         Raises what a worker raised, and `RuntimeError` when an answer did not come.
         """
@@ -125,12 +130,6 @@ class Handoff:
         with torch.cuda.graph(graph):
             launch()
         return graph
-
-    def _launch(self, request: Callable[[int], None]) -> None:
-        for layer in range(self.shape.layers):
-            post(self.x, self._norm, None, _EPS, self._normed, self._mailbox)
-            request(layer)
-            receive(self.x, None, None, self._norm, None, _EPS, self._normed, self._mailbox, asked=True)
 
     def _table(self) -> np.ndarray:
         """The layers' rows of the decode step's table, and one of a layer without cold neurons."""

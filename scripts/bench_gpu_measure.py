@@ -233,7 +233,9 @@ def predict(model: str, budgets: list[int], context: int, position: int) -> Resu
     return {"rows": rows}
 
 
-def same_tokens(model: str | None, strategies: list[str], threads: list[int], prompt: int, tokens: int) -> Result:
+def same_tokens(
+    strategies: list[str], threads: list[int], prompt: int, tokens: int, model: str | None = None
+) -> Result:
     """How many engines, over placements, strategies and workers, answer as the CPU alone does, and as dense does."""
     path = Path(model) if model else EMBEDDED_MODEL
     folder = ModelFolder.open(path)
