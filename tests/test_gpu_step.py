@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 
 def check(case, strategy, tokens=None, tolerance=FLOATS):
     """Logits after each token, one by one, from the empty cache."""
-    for token in some_tokens(11) if tokens is None else tokens:
+    for token in some_tokens(9) if tokens is None else tokens:
         expected = case.expected([token], strategy)
         error = relative_error(case.step.run(token, strategy), expected)
         assert error < tolerance, f"relative error {error:.2e} at token {case.cache.length}"
@@ -70,8 +70,8 @@ PLACEMENTS = [
 @pytest.mark.parametrize("name", ["llama-relu", "opt"])
 def test_placements(models, name, placed):
     case = StepCase(tiny_model(name, models), predictors=True, **placed)
-    for strategy in ("exact", "learned"):
-        check(case, strategy, some_tokens(9))
+    check(case, "learned" if name == "opt" else "exact", some_tokens(4))
+    check(case, "exact" if name == "opt" else "learned", some_tokens(2))
     case.close()
 
 
