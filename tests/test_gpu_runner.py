@@ -6,6 +6,7 @@ from gpu_cases import DEVICE
 from step_cases import VOCAB, random_predictor, some_tokens, tiny_model, use_references
 
 from hybrid import Engine, EngineConfig, SamplingSettings
+from hybrid.errors import InputError
 from hybrid.gpu_runner import GpuRunner
 from hybrid.loader import ModelFolder
 from hybrid.runner import CpuRunner
@@ -135,5 +136,5 @@ def test_what_is_taken_is_within_the_plan(models, name, strategy, where):
 
 def test_tokens_beyond_the_vocabulary_are_refused(models):
     folder = tiny_model("llama-relu", models)
-    with load(folder, placed(folder)) as engine, pytest.raises(ValueError, match=f"0 to {VOCAB - 1}"):
+    with load(folder, placed(folder)) as engine, pytest.raises(InputError, match=f"0 to {VOCAB - 1}"):
         engine.generate([VOCAB], GREEDY)
