@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from hybrid.errors import BudgetError
 from placement.plan import aligned
 
 
@@ -18,10 +19,17 @@ class DeviceArena:
     """Tensors on `device`, each at a multiple of `placement.plan.ALIGNMENT` bytes. `spent`: bytes so far, by part."""
 
     def __init__(self, device: torch.device, capacity: int | None = None) -> None:
-        """capacity: bytes of the slab; None only counts. Raises `RuntimeError` where the device has not so much."""
+        """capacity: bytes of the slab; None only counts. Raises `BudgetError` where the device has not so much."""
         self.device, self.spent = device, dict[str, int]()
-        self._slab = None if capacity is None else torch.empty(capacity, dtype=torch.uint8, device=device)
+        self._slab: torch.Tensor | None = None
         self._used = 0
+        if capacity is not None:
+            try:
+                self._slab = torch.empty(capacity, dtype=torch.uint8, device=device)
+            except torch.OutOfMemoryError as error:
+                raise BudgetError(
+                    f"the GPU has no {capacity / 2**30:.2f} GiB free in one piece; lower --vram-budget or --context"
+                ) from error
 
     @property
     def counts_only(self) -> bool:

@@ -18,6 +18,7 @@ from profiler.hardware import HardwareProfile
 
 # Left free on the GPU where no budget is given: for what other programs, and drivers, take meanwhile.
 RESERVE_BYTES = 2**30
+_SOLVE_SECONDS = 2.0  # of a start, at most, for a placement
 
 
 def gpu_of(budget: int | None) -> torch.device | None:
@@ -65,10 +66,12 @@ def placement_for(
             f"VRAM budget is {budget / 2**30:.2f} GiB, the GPU has {most / 2**30:.2f} GiB free beside a reserve of 1; "
             "lower --vram-budget"
         )
+    if not bundle.hardware.is_file():
+        notices.append(f"placed for a default GPU: `hybrid hardware -o {bundle.hardware}` measures this one")
     made = {} if stored is None else stored.made_from
     wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
-    as_made = made.get("vram_budget") == wanted and made.get("context") == context and wanted <= most
-    if stored is not None and as_made:
+    now = {"vram_budget": wanted, "context": context, "hardware_profile": hardware_of(bundle).to_json()}
+    if stored is not None and wanted <= most and all(made.get(name) == value for name, value in now.items()):
         return stored
     return solve_within(bundle, folder, strategy, context, min(wanted, most))
 
@@ -83,7 +86,7 @@ def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, contex
     spec = folder.spec
     hardware = hardware_of(bundle)
     hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
-    settings = PlacementSettings(budget, context, strategy)
+    settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS)
     if not spec.fires_sparsely:
         return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
     profile = bundle.load_profile(spec)

@@ -54,9 +54,10 @@ def folder_of(spec=SPEC, weights=None):
     return SimpleNamespace(spec=spec, weights=weights)
 
 
-def store(bundle, budget, context=CONTEXT):
+def store(bundle, budget, context=CONTEXT, hardware=ROUND_HARDWARE):
     """Save a placement as `hybrid place` makes it for `budget`; returns it."""
-    made = replace(Placement.random(SPEC, 0.5, 3), made_from={"vram_budget": budget, "context": context})
+    made_from = {"vram_budget": budget, "context": context, "hardware_profile": hardware.to_json()}
+    made = replace(Placement.random(SPEC, 0.5, 3), made_from=made_from)
     made.save(bundle.placement)
     return made
 
@@ -119,6 +120,15 @@ def test_the_stored_placement_where_it_was_made_for_the_same(bundle):
     for budget in (None, GIB):
         found, notices = choose(bundle, budget)
         assert same(found, stored) and notices == []
+
+
+@pytest.mark.usefixtures("free")
+def test_one_for_other_hardware_is_solved_anew(bundle):
+    stored = store(bundle, GIB, hardware=replace(ROUND_HARDWARE, gpu_read_bandwidth=5e11))
+    found, notices = choose(bundle)
+    assert not same(found, stored) and notices == []
+    bundle.hardware.unlink()
+    assert "placed for a default GPU: `hybrid hardware -o " in choose(bundle)[1][0]
 
 
 @pytest.mark.usefixtures("free")
