@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.launch import begin, options
 from gpu_kernels.rope import CACHE_TYPES, check_places
 
 MOST_SPLITS = 128  # a program of the second kernel holds all splits of a head in registers
@@ -108,8 +109,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     GROUPED: tl.constexpr,
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Everything is [GROUPED heads, KEYS places, PADDED >= HEAD_DIM columns], or 1 where the same along an axis."""
+    begin(PDL)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     CHUNKS: tl.constexpr = (GROUP + GROUPED - 1) // GROUPED
     t, split = tl.program_id(2), tl.program_id(0)
@@ -163,8 +166,10 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out [HEAD_DIM] of one head of one token, from all its splits."""
+    begin(PDL)
     head = tl.program_id(0)
     slot = tl.arange(0, PADDED_SPLITS)[:, None]
     column = tl.arange(0, PADDED)[None, :]
@@ -219,7 +224,7 @@ def decode_attention(
         GROUPED=grouped,
         KEYS=max(1, min(KEY_BYTES // cache.itemsize, TILE // (grouped * padded))),
         PADDED=padded,
-        num_warps=4,
+        **options(4),
     )
     padded_splits = triton.next_power_of_2(splits)
     _join_kernel[(tokens * heads,)](
@@ -231,7 +236,7 @@ def decode_attention(
         SPLITS=splits,
         PADDED_SPLITS=padded_splits,
         PADDED=padded,
-        num_warps=min(8, max(1, padded_splits * padded // 1024)),
+        **options(min(8, max(1, padded_splits * padded // 1024))),
     )
 
 

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.launch import begin, options
+
 _BLOCK, _WARPS = 4096, 8  # 1100 issue cycles per block on an SM; 16 warps take 1500
 
 
@@ -40,8 +42,10 @@ def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr)
 # A size of 1 would be compiled in, and a loop over it fails to compile.
 @triton.jit(do_not_specialize=["f", "hot"])
 def _compact_kernel(  # type: ignore[no-untyped-def]
-    masks, f, hot, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, cold_count, BLOCK: tl.constexpr
+    masks, f, hot, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, cold_count, BLOCK: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     if tl.program_id(0) == 0:
         tl.store(hot_count, compact(masks, 0, hot, hot_ids, hot_masks, BLOCK))
     else:
@@ -74,7 +78,7 @@ def compact_indices(
         _check(f"{side}_masks", its_masks, torch.uint8, size)
         _check(f"{side}_count", count, torch.int32, 1)
     hot_side, cold_side = (hot_ids, hot_masks, hot_count), (cold_ids, cold_masks, cold_count)
-    _compact_kernel[(2,)](masks, f, hot, *hot_side, *cold_side, BLOCK=_BLOCK, num_warps=_WARPS)
+    _compact_kernel[(2,)](masks, f, hot, *hot_side, *cold_side, BLOCK=_BLOCK, **options(_WARPS))
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, size: int) -> None:

@@ -10,12 +10,14 @@ the CPU rounds inputs to 16 bits, so a neuron right at the threshold may differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from gpu_kernels.gemv import Tiling
+from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import padded
 from gpu_kernels.tiles import append, load_groups, zero_tiles
 
@@ -110,11 +112,12 @@ def _codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-
 
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
-    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """fc[row] . x[t] of T tokens as a tuple of f32 [R], 0 where not `inside`; fc has K columns, padded.
 
-    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them.
+    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them. The first codes are
+    on their way while the kernel before still runs.
     """
     G: tl.constexpr = C // 16
     P: tl.constexpr = (K + 127) // 128 * 128
@@ -123,6 +126,7 @@ def _dots(  # type: ignore[no-untyped-def]
     for c in range(0, P, C):
         at = c // 4 + tl.arange(0, C // 4)
         tile = tl.load(words[:, None] + at[None, :], mask=inside[:, None] & (at < P // 4)[None, :], other=0)
+        begin(PDL)
         wide = _codes(tile, R, G)
         following = ()
         for t in tl.static_range(T):
@@ -137,26 +141,27 @@ def _dots(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _hidden_kernel(  # type: ignore[no-untyped-def]
-    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """hidden[t, R rows of this program] of all tokens."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < r
     scale, bias = tl.load(s1 + row, mask=inside, other=0.0), tl.load(b1 + row, mask=inside, other=0.0)
-    dots = _dots(fc1, row, inside, x, K, T, R, C)
+    dots = _dots(fc1, row, inside, x, K, T, R, C, PDL)
     for t in tl.static_range(T):
         tl.store(hidden + t * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
 
 
 @triton.jit
 def _firing_kernel(  # type: ignore[no-untyped-def]
-    fc2, s2, b2, threshold, hidden, masks, f, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    fc2, s2, b2, threshold, hidden, masks, f, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """masks[R rows of this program]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < f
     scale, bias = tl.load(s2 + row, mask=inside, other=0.0), tl.load(b2 + row, mask=inside, other=0.0)
-    dots = _dots(fc2, row, inside, hidden, K, T, R, C)
+    dots = _dots(fc2, row, inside, hidden, K, T, R, C, PDL)
     bits = tl.zeros((R,), tl.int32)
     for t in tl.static_range(T):
         bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << t
@@ -180,11 +185,12 @@ def predict(
     )
 
 
-def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, int]:
+def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, Any]:
     """Constants of a kernel. Of several tokens a program takes fewer rows, of short rows fewer warps read one."""
     width = tiling.columns("int8", columns)
     rows = min(tiling.rows, 16 // triton.next_power_of_2(tokens))
-    return {"K": columns, "T": tokens, "R": rows, "C": width, "num_warps": max(1, min(tiling.warps, width // 512))}
+    warps = max(1, min(tiling.warps, width // 512))
+    return {"K": columns, "T": tokens, "R": rows, "C": width, **options(warps)}
 
 
 def _check(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:

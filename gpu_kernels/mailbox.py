@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from time import monotonic, sleep
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 from gpu_kernels.compact import compact, compact_indices_ref
+from gpu_kernels.launch import begin, is_native, options
 from gpu_kernels.norm import normed, residual_norm_ref
 
 STATE_WORDS = 4
@@ -108,8 +110,9 @@ def _nanoseconds(start, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _post_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, host, posted, state, eps, d, AHEAD: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr
+    NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
@@ -135,8 +138,9 @@ def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.con
 @triton.jit(do_not_specialize=["layer", "hot", "f", "tokens"])
 def _send_kernel(  # type: ignore[no-untyped-def]
     masks, hot, f, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, request, state, tallies, layer, tokens,
-    positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr
+    positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     if tl.program_id(0) == 0:
         count = compact(masks, hot, f, cold_ids, cold_masks, BLOCK)
         due = (count > 0) & (tl.load(state + 2) == 0)
@@ -153,8 +157,9 @@ def _send_kernel(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
 def _ask_kernel(  # type: ignore[no-untyped-def]
     x, host, values, request, state, tallies, op, layer, cold, tokens, positions, COPY: tl.constexpr,
-    BLOCK: tl.constexpr, NATIVE: tl.constexpr
+    BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     if COPY:
         for first in range(0, values, BLOCK):
             at = first + tl.arange(0, BLOCK)
@@ -187,8 +192,9 @@ def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-u
 def _receive_kernel(  # type: ignore[no-untyped-def]
     x, parts, added, host, flags, state, weight, bias, out, eps, count, d, part_stride, timeout, PARTS: tl.constexpr,
     ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr
+    NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
@@ -207,14 +213,9 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row + columns, normed(values, mask, weight, bias, columns, eps, d, LAYER), mask=mask)
 
 
-def _is_native() -> bool:
-    """Whether kernels run on a GPU, rather than in Triton's interpreter, which has no assembly."""
-    return not isinstance(_send_kernel, InterpretedFunction)
-
-
-def _sizes(d: int, warps: int = 16) -> dict[str, int]:
+def _sizes(d: int, warps: int = 16) -> dict[str, Any]:
     block = triton.next_power_of_2(d)
-    return {"BLOCK": block, "num_warps": min(warps, max(1, block // 256))}
+    return {"BLOCK": block, **options(min(warps, max(1, block // 256)))}
 
 
 def post(
@@ -228,7 +229,7 @@ def post(
     tokens, d = x.shape
     _post_kernel[(tokens,)](
         x, weight, bias, out, box.x, box.request[_POSTED:], box.state, eps, d,
-        AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=_is_native(), **_sizes(d),
+        AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=is_native(), **_sizes(d),
     )  # fmt: skip
 
 
@@ -253,7 +254,7 @@ def send(
     cold_masks = spare if tokens == 1 else box.masks
     _send_kernel[(2,)](
         masks, hot, len(masks), hot_ids, hot_masks, hot_count, box.ids, cold_masks, box.request, box.state,
-        box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=_is_native(), num_warps=8,
+        box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=is_native(), **options(8),
     )  # fmt: skip
 
 
@@ -267,7 +268,7 @@ def ask(
     values = 0 if x is None else x.numel()
     _ask_kernel[(1,)](
         x, box.x, values, box.request, box.state, box.tallies, op, layer, cold, tokens, positions,
-        COPY=x is not None, BLOCK=4096, NATIVE=_is_native(), num_warps=8,
+        COPY=x is not None, BLOCK=4096, NATIVE=is_native(), **options(8),
     )  # fmt: skip
 
 
@@ -292,7 +293,7 @@ def receive(
     _receive_kernel[(tokens,)](
         x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
         0 if parts is None else parts.shape[0], d, tokens * d, int(box.timeout * 1e9), PARTS=parts is not None,
-        ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=_is_native(),
+        ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
         **_sizes(d, _POLLING_WARPS),
     )  # fmt: skip
 
@@ -367,13 +368,10 @@ def receive_ref(
     asked: bool,
     replace: bool = False,
 ) -> None:
-    """`receive` in torch, of an answer that is there or will not come."""
+    """`receive` in torch; the host waits."""
     answer = torch.zeros_like(x)
-    if asked and int(box.state[State.DUE]):
-        if box.flags[0] >= box.state[State.NUMBER].cpu():
-            answer = box.out[: len(x)].to(x)
-        else:
-            box.state[State.FAILED] = box.state[State.NUMBER]
+    if asked and int(box.state[State.DUE]) and _answered_ref(box, int(box.state[State.NUMBER])):
+        answer = box.out[: len(x)].to(x)
     terms = [] if parts is None else list(parts)
     terms += [] if added is None else [added]
     for term in [*terms, answer] if asked else terms:
@@ -381,3 +379,13 @@ def receive_ref(
     if replace:
         x.copy_(answer)
     residual_norm_ref(x, weight, bias, eps, out)
+
+
+def _answered_ref(box: Mailbox, number: int) -> bool:
+    end = monotonic() + box.timeout
+    while box.flags[0] < number:
+        if monotonic() > end:
+            box.state[State.FAILED] = number
+            return False
+        sleep(1e-5)
+    return True

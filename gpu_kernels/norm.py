@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.launch import begin, options
+
 MOST_COLUMNS = 16384
 
 
@@ -48,7 +50,9 @@ def _residual_norm_kernel(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
@@ -92,7 +96,7 @@ def residual_norm(
         NORM=out is not None,
         LAYER=bias is not None,
         BLOCK=block,
-        num_warps=min(16, max(1, block // 256)),
+        **options(min(16, max(1, block // 256))),
     )
 
 

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.launch import begin, options
+
 CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,7 +44,9 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     ROTATED: tl.constexpr,
     NORMED: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
     t, h = tl.program_id(0), tl.program_id(1)
     j = tl.arange(0, PADDED_HALF)
@@ -114,7 +118,7 @@ def rope(
         ROTATED=cos is not None,
         NORMED=q_norm is not None,
         PADDED_HALF=triton.next_power_of_2(-(-head_dim // 2)),
-        num_warps=1,
+        **options(1),
     )
 
 

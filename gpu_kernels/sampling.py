@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.launch import begin, options
+
 MAX_K = 1024
 _BLOCK = 2048  # logits that a program of the first pass takes
 
@@ -46,8 +48,9 @@ def _best(values, ids):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _greedy_blocks(logits, scratch_values, scratch_ids, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _greedy_blocks(logits, scratch_values, scratch_ids, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each block's best; id -1 where it holds NaN."""
+    begin(PDL)
     block, t = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
     logit = tl.load(logits + t.to(tl.int64) * vocab + i, mask=i < vocab, other=-float("inf"))
@@ -58,7 +61,8 @@ def _greedy_blocks(logits, scratch_values, scratch_ids, vocab, BLOCK: tl.constex
 
 
 @triton.jit
-def _greedy_best(scratch_values, scratch_ids, out, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _greedy_best(scratch_values, scratch_ids, out, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin(PDL)
     t, i = tl.program_id(0), tl.arange(0, BLOCK)
     values = tl.load(scratch_values + t * blocks + i, mask=i < blocks, other=-float("inf"))
     value, best = _best(values, tl.load(scratch_ids + t * blocks + i, mask=i < blocks, other=0x7FFFFFFF))
@@ -77,8 +81,8 @@ def greedy(logits: torch.Tensor, scratch_values: torch.Tensor, scratch_ids: torc
     _check("scratch_values", scratch_values, (torch.float32,), (tokens, blocks))
     _check("scratch_ids", scratch_ids, (torch.int32,), (tokens, blocks))
     _check("out", out, (torch.int32, torch.int64), (tokens,))
-    _greedy_blocks[(blocks, tokens)](logits, scratch_values, scratch_ids, vocab, BLOCK=_BLOCK)
-    _greedy_best[(tokens,)](scratch_values, scratch_ids, out, blocks, BLOCK=triton.next_power_of_2(blocks))
+    _greedy_blocks[(blocks, tokens)](logits, scratch_values, scratch_ids, vocab, BLOCK=_BLOCK, **options())
+    _greedy_best[(tokens,)](scratch_values, scratch_ids, out, blocks, BLOCK=triton.next_power_of_2(blocks), **options())
 
 
 def greedy_ref(
@@ -111,8 +115,9 @@ def _sorted(keys, FIRST: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _top_of_logits(logits, keys, vocab, KEEP: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _top_of_logits(logits, keys, vocab, KEEP: tl.constexpr, LEVELS: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """The keys of the 2^KEEP largest of each block of 2^LEVELS logits, in falling order."""
+    begin(PDL)
     block, t, i = tl.program_id(0), tl.program_id(1), tl.arange(0, 1 << LEVELS)
     at = (block << LEVELS) + i
     logit = tl.load(logits + t.to(tl.int64) * vocab + at, mask=at < vocab, other=0.0)
@@ -121,8 +126,9 @@ def _top_of_logits(logits, keys, vocab, KEEP: tl.constexpr, LEVELS: tl.constexpr
 
 
 @triton.jit
-def _top_of_keys(keys, kept, n, KEEP: tl.constexpr, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _top_of_keys(keys, kept, n, KEEP: tl.constexpr, LEVELS: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """The 2^KEEP largest of each 2^LEVELS of a token's n keys, which are falling runs of 2^KEEP; in falling order."""
+    begin(PDL)
     block, t, i = tl.program_id(0), tl.program_id(1), tl.arange(0, 1 << LEVELS)
     at = (block << LEVELS) + (i ^ tl.where((i >> KEEP) % 2 == 1, (1 << KEEP) - 1, 0))  # every other run backwards
     top = _sorted(tl.load(keys + t * n + at, mask=at < n, other=-(2**63)), KEEP, LEVELS)
@@ -130,7 +136,8 @@ def _top_of_keys(keys, kept, n, KEEP: tl.constexpr, LEVELS: tl.constexpr):  # ty
 
 
 @triton.jit
-def _write_top(keys, logits, values, ids, vocab, k, KEEP: tl.constexpr):  # type: ignore[no-untyped-def]
+def _write_top(keys, logits, values, ids, vocab, k, KEEP: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin(PDL)
     t, i = tl.program_id(0), tl.arange(0, 1 << KEEP)
     key = tl.load(keys + (t << KEEP) + i, mask=i < k, other=0)
     chosen = (key & 0x7FFFFFFF).to(tl.int32) ^ 0x7FFFFFFF
@@ -160,12 +167,12 @@ def _launch_top_k(logits: torch.Tensor, k: int, values: torch.Tensor, ids: torch
     (tokens, vocab), (keep, levels) = logits.shape, _sort_sizes(k)
     count = triton.cdiv(vocab, 1 << levels)
     keys, other = scratch[: tokens * count << keep], scratch[tokens * count << keep :]
-    _top_of_logits[(count, tokens)](logits, keys, vocab, KEEP=keep, LEVELS=levels, num_warps=8)
+    _top_of_logits[(count, tokens)](logits, keys, vocab, KEEP=keep, LEVELS=levels, **options(8))
     while count > 1:
         n, count = count << keep, triton.cdiv(count << keep, 1 << levels)
-        _top_of_keys[(count, tokens)](keys, other, n, KEEP=keep, LEVELS=levels, num_warps=8)
+        _top_of_keys[(count, tokens)](keys, other, n, KEEP=keep, LEVELS=levels, **options(8))
         keys, other = other, keys
-    _write_top[(tokens,)](keys, logits, values, ids, vocab, k, KEEP=keep)
+    _write_top[(tokens,)](keys, logits, values, ids, vocab, k, KEEP=keep, **options())
 
 
 def top_k_ref(logits: torch.Tensor, k: int, values: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor) -> None:
@@ -175,8 +182,9 @@ def top_k_ref(logits: torch.Tensor, k: int, values: torch.Tensor, ids: torch.Ten
 
 
 @triton.jit
-def _block_sums(logits, temperature, largest, sums, vocab, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _block_sums(logits, temperature, largest, sums, vocab, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each block's largest scaled logit m and its sum of exp(scaled - m)."""
+    begin(PDL)
     block, t = tl.program_id(0), tl.program_id(1)
     i = block * BLOCK + tl.arange(0, BLOCK)
     logit = tl.load(logits + t.to(tl.int64) * vocab + i, mask=i < vocab, other=-float("inf"))
@@ -187,7 +195,8 @@ def _block_sums(logits, temperature, largest, sums, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_blocks(largest, sums, out, blocks, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_of_blocks(largest, sums, out, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    begin(PDL)
     t, i = tl.program_id(0), tl.arange(0, BLOCK)
     m = tl.load(largest + t * blocks + i, mask=i < blocks, other=-float("inf"))
     top = tl.max(m, 0)
@@ -212,8 +221,8 @@ def log_sum_exp(
     _check("scratch_max", scratch_max, (torch.float32,), (tokens, blocks))
     _check("scratch_sum", scratch_sum, (torch.float32,), (tokens, blocks))
     _check("out", out, (torch.float32,), (tokens,))
-    _block_sums[(blocks, tokens)](logits, temperature, scratch_max, scratch_sum, vocab, BLOCK=_BLOCK)
-    _sum_of_blocks[(tokens,)](scratch_max, scratch_sum, out, blocks, BLOCK=triton.next_power_of_2(blocks))
+    _block_sums[(blocks, tokens)](logits, temperature, scratch_max, scratch_sum, vocab, BLOCK=_BLOCK, **options())
+    _sum_of_blocks[(tokens,)](scratch_max, scratch_sum, out, blocks, BLOCK=triton.next_power_of_2(blocks), **options())
 
 
 def log_sum_exp_ref(
@@ -226,8 +235,9 @@ def log_sum_exp_ref(
 
 @triton.jit
 def _sample_kernel(  # type: ignore[no-untyped-def]
-    values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK: tl.constexpr
+    values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     t, i = tl.program_id(0), tl.arange(0, BLOCK)
     heat, nucleus, least = tl.load(temperature + t), tl.load(top_p + t), tl.load(min_p + t)
     values += t * k
@@ -278,7 +288,7 @@ def sample(
     if total is not None:
         _check("total", total, (torch.float32,), (tokens,))
     block = triton.next_power_of_2(k)
-    _sample_kernel[(tokens,)](values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK=block)
+    _sample_kernel[(tokens,)](values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK=block, **options())
 
 
 def sample_ref(

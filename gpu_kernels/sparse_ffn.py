@@ -22,6 +22,7 @@ import triton.language as tl
 
 from gpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
 from gpu_kernels.gemv import MAX_BATCH, Tiling
+from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.tiles import VECTOR, add_rows, append, row_dots, store_rows, zero_tiles
 
@@ -111,8 +112,9 @@ def _first_rows(  # type: ignore[no-untyped-def]
 def _gate_and_up(  # type: ignore[no-untyped-def]
     gate, up, gate_bias, up_bias, x, x_stride, ids, count, masks, hidden, capacity,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    ACTIVATION: tl.constexpr, SKIP: tl.constexpr
+    ACTIVATION: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    begin(PDL)
     total = tl.minimum(tl.load(count), capacity)
     for start in range(tl.program_id(0) * R, total, tl.num_programs(0) * R):
         at = start + tl.arange(0, R)
@@ -142,9 +144,11 @@ def _gate_and_up(  # type: ignore[no-untyped-def]
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]
     w, ids, count, hidden, capacity, parts, pieces, tokens,
-    KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, A: tl.constexpr, W: tl.constexpr, C: tl.constexpr
+    KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, A: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """A block of columns of one part, for T of the tokens."""
+    begin(PDL)
     c = tl.program_id(0) * C
     part = tl.program_id(1) % pieces
     token = tl.program_id(1) // pieces * T
@@ -194,7 +198,7 @@ def sparse_ffn(
     _gate_and_up[(min(triton.cdiv(capacity, first.rows), PROGRAMS),)](
         gate, ffn.up.rows, ffn.gate_bias, ffn.up_bias, x, x.stride(0), ids, count, masks, hidden, capacity,
         KIND=kind, K=d, T=tokens, R=first.rows, C=first.columns(kind, d),
-        ACTIVATION=ACTIVATION_CODES[ffn.activation], SKIP=skip, num_warps=first.warps,
+        ACTIVATION=ACTIVATION_CODES[ffn.activation], SKIP=skip, **options(first.warps),
     )  # fmt: skip
     # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
     together = min(tokens, 4) if kind == "int4" else tokens
@@ -203,7 +207,7 @@ def sparse_ffn(
     _down[(triton.cdiv(d, columns), pieces * triton.cdiv(tokens, together))](
         ffn.down.rows, ids, count, hidden, capacity, parts, pieces, tokens,
         KIND=kind, K=d, T=together, A=max(2, chosen.depth // triton.next_power_of_2(tokens)), W=wide, C=columns,
-        num_warps=chosen.warps,
+        **options(chosen.warps),
     )  # fmt: skip
 
 

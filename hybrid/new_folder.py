@@ -17,11 +17,12 @@ from profiler.artifact import atomic_write
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, needed: int) -> Iterator[Path]:
+def new_folder(path: Path, needed: int, option: str = "-o", replaces: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; once the block ends without error it takes the place of `path`.
 
-    What an earlier, killed call left is removed first. Raises `InputError` when the disk has less than `needed` bytes,
-    or the folder cannot be written.
+    What an earlier, killed call left is removed first. option: what a user names another folder with. Raises
+    `InputError` when the disk has less than `needed` bytes, the folder cannot be written, or `path` is not new and not
+    to be replaced.
     """
     temporary = None
     try:
@@ -29,16 +30,17 @@ def new_folder(path: Path, needed: int) -> Iterator[Path]:
         _sweep(path)
         free = shutil.disk_usage(path.parent).free
         if free < needed:
-            raise InputError(f"{path} needs {size(needed)}, {size(free)} are free there; choose another folder with -o")
+            raise InputError(f"{path} needs {size(needed)}, {size(free)} are free there; choose another with {option}")
         temporary = _temporary(path)
         with _locked(temporary):
             yield temporary
             _sync(temporary)
             temporary.chmod(0o755)
-            _move_away(path)
+            if replaces:
+                _move_away(path)
             temporary.rename(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder with -o") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another with {option}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

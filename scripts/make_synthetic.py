@@ -11,7 +11,6 @@ tokens other than those that set the firing rates.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +34,7 @@ from train_tiny import new_folder
 
 from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.commands import predictor_report, profile_report
-from hybrid.console import progress, size
+from hybrid.console import progress
 from hybrid.steps import Project
 from placement.placement import PlacementSettings
 from placement.plan import parse_size
@@ -174,10 +173,7 @@ def make_synthetic(
         raise InputError("torch finds no CUDA device; pass --device cpu")
     settings = PlacementSettings(parse_size(vram_budget), config.context, "learned")
     settings.planned_bytes(HardwareProfile.load())
-    with torch.inference_mode(), new_folder(out) as folder:
-        free = shutil.disk_usage(folder).free
-        if free < config.n_bytes:
-            raise InputError(f"{out} needs {size(config.n_bytes)}, {size(free)} are free; choose another disk as --out")
+    with torch.inference_mode(), new_folder(out, config.n_bytes, "--out", replaces=False) as folder:
         write_text_files(folder, config)
         maker = ModelMaker(config, device)
         return write_artefacts(folder, maker, write_weights(folder, maker), settings)

@@ -12,15 +12,13 @@ token. About 8 minutes on an H200. `--steps 3 --batch 2 --device cpu` only shows
 
 from __future__ import annotations
 
-import contextlib
 import json
 import lzma
 import math
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from hybrid.new_folder import new_folder
 from profiler.errors import CorpusError, HybridError, InputError, ModelError
 
 STREAMS = ("stories", "chat", "books")
@@ -286,26 +285,6 @@ def train(model: TinyLlama, streams: Mapping[str, Tensor], config: TrainConfig) 
     return rows
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` and rename it to `path` once the block ends without error.
-
-    Raises `InputError` when it cannot be written, or `path` is not new.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another folder as --out") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def special_ids(tokenizer: Path, vocab_size: int) -> dict[str, int]:
     """Ids of the begin, end and padding token of `tokenizer`, a model folder.
 
@@ -337,7 +316,7 @@ def save_model(model: TinyLlama, tokenizer: Path, log: Mapping[str, Any], out: P
         **special_ids(tokenizer, model.config.vocab_size),
     }
     weights = {f"model.{name}": value.bfloat16().cpu().contiguous() for name, value in model.state_dict().items()}
-    with new_folder(out) as folder:
+    with new_folder(out, 0, "--out", replaces=False) as folder:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "model.safetensors").chmod(0o644)
         for name, content in (("config.json", config), ("train_log.json", log)):

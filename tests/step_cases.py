@@ -14,7 +14,7 @@ from model_cases import make_model
 from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import attention, dense, gemv, low_rank, norm, rope, sampling, sparse_ffn
+from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn
 from hybrid import gpu_gemm, gpu_prefill, gpu_step
 from hybrid.arena import DeviceArena
 from hybrid.decode import DecodeStep
@@ -28,7 +28,7 @@ from predictor.low_rank import LowRankPredictor
 VOCAB, CAPACITY = 131, 24
 _USERS = (gpu_gemm, gpu_prefill, gpu_step)
 _KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
-_KERNELS |= {"split", "widen", "activate_product", "causal_softmax"}
+_KERNELS |= {"ask", "post", "receive", "send"} | {"split", "widen", "activate_product", "causal_softmax"}
 
 
 def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
@@ -109,8 +109,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, references in the place of all kernels but the mailbox's: the interpreter takes seconds."""
+    """Without a GPU, references in the place of all kernels: the interpreter takes seconds for a token."""
     if DEVICE == "cpu":
-        for module, user in product((attention, dense, gemv, low_rank, norm, rope, sampling, sparse_ffn), _USERS):
+        for module, user in product(
+            (attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn), _USERS
+        ):
             for name in _KERNELS & set(vars(module)) & set(vars(user)):
                 monkeypatch.setattr(user, name, getattr(module, f"{name}_ref"))

@@ -11,6 +11,7 @@ from profiler.errors import InputError
 
 FIRING = np.array([[0.25, 1.0, 0.5]])  # order of the neurons: 1, 2, 0
 HANDOFF = 1e-3 + 32 / 1e6  # two vectors of 4 f32
+ON_CPU = 0.8 * 1e6  # bytes/s at which dense parts on the CPU are read
 # Dense weights: 4 x 4 x 4 + 2 norms of 4, in f32; keys and values of 8 tokens.
 ATTENTION_BYTES = 288 + 256
 HEAD_BYTES = 176
@@ -90,16 +91,16 @@ def test_measured_kernels_and_both_ways_of_the_bus_count():
 def test_everything_on_the_cpu_has_no_handoff(hardware):
     time = small_model(predictor_bytes=40, hardware=hardware).evaluate(Choice.all_cpu(1))
     assert time.handoff == 0
-    assert time.attention == pytest.approx(ATTENTION_BYTES / 1e6)
-    assert time.predictor == pytest.approx(40 / 1e6)
-    assert time.head == pytest.approx(HEAD_BYTES / 1e6)
+    assert time.attention == pytest.approx(ATTENTION_BYTES / ON_CPU)
+    assert time.predictor == pytest.approx(40 / ON_CPU)
+    assert time.head == pytest.approx(HEAD_BYTES / ON_CPU)
 
 
 def test_head_or_layer_alone_on_the_cpu_costs_one_handoff():
     model = small_model()
     layer_on_cpu = Choice(np.array([0]), np.array([False]), True)
     assert model.evaluate(layer_on_cpu).handoff == pytest.approx(HANDOFF)
-    assert model.evaluate(on_gpu(3, head=False)).head == pytest.approx(HANDOFF + HEAD_BYTES / 1e6)
+    assert model.evaluate(on_gpu(3, head=False)).head == pytest.approx(HANDOFF + HEAD_BYTES / ON_CPU)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_bytes_read_by_strategy(strategy, gated, expected):
 def test_sliding_window_bounds_the_keys_read():
     full = small_model().evaluate(Choice.all_cpu(1)).attention
     windowed = small_model(sliding_window=3, sliding_layers=(True,)).evaluate(Choice.all_cpu(1)).attention
-    assert full - windowed == pytest.approx(5 * 32 / 1e6)
+    assert full - windowed == pytest.approx(5 * 32 / ON_CPU)
 
 
 def test_order_is_by_frequency_and_stable():

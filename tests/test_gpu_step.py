@@ -38,9 +38,10 @@ def check(case, strategy, tokens=None, tolerance=FLOATS):
     case.own_cache.truncate(0)
 
 
-def test_the_kernels_themselves(models):
-    """In the interpreter where there is no GPU: hot and cold neurons, a batch, and one token after it."""
-    case, tokens = StepCase(tiny_model("llama-relu", models, layers=1), predictors=True), some_tokens(3)
+@pytest.mark.parametrize("placed", [{"share": 0.4}, {"on_cpu": (0,), "head": False}])
+def test_the_kernels_themselves(models, placed):
+    """In the interpreter where there is no GPU: a batch and one token after it."""
+    case, tokens = StepCase(tiny_model("llama-relu", models, layers=1), predictors=True, **placed), some_tokens(3)
     expected = case.expected(tokens, "learned")
     assert relative_error(case.step.few(tokens, "learned"), expected) < FLOATS
     case.close()

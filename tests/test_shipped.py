@@ -73,20 +73,26 @@ def answers(engine, prompts, settings=GREEDY):
 
 
 def test_greedy_tokens_are_those_of_transformers():
+    """Greedy decoding is right exactly if each token is the likeliest after those before it: one call an answer."""
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     spec = ModelFolder.open(EMBEDDED_MODEL).spec
     codec = TextCodec(EMBEDDED_MODEL, spec.vocab_size)
-    truth = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([codec.encode(prompt, special=False)])
-        theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=64)
-        truth.append(theirs[0, ids.shape[1] :].tolist())
+    found = {}
     for sparsity in ("dense", "exact"):
         engine = Engine.load(config=EngineConfig(sparsity, threads=2), placement=Placement.random(spec, 0.3, 1))
-        assert answers(engine, PROMPTS) == truth, sparsity
+        found[sparsity] = answers(engine, PROMPTS)
         engine.close()
-    assert len(truth) == 20 and sum(map(len, truth)) > 900
+    assert found["dense"] == found["exact"]
+    ends = model.generation_config.eos_token_id
+    for prompt, answer in zip(PROMPTS, found["dense"], strict=True):
+        ids = codec.encode(prompt, special=False)
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids + answer[:-1]])).logits[0, len(ids) - 1 :]
+        assert answer == logits.argmax(-1).tolist()
+        stops = [token in ([ends] if isinstance(ends, int) else ends) for token in answer]
+        assert not any(stops[:-1]) and (stops[-1] or len(answer) == 64)
+    assert len(PROMPTS) == 20 and sum(map(len, found["dense"])) > 900
 
 
 @pytest.mark.parametrize("sparsity", ["dense", "exact", "learned"])

@@ -143,10 +143,19 @@ def test_existing_output_is_left_alone(run, tmp_path):
 
 
 def test_failed_save_leaves_nothing(script, tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), script.new_folder(tmp_path / "out") as folder:
+    with pytest.raises(RuntimeError, match="stop"), script.new_folder(tmp_path / "out", 0) as folder:
         (folder / "config.json").write_text("{}")
         raise RuntimeError("stop")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_came_meanwhile_is_left_alone(script, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="not empty; choose another with --out"):  # noqa: SIM117 - in this order
+        with script.new_folder(out, 0, "--out", replaces=False):
+            out.mkdir()
+            (out / "mine.txt").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
 def test_tokenizer_must_be_whole_and_fit(script, tmp_path):
