@@ -158,7 +158,7 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     hidden = batch.hidden[: tokens * n].reshape(tokens, n)
     masks = batch.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
     code = shape.activation
-    given = False
+    given = np.bool_(False)  # plain False is a type of its own
     gate_and_up(state, workers, weights, ids, n, masks, own.inputs, code, skip, given, hidden, own.places, own.down[1])
     if not barrier.wait(state, workers):
         return False

@@ -32,6 +32,7 @@ from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_sum import new_sums
 from cpu_kernels.worker_pool import Each, WorkerPool
 
+_NOT_GIVEN = np.bool_(False)  # plain False is a type of its own, for which all phases would be compiled once more
 MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
 
@@ -94,7 +95,7 @@ def _together(  # type: ignore[no-untyped-def]
     for t in range(x.shape[0]):
         copy(x[t], d, mine[0][t])
         prepare(ffn.like, one_input(mine, t), d)
-    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
     fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
@@ -116,7 +117,7 @@ def _apart(  # type: ignore[no-untyped-def]
         copy(x[t], d, mine[0][0])
         prepare(ffn.like, one_input(mine, 0), d)
         barrier.restart(state)
-        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, False, hidden, places, own[1])
+        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
         fired[worker] += down_parts(
             state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets

@@ -327,7 +327,7 @@ def test_existing_output_is_left_alone(script, tmp_path):
 
 
 def test_a_full_disk_is_seen_before_the_work(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     with pytest.raises(InputError, match=r"needs .* KiB, .* are free"):
         script.make_synthetic(script.SyntheticConfig(**SMALL), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
