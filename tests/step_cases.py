@@ -15,7 +15,7 @@ from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn
-from hybrid import gpu_gemm, gpu_prefill, gpu_step
+from hybrid import Engine, EngineConfig, SamplingSettings, gpu_gemm, gpu_prefill, gpu_step
 from hybrid.arena import DeviceArena
 from hybrid.decode import DecodeStep
 from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
@@ -26,6 +26,7 @@ from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
 
 VOCAB, CAPACITY = 131, 24
+GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
 _USERS = (gpu_gemm, gpu_prefill, gpu_step)
 _KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
 _KERNELS |= {"ask", "post", "receive", "send"} | {"split", "widen", "activate_product", "causal_softmax"}
@@ -116,3 +117,16 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             for name in _KERNELS & set(vars(module)) & set(vars(user)):
                 monkeypatch.setattr(user, name, getattr(module, f"{name}_ref"))
+
+
+def load_engine(folder: Path, gpu: bool = True) -> Engine:
+    """An engine of 2 threads with hot and cold neurons, on the GPU too or on the CPU alone."""
+    placement = Placement.random(ModelFolder.open(folder).spec, 0.4, 0)
+    config = EngineConfig("exact", context=40, threads=2, vram_budget=None if gpu else 0)
+    return Engine.load(folder, config, placement, device=torch.device(DEVICE) if gpu else None)
+
+
+def answer(engine: Engine, prompt: Sequence[int] = PROMPT) -> list[int]:
+    """Tokens of an answer from an empty KV cache."""
+    engine.reset()
+    return [step.token for step in engine.generate(prompt, GREEDY)]
