@@ -22,7 +22,7 @@ from cpu_kernels.attention import decode_attention, decode_attention_ref
 from cpu_kernels.compiled import kernel
 from cpu_kernels.ffn_phases import FFNWeights
 from cpu_kernels.gemv import gemv_ref, gemv_shared
-from cpu_kernels.lanes import new_inputs, one_input, prepare
+from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
 from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref
@@ -92,7 +92,7 @@ def _vector(*shape: int) -> np.ndarray:
 def _many_matrices(worker, workers, state, like, table, width, x, own, bias, out):  # type: ignore[no-untyped-def]
     """`gemv` for one token over each matrix of `table`, int64 addresses, in one call as in a decode step."""
     d = x.shape[1]
-    own[0][0] = x[0]
+    copy(x[0], d, own[0][0])
     prepare(like, one_input(own, 0), d)
     for n in range(table.shape[0]):
         gemv_shared(state, workers, like, table[n], width, out.shape[1], own, d, bias, out)
@@ -138,6 +138,7 @@ def _many_layers(  # type: ignore[no-untyped-def]
 
     first: the weights of one of them, whose type and sizes all share.
     """
+    skip = np.bool_(False)  # plain False is a type of its own
     for n in range(table.shape[0]):
         ids = rows[starts[n] : starts[n + 1]]
         count = ids.shape[0]
@@ -145,7 +146,7 @@ def _many_layers(  # type: ignore[no-untyped-def]
         ffn = FFNWeights(first.like, gate, up, down, first.width, first.d, first.gate_bias, first.up_bias)
         activations = hidden[:count].reshape(1, count)
         _together(
-            worker, workers, state, ffn, code, False, x, ids, ones[:count], parts, inputs, activations, places, own,
+            worker, workers, state, ffn, code, skip, x, ids, ones[:count], parts, inputs, activations, places, own,
             sums, offsets, out, fired
         )  # fmt: skip
         if not barrier.wait(state, workers):  # the next layer overwrites `hidden`
