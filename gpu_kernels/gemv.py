@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.activations import ACTIVATION_CODES, NO_ACTIVATION, activate, activate_ref
-from gpu_kernels.launch import begin, options
+from gpu_kernels.launch import begin, options, prefetch_rows
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.tiles import VECTOR, row_dots
 
@@ -49,8 +49,9 @@ TILINGS = {
 def _gemv(  # type: ignore[no-untyped-def]
     w, x, bias, out, n, x_stride,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    ADD: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr
+    ROW: tl.constexpr, ADD: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
+    prefetch_rows(w, tl.program_id(0) * R, n, R, ROW, PDL)
     begin(PDL)
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < n
@@ -87,7 +88,7 @@ def gemv(
     _gemv[(triton.cdiv(n, chosen.rows),)](
         matrix.rows, x, bias, out, n, x.stride(0),
         KIND=matrix.kind, K=d, T=x.shape[0], R=chosen.rows, C=chosen.columns(matrix.kind, d),
-        ADD=add, ACTIVATION=code, **options(chosen.warps),
+        ROW=matrix.rows.stride(0) * matrix.rows.itemsize, ADD=add, ACTIVATION=code, **options(chosen.warps),
     )  # fmt: skip
 
 

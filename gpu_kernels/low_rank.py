@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.gemv import Tiling
-from gpu_kernels.launch import begin, options
+from gpu_kernels.launch import begin, options, prefetch_rows
 from gpu_kernels.matrix import padded
 from gpu_kernels.tiles import append, load_groups, zero_tiles
 
@@ -112,12 +112,11 @@ def _codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-
 
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
-    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
+    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """fc[row] . x[t] of T tokens as a tuple of f32 [R], 0 where not `inside`; fc has K columns, padded.
 
-    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them. The first codes are
-    on their way while the kernel before still runs.
+    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them.
     """
     G: tl.constexpr = C // 16
     P: tl.constexpr = (K + 127) // 128 * 128
@@ -126,7 +125,6 @@ def _dots(  # type: ignore[no-untyped-def]
     for c in range(0, P, C):
         at = c // 4 + tl.arange(0, C // 4)
         tile = tl.load(words[:, None] + at[None, :], mask=inside[:, None] & (at < P // 4)[None, :], other=0)
-        begin(PDL)
         wide = _codes(tile, R, G)
         following = ()
         for t in tl.static_range(T):
@@ -146,8 +144,10 @@ def _hidden_kernel(  # type: ignore[no-untyped-def]
     """hidden[t, R rows of this program] of all tokens."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < r
+    prefetch_rows(fc1, tl.program_id(0) * R, r, R, (K + 127) // 128 * 128, PDL)
+    begin(PDL)
     scale, bias = tl.load(s1 + row, mask=inside, other=0.0), tl.load(b1 + row, mask=inside, other=0.0)
-    dots = _dots(fc1, row, inside, x, K, T, R, C, PDL)
+    dots = _dots(fc1, row, inside, x, K, T, R, C)
     for t in tl.static_range(T):
         tl.store(hidden + t * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
 
@@ -160,8 +160,10 @@ def _firing_kernel(  # type: ignore[no-untyped-def]
     """masks[R rows of this program]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < f
+    prefetch_rows(fc2, tl.program_id(0) * R, f, R, (K + 127) // 128 * 128, PDL)
+    begin(PDL)
     scale, bias = tl.load(s2 + row, mask=inside, other=0.0), tl.load(b2 + row, mask=inside, other=0.0)
-    dots = _dots(fc2, row, inside, hidden, K, T, R, C, PDL)
+    dots = _dots(fc2, row, inside, hidden, K, T, R, C)
     bits = tl.zeros((R,), tl.int32)
     for t in tl.static_range(T):
         bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << t

@@ -1,0 +1,80 @@
+"""Dependent launches: the rule that their correctness rests on, read in the source, and a chain of them on the GPU."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from gpu_cases import DEVICE, random_input, random_matrix
+
+from gpu_kernels import attention, compact, gemv, launch, low_rank, mailbox, norm, rope, sampling, sparse_ffn
+
+MODULES = (attention, compact, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn)
+MEMORY = re.compile(r"tl\.(load|store)\(|row_dots\(|_dots\(|compact\(|_request\(|_answered\(")
+
+
+def kernels() -> dict[str, str]:
+    """Source of every kernel that these modules launch."""
+    found = {}
+    for module in MODULES:
+        source = inspect.getsource(module)
+        for name in re.findall(r"^ +(_\w+)\[.*\]\(", source, re.MULTILINE):
+            found[f"{module.__name__}.{name}"] = inspect.getsource(getattr(module, name).fn)
+    return found
+
+
+def test_all_kernels_are_found() -> None:
+    assert len(kernels()) == 22
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_kernel_waits_before_it_touches_memory(name: str) -> None:
+    body = kernels()[name].split("):", 1)[1]
+    assert re.search(r"^    begin\(PDL\)$", body, re.MULTILINE), "every program waits, whatever branch it takes"
+    assert MEMORY.search(body).start() > body.index("begin(PDL)")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_launch_without_options(module) -> None:
+    assert not re.search(r"num_warps=", inspect.getsource(module))
+
+
+def test_interpreter_gets_no_launch_option(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "is_native", lambda: False)
+    assert launch.options(8) == {"num_warps": 8, "PDL": False}
+
+
+def test_switch(monkeypatch) -> None:
+    monkeypatch.setattr(launch, "is_native", lambda: True)
+    monkeypatch.setattr(launch, "_has_dependent_launch", lambda: True)
+    assert launch.options() == {"num_warps": 4, "PDL": True, "launch_pdl": True}
+    monkeypatch.setattr(launch, "PDL", False)
+    assert launch.options() == {"num_warps": 4, "PDL": False}
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_chain_in_a_graph_is_the_same_without(monkeypatch) -> None:
+    matrix, norm_weight = random_matrix(1024, 1024, "bf16"), torch.ones(1024, device=DEVICE)
+    start = random_input(1, 1024)
+
+    def chain(x: torch.Tensor, y: torch.Tensor) -> None:
+        x.copy_(start)
+        for _ in range(32):
+            gemv.gemv(matrix, x, None, y)
+            norm.residual_norm(y, norm_weight, None, 1e-5, x)
+
+    def replayed() -> torch.Tensor:
+        x, y = torch.empty_like(start), torch.empty_like(start)
+        chain(x, y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain(x, y)
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        return x
+
+    early = replayed()
+    monkeypatch.setattr(launch, "PDL", False)
+    assert torch.equal(early, replayed())
