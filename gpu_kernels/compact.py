@@ -18,8 +18,9 @@ _BLOCK, _WARPS = 4096, 8  # 1100 issue cycles per block on an SM; 16 warps take 
 
 
 @triton.jit
-def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the i of [start, stop) with masks[i] != 0 to ids int32, masks[i] to ids_masks uint8; returns the count.
+def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr, base=0):  # type: ignore[no-untyped-def]
+    """Write i - base of the i in [start, stop) with masks[i] != 0 to ids int32, masks[i] to ids_masks uint8; returns
+    the count.
 
     Called by all threads of one program. Both outputs may lie in pinned host memory: nothing is written twice or read
     back, and nothing beyond the count. The caller orders these writes before what releases them.
@@ -32,7 +33,7 @@ def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr)
         kept = (mask != 0).to(tl.int32)
         # Stores have another layout than sums; so one int32 a neuron crosses over, and not both pointers.
         place = tl.where(kept != 0, count + tl.cumsum(kept, 0) - 1, -1).to(tl.int64)
-        tl.store(ids_ptr + place, i, mask=place >= 0)
+        tl.store(ids_ptr + place, i - base, mask=place >= 0)
         tl.store(ids_masks_ptr + place, mask, mask=place >= 0)
         count += tl.sum(kept, 0)
         first += BLOCK

@@ -43,11 +43,25 @@ class State(IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
+class Near:
+    """Cold neurons, from the last hot one up to number `stop`, that the GPU reads from host memory itself.
+
+    ids: int32, counted from the first of them, and masks: uint8, of at least so many; count: int32 [1]; all on the
+    device.
+    """
+
+    stop: int
+    ids: torch.Tensor
+    masks: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Mailbox:
     """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
 
     request: int64 [8]; flags: int64, of which the first is the last answer's number; x, out: f32 [8, d]; ids: int32
-    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [2] (hot and cold neurons sent), on the device.
+    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [3] (neurons hot, sent, and near), on the device.
     """
 
     request: torch.Tensor
@@ -135,23 +149,27 @@ def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.con
     _release(request, number, NATIVE)
 
 
-@triton.jit(do_not_specialize=["layer", "hot", "f", "tokens"])
+@triton.jit(do_not_specialize=["layer", "hot", "far", "f", "tokens"])
 def _send_kernel(  # type: ignore[no-untyped-def]
-    masks, hot, f, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, request, state, tallies, layer, tokens,
-    positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
+    masks, hot, far, f, hot_ids, hot_masks, hot_count, near_ids, near_masks, near_count, cold_ids, cold_masks, request,
+    state, tallies, layer, tokens, positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
     if tl.program_id(0) == 0:
-        count = compact(masks, hot, f, cold_ids, cold_masks, BLOCK)
+        count = compact(masks, far, f, cold_ids, cold_masks, BLOCK)
         due = (count > 0) & (tl.load(state + 2) == 0)
         tl.store(state + 1, due.to(tl.int64))
         tl.store(tallies + 1, tl.load(tallies + 1) + count)
         if due:
             _request(request, state, tl.full([], 0, tl.int32), layer, count, tokens, positions, NATIVE)
-    else:
+    elif tl.program_id(0) == 1:
         count = compact(masks, 0, hot, hot_ids, hot_masks, BLOCK)
         tl.store(hot_count, count)
         tl.store(tallies, tl.load(tallies) + count)
+    else:
+        count = compact(masks, hot, far, near_ids, near_masks, BLOCK, hot)
+        tl.store(near_count, count)
+        tl.store(tallies + 2, tl.load(tallies + 2) + count)
 
 
 @triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
@@ -243,18 +261,22 @@ def send(
     box: Mailbox,
     layer: int,
     positions: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
-    """Ask the CPU for the cold neurons (from number `hot` on) of `layer` that masks [f] names; list the hot ones here.
+    """Ask the CPU for the cold neurons of `layer` that masks [f] names; list the hot ones, below number `hot`, here.
 
     masks: uint8 [f], bit t where token t needs the neuron. hot_ids, hot_masks [hot], hot_count int32 [1]. spare: uint8
-    [f] scratch. positions: int32 [t], of which the length counts here. Without a cold neuron nothing is sent.
+    [f] scratch. positions: int32 [t], of which the length counts here. near: cold neurons that are listed here as well,
+    rather than sent. Without a neuron to send nothing is sent.
     """
     tokens = positions.shape[0]
     # For one token the host reads no masks.
     cold_masks = spare if tokens == 1 else box.masks
-    _send_kernel[(2,)](
-        masks, hot, len(masks), hot_ids, hot_masks, hot_count, box.ids, cold_masks, box.request, box.state,
-        box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=is_native(), **options(8),
+    listed = (hot_ids, hot_masks, hot_count) if near is None else (near.ids, near.masks, near.count)
+    far = hot if near is None else near.stop
+    _send_kernel[(2 if near is None else 3,)](
+        masks, hot, far, len(masks), hot_ids, hot_masks, hot_count, *listed, box.ids, cold_masks, box.request,
+        box.state, box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=is_native(), **options(8),
     )  # fmt: skip
 
 
@@ -327,11 +349,21 @@ def send_ref(
     box: Mailbox,
     layer: int,
     positions: torch.Tensor,
+    near: Near | None = None,
 ) -> None:
     """`send` in torch."""
     cold_masks, cold = spare if len(positions) == 1 else box.masks, torch.zeros(1, dtype=torch.int32)
+    if near is not None:
+        nothing = torch.zeros(len(masks), dtype=torch.int32), torch.zeros(len(masks), dtype=torch.uint8)
+        below = masks.clone()
+        below[:hot], below[near.stop :] = 0, 0
+        compact_indices_ref(below, near.stop, near.ids, near.masks, near.count, *nothing, torch.zeros_like(cold))
+        near.ids[: int(near.count[0])] -= hot
+        box.tallies[2] += int(near.count[0])
+        masks = masks.clone()
+        masks[hot : near.stop] = 0
     compact_indices_ref(masks, hot, hot_ids, hot_masks, hot_count, box.ids, cold_masks, cold)
-    box.tallies.add_(torch.stack([hot_count[0].cpu(), cold[0]]).to(box.tallies))
+    box.tallies[:2].add_(torch.stack([hot_count[0].cpu(), cold[0]]).to(box.tallies))
     _request_ref(box, 0, layer, int(cold), positions, len(positions), due=int(cold) > 0)
 
 

@@ -30,7 +30,7 @@ from hybrid.decode import DecodeStep
 from hybrid.ffn import Strategy
 
 _NEVER = 2**62  # beyond any request's number
-_REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 2
+_REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 3
 _WAIT_SECONDS = 0.5
 _POLL_SECONDS = 2e-5
 
@@ -64,7 +64,7 @@ class ColdWorkers:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._strategy: Strategy | None = None
-        self._sent = [0, 0]
+        self._sent = [0, 0, 0]
 
     def start(self, strategy: Strategy) -> None:
         """Make the workers ready for `strategy`; nothing to do where they are. The GPU must be idle."""
@@ -75,7 +75,7 @@ class ColdWorkers:
         if self.report.is_cuda:
             torch.cuda.synchronize(self.report.device)
         self._box.request[:], self._box.flags[:], self._error = 0, 0, None
-        self._strategy, self._sent = strategy, [0, 0]
+        self._strategy, self._sent = strategy, [0, 0, 0]
         self._thread = threading.Thread(target=self._serve, name="hybrid-mailbox", daemon=True)
         self._thread.start()
         # The GPU waits for seconds only, and the workers may have to be compiled first.
@@ -108,7 +108,7 @@ class ColdWorkers:
         """Hot and cold neurons since the last call, by a copy of `report`."""
         now = report[STATE_WORDS:].tolist()
         before, self._sent = self._sent, now
-        return now[0] - before[0], now[1] - before[1]
+        return now[0] - before[0], now[1] + now[2] - before[1] - before[2]
 
     @property
     def logits(self) -> np.ndarray:

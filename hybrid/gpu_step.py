@@ -24,7 +24,7 @@ from cpu_kernels.mailbox import MAX_BATCH, Op
 from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits, decode_attention
 from gpu_kernels.gemv import gemv
 from gpu_kernels.low_rank import predict
-from gpu_kernels.mailbox import State, ask, post, receive, send
+from gpu_kernels.mailbox import Near, State, ask, post, receive, send
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
 from gpu_kernels.sampling import blocks_of, greedy
@@ -57,6 +57,9 @@ class _Buffers:
     hot_ids: torch.Tensor
     hot_masks: torch.Tensor
     hot_count: torch.Tensor
+    near_ids: torch.Tensor
+    near_masks: torch.Tensor
+    near_count: torch.Tensor
     every: torch.Tensor
     counts: torch.Tensor
     hidden: torch.Tensor
@@ -72,7 +75,7 @@ class _Buffers:
     attention: dict[int, AttentionScratch]
 
     @classmethod
-    def take(cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, cache: KVCache) -> _Buffers:
+    def take(cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, near: int, cache: KVCache) -> _Buffers:
         spec, part = model.spec, WORKSPACE
         heads = spec.n_heads + 2 * spec.n_kv_heads
         most_hot, f = max(1, int(hot.max())), spec.d_ff
@@ -101,10 +104,13 @@ class _Buffers:
             hot_ids=arena.zeros(part, (most_hot,), torch.int32),
             hot_masks=arena.zeros(part, (most_hot,), torch.uint8),
             hot_count=arena.zeros(part, (1,), torch.int32),
+            near_ids=arena.zeros(part, (max(1, near),), torch.int32),
+            near_masks=arena.zeros(part, (max(1, near),), torch.uint8),
+            near_count=arena.zeros(part, (1,), torch.int32),
             every=arena.put(part, torch.arange(most_hot, dtype=torch.int32)),
             counts=arena.put(part, hot.to(torch.int32)),
-            hidden=floats(MAX_BATCH * most_hot),
-            parts=floats(down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
+            hidden=floats(MAX_BATCH * max(most_hot, near)),
+            parts=floats(2 * down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
             logits=floats(MAX_BATCH, spec.vocab_size),
             best=floats(1, blocks_of(spec.vocab_size)),
             best_ids=arena.zeros(part, (1, blocks_of(spec.vocab_size)), torch.int32),
@@ -121,17 +127,27 @@ class GpuStep:
     """A model's step over two devices. It holds the model and the cache, neither of which may be replaced."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, runtime: FFNRuntime, placement: Placement, arena: DeviceArena
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        placement: Placement,
+        arena: DeviceArena,
+        near: np.ndarray | None = None,
     ) -> None:
-        """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`."""
+        """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`.
+
+        near: as for `GpuWeights`, by default none.
+        """
+        near = np.zeros(model.spec.n_layers, np.int64) if near is None else near
         self._model, self._cache, self._runtime = model, cache, runtime
         self._native = arena.device.type == "cuda"
         self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}
         self._step = DecodeStep(model, cache, runtime)
-        self.weights = GpuWeights.take(arena, model, placement, cache)
+        self.weights = GpuWeights.take(arena, model, placement, cache, near)
         views = [None if layer is None else layer.ffn for layer in self.weights.layers]
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
-        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), cache)
+        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), int(near.max()), cache)
         self._workers = ColdWorkers(self._step, runtime.pool, arena)
         self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
         spec, pinned = model.spec, self._native and not arena.counts_only
@@ -298,21 +314,34 @@ class GpuStep:
         else:
             residual_norm(x, norm.weight, norm.bias, eps, normed)
         ids, masks, total = b.every[:hot], None, b.counts[number : number + 1]
+        near = None
         if strategy == "learned":
             assert layer.predictor is not None
             predict(layer.predictor, normed, b.units[: count * len(layer.predictor.b1)].view(count, -1), b.masks)
             ids, masks, total = b.hot_ids[:hot], b.hot_masks[:hot] if count > 1 else None, b.hot_count
-            send(b.masks, hot, b.hot_ids, b.hot_masks, b.hot_count, b.spare, box, number, positions)
+            if layer.near is not None:
+                near = Near(hot + layer.near.up.shape[0], b.near_ids, b.near_masks, b.near_count)
+            send(b.masks, hot, b.hot_ids, b.hot_masks, b.hot_count, b.spare, box, number, positions, near)
         elif cold:
             ask(Op.FFN, number, None, box, positions, count, cold)
-        parts = None
+        skip = strategy != "dense"
+        ways = []
         if layer.ffn is not None:
-            parts = b.parts[: down_parts(spec.d_model) * count * spec.d_model].view(-1, count, spec.d_model)
-            hidden = b.hidden[: count * hot].view(count, hot)
-            sparse_ffn(layer.ffn, normed, ids, total, masks, hidden, parts, skip=strategy != "dense")
-        receive(
-            x, parts, layer.down_bias, following.weight, following.bias, eps, normed, box, asked=bool(cold)
-        )  # fmt: skip
+            ways.append((layer.ffn, ids, total, masks))
+        if near is not None and layer.near is not None:
+            listed = near.stop - hot
+            ways.append((layer.near, near.ids[:listed], near.count, near.masks[:listed] if count > 1 else None))
+        parts = self._parts(len(ways), count)
+        for (ffn, its_ids, its_count, its_masks), its_parts in zip(ways, parts, strict=True):
+            hidden = b.hidden[: count * len(its_ids)].view(count, len(its_ids))
+            sparse_ffn(ffn, normed, its_ids, its_count, its_masks, hidden, its_parts, skip=skip)
+        sums = parts.flatten(0, 1) if ways else None
+        receive(x, sums, layer.down_bias, following.weight, following.bias, eps, normed, box, asked=bool(cold))
+
+    def _parts(self, ways: int, count: int) -> torch.Tensor:
+        """Room for the parts of down, [ways, s, t, d], of the hot and of the near neurons."""
+        d = self._model.spec.d_model
+        return self._buffers.parts[: ways * down_parts(d) * count * d].view(ways, down_parts(d), count, d)
 
     def _head(self, x: torch.Tensor, normed: torch.Tensor, positions: torch.Tensor, eps: float) -> None:
         """Logits of the final norm's output; a head on the CPU leaves them there."""

@@ -33,7 +33,8 @@ class GpuNorm:
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
-    """A layer's parts on the GPU. cache: f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if any."""
+    """A layer's parts on the GPU. cache: f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if any;
+    near: those after them, whose rows kernels read in host memory."""
 
     qkv: DeviceMatrix
     qkv_bias: torch.Tensor | None
@@ -43,6 +44,7 @@ class GpuLayer:
     out_bias: torch.Tensor | None
     ffn_norm: GpuNorm
     ffn: FFNView | None
+    near: FFNView | None
     down_bias: torch.Tensor | None
     predictor: PredictorView | None
     cache: torch.Tensor
@@ -59,10 +61,13 @@ class GpuWeights:
     head: DeviceMatrix | None
 
     @classmethod
-    def take(cls, arena: DeviceArena, model: Transformer, placement: Placement, cache: KVCache) -> GpuWeights:
-        """Copy what `placement` puts on the GPU."""
+    def take(
+        cls, arena: DeviceArena, model: Transformer, placement: Placement, cache: KVCache, near: np.ndarray
+    ) -> GpuWeights:
+        """Copy what `placement` puts on the GPU. near: int64 [n_layers], neurons after the hot ones whose rows kernels
+        may read in host memory."""
         layers = tuple(
-            _layer(arena, block, cache, number) if placement.layer_on_gpu[number] else None
+            _layer(arena, block, cache, number, int(near[number])) if placement.layer_on_gpu[number] else None
             for number, block in enumerate(model.blocks)
         )
         norms = [_norm(arena, block.attention_norm) for block in model.blocks]
@@ -71,7 +76,7 @@ class GpuWeights:
         return cls(layers, tuple(norms), head)
 
 
-def _layer(arena: DeviceArena, block: Block, cache: KVCache, number: int) -> GpuLayer:
+def _layer(arena: DeviceArena, block: Block, cache: KVCache, number: int, near: int) -> GpuLayer:
     attention, ffn = block.attention, block.ffn
     return GpuLayer(
         qkv=_matrix(arena, DENSE, attention.qkv.matrix),
@@ -82,6 +87,7 @@ def _layer(arena: DeviceArena, block: Block, cache: KVCache, number: int) -> Gpu
         out_bias=_vector(arena, attention.out.bias),
         ffn_norm=_norm(arena, block.ffn_norm),
         ffn=_hot(arena, ffn) if ffn.hot else None,
+        near=_near(arena, ffn, slice(ffn.hot, ffn.hot + near)) if near else None,
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:])),
@@ -97,6 +103,19 @@ def _hot(arena: DeviceArena, ffn: HybridFFN) -> FFNView:
 
     def biases(bias: torch.Tensor | None) -> torch.Tensor | None:
         return None if bias is None else arena.put(HOT, bias[hot].float())
+
+    gate = None if m.gate is None else rows(m.gate)
+    return FFNView(gate, rows(m.up), rows(m.down), biases(m.gate_bias), biases(m.up_bias), ffn.act.name)
+
+
+def _near(arena: DeviceArena, ffn: HybridFFN, near: slice) -> FFNView:
+    m = ffn.matrices
+
+    def rows(matrix: Matrix) -> DeviceMatrix:
+        return DeviceMatrix(matrix.tensor(near), matrix.columns, matrix.dtype)
+
+    def biases(bias: torch.Tensor | None) -> torch.Tensor | None:
+        return None if bias is None else arena.put(HOT, bias[near].float())
 
     gate = None if m.gate is None else rows(m.gate)
     return FFNView(gate, rows(m.up), rows(m.down), biases(m.gate_bias), biases(m.up_bias), ffn.act.name)

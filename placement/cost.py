@@ -27,6 +27,8 @@ COMPACT_KERNELS = 1
 HEAD_SMALL_KERNELS = 1  # logits to the host
 # Of the read bandwidth, that layers on the CPU reach in decode: 89% on 2 cores, 70 to 78% on 16 of a shared host.
 _DECODE_SHARE = 0.8
+# Of PCIe's bandwidth, that kernels reach which read host memory, and of a layer's cold bytes, the most that they read.
+_ZERO_COPY_SHARE, _MOST_ZERO_COPY = 0.8, 0.6
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,43 @@ class CostModel:
         fixed += ATTENTION_SMALL_KERNELS * hardware.gpu_launch_seconds
         return fixed + hardware.kernel_seconds("attention", self._kv_bytes)
 
+    def _zero_copy_bytes(self, hot: np.ndarray, on_gpu: np.ndarray, on_cpu: np.ndarray) -> np.ndarray:
+        """Bytes [n_layers, n] of cold neurons that the GPU had better read over PCIe while the CPU computes the rest.
+
+        The hottest of the cold ones; so many that both end together.
+        """
+        rate = _ZERO_COPY_SHARE * self.hardware.pcie_bandwidth
+        if self.strategy != "learned" or not rate:
+            return np.zeros_like(on_gpu)
+        ahead = on_cpu + self.handoff_seconds - on_gpu - self._zero_copy_fixed
+        wanted = ahead / (1 / self._ffn_bandwidth + 1 / rate)
+        cold = self._read_bytes[:, -1:] - self._read_by_first(hot)
+        return np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
+
+    @property
+    def _zero_copy_fixed(self) -> float:
+        """Seconds of the sparse FFN's kernels beside what they read over PCIe."""
+        return float(self.hardware.kernel_seconds("sparse_ffn", np.array(0)))
+
+    def zero_copy(self, choice: Choice) -> np.ndarray:
+        """Cold neurons int64 [n_layers], the hottest of them, that the GPU reads from host memory itself."""
+        hot = choice.hot[:, None]
+        wanted = self._zero_copy_bytes(hot, self._hot_seconds(hot), self._cold_seconds(hot))
+        until = (self._read_by_first(hot) + wanted)[:, 0]
+        stop = np.array([np.searchsorted(row, end) for row, end in zip(self._read_bytes, until, strict=True)])
+        counts = np.minimum(np.maximum(stop - choice.hot, 0), self.plan.spec.d_ff - choice.hot)
+        return np.where(choice.layer_on_gpu & (wanted[:, 0] > 0), counts, 0)
+
     def _layers_on_gpu(self, hot: np.ndarray) -> np.ndarray:
         """Attention, predictor, FFN and hand-off seconds, stacked as [4, n_layers, n], for `hot` counts [.., n]."""
         hardware, sizes = self.hardware, np.array(self.plan.predictor_bytes)
         predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
         on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
+        copied = self._zero_copy_bytes(hot, on_gpu, on_cpu)
+        if copied.any():
+            rate = _ZERO_COPY_SHARE * hardware.pcie_bandwidth
+            on_gpu = on_gpu + np.where(copied > 0, self._zero_copy_fixed + copied / rate, 0.0)
+            on_cpu = on_cpu - copied / self._ffn_bandwidth
         handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
         ffn = np.maximum(on_gpu, on_cpu)
         handoff = np.maximum(on_gpu, handed) - ffn

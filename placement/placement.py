@@ -66,6 +66,13 @@ class Placement:
         return cls(order, hot_counts, np.full(spec.n_layers, on_gpu), on_gpu, spec.fingerprint)
 
     @property
+    def zero_copy(self) -> np.ndarray:
+        """Cold neurons int64 [n_layers] of each layer, the first after the hot ones, whose rows the GPU reads from host
+        memory itself, over PCIe, while the CPU computes the rest."""
+        stored = np.array(self.made_from.get("zero_copy", ()), np.int64)
+        return np.minimum(stored, self.order.shape[1] - self.hot) if len(stored) else np.zeros(len(self.hot), np.int64)
+
+    @property
     def choice(self) -> Choice:
         """The same decision as the plan and the cost model take it."""
         return Choice(self.hot.astype(np.int64), self.layer_on_gpu, self.head_on_gpu)
@@ -202,6 +209,8 @@ def place(
         solution = solve_greedy(model, budget)
     made_from = dict(provenance or {}) | _summary(settings, hardware, solution)
     choice = solution.choice
+    if choice.uses_gpu:
+        made_from["zero_copy"] = model.zero_copy(choice).tolist()
     hot = choice.hot.astype(np.int32)
     placement = Placement(model.order, hot, choice.layer_on_gpu, choice.head_on_gpu, spec.fingerprint, made_from)
     return PlacementResult(placement, plan.rows(choice), solution)

@@ -22,6 +22,7 @@ from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
 from hybrid.gpu_step import GpuStep
 from hybrid.kv_cache import KVCache
 from hybrid.loader import ModelFolder
+from hybrid.zero_copy import RegisteredRows
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
 
@@ -62,7 +63,8 @@ def some_tokens(count: int, seed: int = 1) -> list[int]:
 class StepCase:
     """A model's `GpuStep` and `DecodeStep`, each with a cache of its own, under one placement.
 
-    share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU.
+    share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU. near:
+    cold neurons that the GPU reads in host memory.
     """
 
     def __init__(
@@ -73,11 +75,13 @@ class StepCase:
         head: bool = True,
         threads: int = 2,
         predictors: bool = False,
+        near: int = 0,
     ) -> None:
         opened = ModelFolder.open(folder)
         spec = opened.spec
         self.placement = replace(Placement.all_hot(spec), head_on_gpu=head)
         self.placement.hot[:] = round(share * spec.d_ff)
+        self.placement.made_from["zero_copy"] = [0 if n in on_cpu else near for n in range(spec.n_layers)]
         self.placement.hot[list(on_cpu)], self.placement.layer_on_gpu[list(on_cpu)] = 0, False
         self.runtime = FFNRuntime("exact", WorkerPool(threads), spec.d_model, spec.d_ff)
         self.model = opened.build(self.runtime, self.placement, None)
@@ -85,6 +89,7 @@ class StepCase:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
         self.cache, self.own_cache = KVCache(spec, CAPACITY), KVCache(spec, CAPACITY)
+        self.registered = RegisteredRows(self.model, self.placement, torch.device(DEVICE))
         counting = DeviceArena(torch.device(DEVICE))
         self._take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -92,7 +97,8 @@ class StepCase:
         self._cpu = DecodeStep(self.model, self.own_cache, self.runtime)
 
     def _take(self, arena: DeviceArena) -> GpuStep:
-        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena)
+        near = self.registered.counts
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, near)
 
     def expected(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits after `tokens` from the CPU's step, which must be called while the workers are at rest."""

@@ -38,7 +38,7 @@ def check(case, strategy, tokens=None, tolerance=FLOATS):
     case.own_cache.truncate(0)
 
 
-@pytest.mark.parametrize("placed", [{"share": 0.4}, {"on_cpu": (0,), "head": False}])
+@pytest.mark.parametrize("placed", [{"share": 0.4}, {"share": 0.4, "near": 20}, {"on_cpu": (0,), "head": False}])
 def test_the_kernels_themselves(models, placed):
     """In the interpreter where there is no GPU: a batch and one token after it."""
     case, tokens = StepCase(tiny_model("llama-relu", models, layers=1), predictors=True, **placed), some_tokens(3)
@@ -63,6 +63,8 @@ PLACEMENTS = [
     {"share": 0.4, "on_cpu": (0,)},
     {"share": 0.4, "on_cpu": (1,), "head": False},
     {"share": 0.0, "on_cpu": (0, 1)},
+    {"share": 0.4, "near": 20},
+    {"share": 0.4, "near": 1000},
 ]
 
 
@@ -85,7 +87,9 @@ def test_blocks(models, dtype):
 
 
 @pytest.mark.usefixtures("_references")
-@pytest.mark.parametrize("placed", [{"share": 0.4}, {"share": 0.4, "on_cpu": (1,), "head": False}])
+@pytest.mark.parametrize(
+    "placed", [{"share": 0.4}, {"share": 0.4, "near": 20}, {"share": 0.4, "on_cpu": (1,), "head": False}]
+)
 @pytest.mark.parametrize("strategy", ["exact", "learned"])
 def test_batches_are_tokens_one_by_one(models, placed, strategy):
     """15 tokens go through as 8, 4, 2 and 1; each of these ends is checked, and all tokens where the head is there."""
