@@ -83,13 +83,14 @@ class Workspace:
             "attended": queries,
             "predictor hidden": self.rank,
             "hidden": spec.d_ff,
-            "parts": down_parts(spec.d_model) * spec.d_model,
+            "parts": 2 * down_parts(spec.d_model) * spec.d_model,  # of hot neurons, and of those read over PCIe
             "logits": spec.vocab_size,
         }
         return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
             "attention splits": self._splits,
-            "masks": 3 * aligned(spec.d_ff),  # of all neurons, of the hot ones among those predicted, and spare ones
-            "ids": 2 * aligned(4 * spec.d_ff),  # of the hot neurons predicted, and of all
+            # Masks of all neurons, of the hot ones and those read over PCIe among the predicted, and spare ones.
+            "masks": 4 * aligned(spec.d_ff),
+            "ids": 3 * aligned(4 * spec.d_ff),  # of both kinds predicted, and of all
             # Sorting for top-k keeps at most a quarter of the vocabulary, and then a quarter of that.
             "sampling": aligned(8 * tokens * min(4 * spec.vocab_size, 5 * spec.vocab_size // 16 + 2048)),
             # Block table, counts by layer; positions, tokens, settings of the sampler, the mailbox's state.

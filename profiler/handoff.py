@@ -71,6 +71,11 @@ class Handoff:
         self._thread.join()
         self._pool.close()
 
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of the three rows of a neuron."""
+        return 3 * self.shape.d * self._weights.itemsize
+
     def empty(self) -> None:
         """Launch a step of which each layer sends its input and asks for the FFN of no neuron."""
         for _ in range(self.shape.layers):

@@ -13,6 +13,7 @@ from profiler.kernel_costs import all_cases, graph_seconds, kernel_points, repla
 from profiler.measure_hardware import Report, gemm_flops, median_seconds
 
 _PCIE_BYTES = 256 * 2**20
+_FEW, _MANY = 100, 400  # active cold neurons of a layer
 _TOKEN_KERNELS = 6  # times 64: the kernels of a step of 32 layers
 
 
@@ -29,13 +30,16 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
     largest, seconds = points["gemv"][-1]
     report("PCIe and hand-off")
     to_gpu, to_host = pcie_bandwidths(device)
+    handoff, layer, scattered = measure_handoff(device, cpu.cpu_threads)
     return replace(
         cpu,
         name=f"{torch.cuda.get_device_name(device)}, {cpu.cpu_threads} CPU threads",
         gpu_read_bandwidth=largest / seconds,
         pcie_bandwidth=to_gpu,
         pcie_host_bandwidth=to_host,
-        handoff_seconds=measure_handoff(device, cpu.cpu_threads),
+        handoff_seconds=handoff,
+        cpu_layer_seconds=layer,
+        cpu_scattered_bandwidth=scattered,
         gpu_launch_seconds=launch,
         token_seconds=token,
         gpu_gemm_flops=gemm_flops(device),
@@ -52,11 +56,18 @@ def pcie_bandwidths(device: torch.device) -> tuple[float, float]:
     return pinned.nbytes / seconds[0], pinned.nbytes / seconds[1]
 
 
-def measure_handoff(device: torch.device, threads: int) -> float:
-    """Seconds that one hand-off without active neurons adds to a decode step: the mailbox's norm and request, an empty
-    answer of `threads` CPU workers, and the sum with the next norm."""
+def measure_handoff(device: torch.device, threads: int) -> tuple[float, float, float]:
+    """Seconds that a hand-off adds to a decode step when nothing is asked for; seconds that a layer's cold neurons add
+    however few they are; and the bytes/s at which `threads` CPU workers read them.
+
+    Measured as the step asks: a request a layer, the workers polling in between. Calls one after another, without the
+    GPU, read up to twice as fast on a shared host.
+    """
     with Handoff(device, threads) as handoff:
-        return handoff.seconds()
+        empty, few, many = (handoff.seconds(count) for count in (0, _FEW, _MANY))
+        size = handoff.neuron_bytes
+    each = max(many - few, 1e-9) / (_MANY - _FEW)
+    return empty, max(few - empty - _FEW * each, 0.0), size / each
 
 
 def _waited(work: Callable[[], object]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -116,8 +117,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, references in the place of all kernels: the interpreter takes seconds for a token."""
+    """Without a GPU, references in the place of all kernels: the interpreter takes seconds for a token.
+
+    The workers have a minute to answer, as the CPU of a test may be shared by many.
+    """
     if DEVICE == "cpu":
+        monkeypatch.setattr("hybrid.cold_workers.Mailbox", partial(mailbox.Mailbox, timeout=60.0))
         for module, user in product(
             (attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn), _USERS
         ):

@@ -20,7 +20,7 @@ def models(tmp_path_factory):
 
 def take(case):
     """The weights of a case's model in an arena of exactly their size."""
-    given = case.model, case.placement, case.cache
+    given = case.model, case.placement, case.cache, case.registered.counts
     counting = DeviceArena(torch.device(DEVICE))
     GpuWeights.take(counting, *given)
     arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -30,6 +30,18 @@ def take(case):
 def assert_rows(found, matrix, rows):
     assert (found.columns, found.kind) == (matrix.columns, matrix.dtype)
     assert torch.equal(found.rows.cpu().view(torch.uint8), matrix.tensor(slice(None)).view(torch.uint8)[:rows])
+
+
+def test_rows_that_kernels_read_in_host_memory_follow_the_hot_ones(models):
+    """The very same memory, of which the GPU holds no copy but of biases."""
+    case = StepCase(tiny_model("llama-tied-mha-bias", models), share=0.4, on_cpu=(1,), near=20)
+    weights, _ = take(case)
+    matrices, near, hot = case.model.ffns[0].matrices, weights.layers[0].near, case.model.ffns[0].hot
+    for found, matrix in ((near.gate, matrices.gate), (near.up, matrices.up), (near.down, matrices.down)):
+        assert found.rows.data_ptr() == matrix.tensor(slice(hot, None)).data_ptr() and len(found.rows) == 20
+    assert torch.equal(near.up_bias.cpu(), matrices.up_bias[hot : hot + 20].float())
+    assert torch.equal(near.gate_bias.cpu(), matrices.gate_bias[hot : hot + 20].float())
+    case.close()
 
 
 CASES = [("llama-relu", "int8"), ("llama-tied-mha-bias", "f32"), ("opt", "bf16"), ("qwen3", "int4")]

@@ -44,9 +44,9 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """The embedded model, profiled and trained on a third of what `prepare` takes."""
+    """The embedded model, profiled and trained on a sixth of what `prepare` takes."""
     made = Project(EMBEDDED_MODEL, tmp_path_factory.mktemp("bundle"), 2, progress)
-    made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=32768))
+    made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=16384))
     made.train(made.load_profile(), PredictorTarget(), seed=0)
     return made
 
@@ -139,7 +139,7 @@ def test_learned_meets_its_bars(project):
     bank = project.load_predictors()
     project.use_predictors(bank)
     dense, exact, learned = evaluate(
-        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 6144), lambda count: None
+        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 3072), lambda count: None
     )
     assert learned.perplexity < 1.01 * dense.perplexity
     assert learned.computed_share < 2 * exact.fired_share
@@ -150,7 +150,7 @@ def test_learned_meets_its_bars(project):
 
 def test_counts_of_the_profile_are_plausible(project):
     found = project.load_profile()
-    assert found.tokens == 32768 and (found.counts <= found.tokens).all()
+    assert found.tokens == 16384 and (found.counts <= found.tokens).all()
     # The model's card: 7.6% of neurons fire on held-out text.
     assert 0.06 < found.share_firing().mean() < 0.1
     assert found.coverage(0.2) > 0.35

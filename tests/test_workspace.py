@@ -36,11 +36,11 @@ def test_decode_by_hand():
         "attended": 2048,
         "predictor hidden": 1024,  # 800
         "hidden": 8192,  # 8000
-        "parts": 64 * 2 * 256 * 4,
+        "parts": 2 * 64 * 2 * 256 * 4,
         "logits": 2560,  # 2400
         "attention splits": (4 * 4 * 64 * 4 + 2 * 512) + (2 * 4 * 4 * 64 * 4 + 2 * 512),  # 4 splits
-        "masks": 3 * 1024,
-        "ids": 2 * 4096,
+        "masks": 4 * 1024,
+        "ids": 3 * 4096,
         "sampling": 8 * 2 * 4 * 300 + 256,  # 19200 -> 19456
         "control": 18 * 512,
     }
