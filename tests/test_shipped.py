@@ -54,7 +54,7 @@ def project(tmp_path_factory):
 @pytest.fixture(scope="module")
 def placements(project):
     found, bank, spec = project.load_profile(), project.load_predictors(), project.spec
-    settings = PlacementSettings(40 << 20, spec.max_context, "learned", reserve=0)
+    settings = PlacementSettings(48 << 20, spec.max_context, "learned", reserve=0)
     return {
         "solver's": project.place(found, bank, HardwareProfile.load(), settings).placement,
         "all hot": Placement.all_hot(spec),
