@@ -9,15 +9,10 @@
 that makes all before it visible to the host; `receive` waits for the same number to come back. Who waits: one program
 a token, for at most `timeout` seconds, after which it marks the step failed and every later wait of it returns at once.
 All of this is captured in a CUDA graph; nothing asks the host.
-
-The state is int64 [4] on the device: the last request's number, whether an answer is due, whether the step failed, and
-the number of the input posted last.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum
 from time import monotonic, sleep
 from typing import Any
 
@@ -25,54 +20,17 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.box import STATE_WORDS, Mailbox, Near, State
 from gpu_kernels.compact import compact, compact_indices_ref
 from gpu_kernels.launch import begin, is_native, options
 from gpu_kernels.norm import normed, residual_norm_ref
 
-STATE_WORDS = 4
+__all__ = ["STATE_WORDS", "Mailbox", "Near", "State", "ask", "post", "receive", "send"]
+
 _COMPACT_BLOCK = 4096
 _POSTED = 6  # word of a request: the number of the input that is there
 # Each warp that waits polls the host's memory; with 16 of them a token of 32 layers took some 0.2 ms more than with 4.
 _POLLING_WARPS = 4
-
-
-class State(IntEnum):
-    """Words of the state."""
-
-    NUMBER, DUE, FAILED, POSTED = 0, 1, 2, 3
-
-
-@dataclass(frozen=True, eq=False)
-class Near:
-    """Cold neurons, from the last hot one up to number `stop`, that the GPU reads from host memory itself.
-
-    ids: int32, counted from the first of them, and masks: uint8, of at least so many; count: int32 [1]; all on the
-    device.
-    """
-
-    stop: int
-    ids: torch.Tensor
-    masks: torch.Tensor
-    count: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Mailbox:
-    """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
-
-    request: int64 [8]; flags: int64, of which the first is the last answer's number; x, out: f32 [8, d]; ids: int32
-    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [3] (neurons hot, sent, and near), on the device.
-    """
-
-    request: torch.Tensor
-    flags: torch.Tensor
-    x: torch.Tensor
-    ids: torch.Tensor
-    masks: torch.Tensor
-    out: torch.Tensor
-    state: torch.Tensor
-    tallies: torch.Tensor
-    timeout: float = 5.0
 
 
 @triton.jit

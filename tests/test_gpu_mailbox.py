@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE, assert_close, random_input
 
-from gpu_kernels.mailbox import Mailbox, State, ask, ask_ref, post, post_ref, receive, receive_ref, send, send_ref
+from gpu_kernels.mailbox import Mailbox, Near, State, ask, ask_ref, post, post_ref, receive, receive_ref, send, send_ref
 
 EPS = 1e-5
 ANSWERED = 10**6  # beyond any request's number
@@ -26,7 +26,7 @@ def make_box(d=17, f=129, timeout=30.0):
         masks=torch.full((f,), 255, dtype=torch.uint8, **pinned),
         out=random_input(8, d, 9).cpu().pin_memory() if DEVICE == "cuda" else random_input(8, d, 9),
         state=torch.tensor([4, 0, 0, 0], **device),
-        tallies=torch.tensor([100, 200], **device),
+        tallies=torch.tensor([100, 200, 300], **device),
         timeout=timeout,
     )
 
@@ -72,22 +72,39 @@ def masks_of(kind, f, tokens):
     return found.to(DEVICE)
 
 
+def ints(size, dtype=torch.int32):
+    return torch.full((max(1, size),), 99, dtype=dtype, device=DEVICE)
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize(("f", "hot", "kind"), [(1, 0, "all"), (17, 17, "all"), (129, 40, "some"), (129, 129, "some"),
-                                                (300, 0, "some"), (300, 120, "none")])  # fmt: skip
-def test_send(f, hot, kind, tokens):
-    found = []
+@pytest.mark.parametrize(
+    ("f", "hot", "stop", "kind"),
+    [
+        (1, 0, None, "all"),
+        (17, 17, None, "all"),
+        (129, 40, None, "some"),
+        (129, 129, None, "some"),
+        (300, 0, None, "some"),
+        (300, 120, None, "none"),
+        (300, 120, 200, "some"),
+        (129, 0, 17, "all"),
+        (129, 40, 129, "some"),
+        (129, 40, 41, "none"),
+    ],
+)
+def test_send(f, hot, stop, kind, tokens):
+    """stop: the end of those neurons that the GPU reads in host memory, if any."""
+    found, masks = [], masks_of(kind, f, tokens)
     for send_it in (send, send_ref):
-        box, hot_masks = make_box(f=f), torch.zeros(max(1, hot), dtype=torch.uint8, device=DEVICE)
-        hot_ids = torch.full((max(1, hot),), -1, dtype=torch.int32, device=DEVICE)
-        count = torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
+        box, here = make_box(f=f), (ints(hot), ints(hot, torch.uint8), ints(1))
+        near = None if stop is None else Near(stop, ints(stop - hot), ints(stop - hot, torch.uint8), ints(1))
         spare = torch.zeros(f, dtype=torch.uint8, device=DEVICE)
-        send_it(masks_of(kind, f, tokens), hot, hot_ids, hot_masks, count, spare, box, 3, positions_of(tokens))
-        found.append((box, hot_ids, hot_masks, count))
+        send_it(masks, hot, *here, spare, box, 3, positions_of(tokens), near)
+        found.append((box, *here, *(() if near is None else (near.ids, near.masks, near.count))))
     assert_same(found[0][0], found[1][0])
     assert all((ours == theirs).all() for ours, theirs in zip(found[0][1:], found[1][1:], strict=True))
-    sent = bool((masks_of(kind, f, tokens)[hot:] != 0).any())
-    assert found[0][0].request[0] == (5 if sent else 0) and int(found[0][0].state[State.DUE]) == sent
+    box, sent = found[0][0], bool((masks[hot if stop is None else stop :] != 0).any())
+    assert box.request[0] == (5 if sent else 0) and int(box.state[State.DUE]) == sent
 
 
 @pytest.mark.parametrize(("op", "tokens", "d", "given"), [(0, 1, 17, False), (1, 8, 300, True), (2, 2, 1, True)])
