@@ -8,8 +8,11 @@ number is set beyond any request, so that no wait of the GPU outlives them, and 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,8 +34,31 @@ from hybrid.ffn import Strategy
 
 _NEVER = 2**62  # beyond any request's number
 _REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 3
-_WAIT_SECONDS = 0.5
 _POLL_SECONDS = 2e-5
+
+
+@dataclass(eq=False)
+class _Service:
+    """The workers' time from `start` to `stop`. Ctrl-C may come anywhere in those, and in `Thread.start` and `join`,
+    after which a thread that runs may be taken for one that does not; so its state is kept here."""
+
+    strategy: Strategy
+    process: int = field(default_factory=os.getpid)
+    claims: list[str] = field(default_factory=list)
+    ended: bool = False
+    error: BaseException | None = None
+
+    def claim(self, what: Literal["serve", "stop"]) -> bool:
+        """Whether the thread serves, now that it begins to, or now that it is to stop: it does if its claim was first."""
+        self.claims.append(what)
+        return self.claims[0] == "serve"
+
+    def is_running(self) -> bool:
+        """Whether its thread serves or may begin to; in a child of fork there is none."""
+        return not self.ended and self.process == os.getpid()
+
+    def is_ready(self, strategy: Strategy) -> bool:
+        return self.strategy == strategy and "stop" not in self.claims and self.is_running()
 
 
 class ColdWorkers:
@@ -61,41 +87,41 @@ class ColdWorkers:
         self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
         self._batch = new_batch_shared(shape)
         self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._strategy: Strategy | None = None
+        self._service: _Service | None = None
         self._sent = [0, 0, 0]
 
     def start(self, strategy: Strategy) -> None:
         """Make the workers ready for `strategy`; nothing to do where they are. The GPU must be idle."""
-        if self._thread is not None and self._strategy == strategy and self._thread.is_alive():
+        if self._service is not None and self._service.is_ready(strategy):
             return
         self.stop()
         self.report.zero_()
         if self.report.is_cuda:
             torch.cuda.synchronize(self.report.device)
-        self._box.request[:], self._box.flags[:], self._error = 0, 0, None
-        self._strategy, self._sent = strategy, [0, 0, 0]
-        self._thread = threading.Thread(target=self._serve, name="hybrid-mailbox", daemon=True)
-        self._thread.start()
+        self._box.request[:], self._box.flags[:] = 0, 0
+        self._sent = [0, 0, 0]
+        self._service = service = _Service(strategy)
+        threading.Thread(target=self._serve, args=(service,), name="hybrid-mailbox", daemon=True).start()
         # The GPU waits for seconds only, and the workers may have to be compiled first.
-        while not self._box.flags[Flag.READY] and self._thread.is_alive():
+        while not self._box.flags[Flag.READY] and service.is_running():
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
         """Send the workers to sleep and wait until they are; a second call does nothing."""
-        self._strategy = None  # if Ctrl-C ends the wait below, `start` must not take them for ready, but wait again
-        if self._thread is None:
+        if self._service is None:
             return
-        stop(self._box)
-        while self._thread.is_alive():  # in steps, so that Ctrl-C is heard
-            self._thread.join(_WAIT_SECONDS)
-        self._thread = None
+        if self._service.claim("stop"):
+            stop(self._box)
+            while self._service.is_running():
+                time.sleep(_POLL_SECONDS)
+        self._service = None
 
     def check(self) -> None:
-        """Raise what a worker raised."""
-        if self._error is not None:
-            raise self._error
+        """Raise what a worker raised, and `RuntimeError` where they went home in the middle of a step."""
+        if self._service is not None and self._service.error is not None:
+            raise self._service.error
+        if self._box.flags[Flag.DONE] == _NEVER:
+            raise RuntimeError("the CPU's workers were sent home in the middle of a step; ask again")
 
     def late(self) -> RuntimeError:
         """What to raise when the GPU gave up waiting."""
@@ -116,13 +142,14 @@ class ColdWorkers:
         logits: np.ndarray = self._step.arguments("dense").shared.logits[0]
         return logits
 
-    def _serve(self) -> None:
-        assert self._strategy is not None
-        likes, table, shape, eps, rotation, blocks, shared, owns = self._step.arguments(self._strategy)
-        given = (self._box, likes, table, shape, eps, rotation, blocks, shared, owns, self._batch, self._batch_owns)
+    def _serve(self, service: _Service) -> None:
+        if not service.claim("serve"):
+            return
         try:
+            given = (self._box, *self._step.arguments(service.strategy), self._batch, self._batch_owns)
             self._pool.run(serve, self._pool.threads, self._pool.barrier, *given)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the thread that asked
-            self._error = error
+            service.error = error
         finally:
             self._box.flags[Flag.DONE] = _NEVER
+            service.ended = True

@@ -199,17 +199,18 @@ class Engine:
     def _answer_of(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
     ) -> Generator[GenerationStep, None, None]:
+        self._answer = answer = self._answer + 1
         try:
-            yield from self._decode(tokens, settings, progress)
+            yield from self._decode(answer, tokens, settings, progress)
         finally:
-            self.runner.rest()
+            if self._answer == answer:  # or the workers are another answer's, which may be in the middle of a step
+                self.runner.rest()
 
     def _decode(
-        self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
+        self, answer: int, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
     ) -> Generator[GenerationStep, None, None]:
         start = perf_counter()
         sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
-        self._answer = answer = self._answer + 1
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
         seen, first = list(tokens), 0.0
