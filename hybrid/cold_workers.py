@@ -49,7 +49,7 @@ class _Service:
     error: BaseException | None = None
 
     def claim(self, what: Literal["serve", "stop"]) -> bool:
-        """Whether the thread serves, now that it begins to, or now that it is to stop: it does if its claim was first."""
+        """Whether the thread serves, asked when it begins to and when it is to stop: it does if it asked first."""
         self.claims.append(what)
         return self.claims[0] == "serve"
 

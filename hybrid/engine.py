@@ -119,7 +119,12 @@ class Engine:
         if gpu is None:
             runner = CpuRunner(built, cache, runtime, advise)
         else:
-            from hybrid.gpu_runner import GpuRunner  # needs triton, which comes with torch's builds for GPUs
+            try:  # needs triton, which comes with torch's builds for GPUs
+                from hybrid.gpu_runner import GpuRunner
+            except ModuleNotFoundError as error:
+                raise InputError(
+                    f"a GPU needs the package {error.name}: pip install {error.name}; or give --vram-budget 0"
+                ) from error
 
             runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle), advise)
         engine = cls(built, codec, runtime, placement, cache, runner)

@@ -17,6 +17,8 @@ from cpu_kernels.worker_pool import available_cpus
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.commands import predictor_report, profile_report
 from hybrid.console import counted, details, percent, size
+from hybrid.devices import free_bytes, gpu_of
+from hybrid.engine import cpu_threads
 from hybrid.errors import ArtifactError
 from hybrid.loader import ModelFolder
 from placement.plan import UNLIMITED
@@ -160,9 +162,15 @@ def _planned_for() -> str:
 
 
 def _choice_rows() -> list[tuple[str, str]]:
+    gpu = gpu_of(None)
+    threads = counted(cpu_threads(gpu is not None), "thread")
+    where, sides = f"the CPU with {threads}", "both on the CPU, in one pass"
+    if gpu is not None:
+        where = f"GPU 0, at most {size(free_bytes(gpu))} of it without --vram-budget, and the CPU with {threads}"
+        sides = "hot ones on the GPU, cold ones on the CPU, within --vram-budget"
     return [
-        ("would run on", f"the CPU with {counted(available_cpus(), 'thread')}; this build has no GPU runtime yet"),
-        ("hot and cold neurons", "both on the CPU, in one pass"),
-        ("kernels", "Numba, compiled for this CPU on first use and cached"),
+        ("would run on", where),
+        ("hot and cold neurons", sides),
+        ("kernels", "Numba for this CPU and Triton for the GPU, compiled on first use and cached"),
         ("placement", f"planned for: {_planned_for()}; --hardware FILE for another"),
     ]

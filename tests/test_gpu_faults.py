@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import pytest
@@ -44,8 +44,13 @@ def engine(folder):
 
 
 def serving():
-    """The mailbox's threads that are alive; none but in the middle of an answer."""
-    return [thread for thread in threading.enumerate() if thread.name == "hybrid-mailbox"]
+    """Whether the mailbox's thread is alive; it may take a moment to end."""
+    end = time.monotonic() + 1
+    while any(thread.name == "hybrid-mailbox" for thread in threading.enumerate()):
+        if time.monotonic() > end:
+            return True
+        time.sleep(1e-3)
+    return False
 
 
 @contextmanager
@@ -150,6 +155,30 @@ def test_an_answer_that_is_given_up(engine, how):
     assert answer(engine) == whole
 
 
+def test_an_answer_that_is_dropped_in_the_middle_of_anothers_step(engine, monkeypatch):
+    """As the garbage collector may: the workers are the other answer's by then."""
+    whole, old = answer(engine), engine.generate(PROMPT, GREEDY)
+    next(old)
+    next(old)
+    real = GpuStep._embed
+
+    def drop(*args):
+        old.close()
+        real(*args)
+
+    monkeypatch.setattr(GpuStep, "_embed", drop)
+    assert answer(engine) == whole
+
+
+def test_workers_that_are_stopped_in_the_middle_of_a_step(engine, monkeypatch):
+    whole, real = answer(engine), GpuStep._embed
+    with monkeypatch.context() as patched:
+        patched.setattr(GpuStep, "_embed", lambda step, *args: (real(step, *args), step.rest()))
+        with soon(), pytest.raises(RuntimeError, match="sent home in the middle of a step"):
+            answer(engine)
+    assert answer(engine) == whole
+
+
 def test_an_engine_that_is_closed_in_mid_answer(folder):
     engine = load_engine(folder)
     steps = engine.generate(PROMPT, GREEDY)
@@ -236,22 +265,23 @@ def test_ctrl_c_at_any_moment(engine):
     whole = answer(engine)
     start = time.monotonic()
     answer(engine)
-    usual, moments = time.monotonic() - start, random.Random(0)
+    usual, moments, armed = time.monotonic() - start, random.Random(0), [False]
 
     def interrupt(number, frame):
-        raise KeyboardInterrupt
+        if armed.pop():
+            armed.append(False)
+            raise KeyboardInterrupt
+        armed.append(False)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for _ in range(12):
+        for _ in range(60):
             with soon():
-                try:
+                with suppress(KeyboardInterrupt):
+                    armed[0] = True
                     signal.setitimer(signal.ITIMER_REAL, max(1e-3, moments.random() * usual))
                     answer(engine)
-                except KeyboardInterrupt:
-                    pass
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    armed[0] = False
                 assert answer(engine) == whole
     finally:
         signal.signal(signal.SIGALRM, before)
