@@ -9,8 +9,10 @@ number is set beyond any request, so that no wait of the GPU outlives them, and 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,8 +56,9 @@ class _Service:
         return self.claims[0] == "serve"
 
     def is_running(self) -> bool:
-        """Whether its thread serves or may begin to; in a child of fork there is none."""
-        return not self.ended and self.process == os.getpid()
+        """Whether its thread serves or may begin to: not in a child of fork, which has none, nor when Python ends,
+        which runs no other thread any more."""
+        return not self.ended and self.process == os.getpid() and not sys.is_finalizing()
 
     def is_ready(self, strategy: Strategy) -> bool:
         return self.strategy == strategy and "stop" not in self.claims and self.is_running()
@@ -88,6 +91,7 @@ class ColdWorkers:
         self._batch = new_batch_shared(shape)
         self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
         self._service: _Service | None = None
+        weakref.finalize(self, stop, self._box)  # also at exit: polling threads must not outlive the memory
         self._sent = [0, 0, 0]
 
     def start(self, strategy: Strategy) -> None:

@@ -265,23 +265,22 @@ def test_ctrl_c_at_any_moment(engine):
     whole = answer(engine)
     start = time.monotonic()
     answer(engine)
-    usual, moments, armed = time.monotonic() - start, random.Random(0), [False]
+    usual, moments, armed = time.monotonic() - start, random.Random(0), set()
 
     def interrupt(number, frame):
-        if armed.pop():
-            armed.append(False)
+        if armed:
+            armed.clear()
             raise KeyboardInterrupt
-        armed.append(False)
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for _ in range(60):
+        for number in range(60):
             with soon():
                 with suppress(KeyboardInterrupt):
-                    armed[0] = True
+                    armed.add(number)
                     signal.setitimer(signal.ITIMER_REAL, max(1e-3, moments.random() * usual))
                     answer(engine)
-                    armed[0] = False
+                    armed.clear()
                 assert answer(engine) == whole
     finally:
         signal.signal(signal.SIGALRM, before)
