@@ -62,10 +62,16 @@ class GpuWeights:
 
     @classmethod
     def take(
-        cls, arena: DeviceArena, model: Transformer, placement: Placement, cache: KVCache, near: np.ndarray
+        cls,
+        arena: DeviceArena,
+        model: Transformer,
+        placement: Placement,
+        cache: KVCache,
+        near: np.ndarray | None = None,
     ) -> GpuWeights:
         """Copy what `placement` puts on the GPU. near: int64 [n_layers], neurons after the hot ones whose rows kernels
-        may read in host memory."""
+        may read in host memory; by default none."""
+        near = np.zeros(len(model.blocks), np.int64) if near is None else near
         layers = tuple(
             _layer(arena, block, cache, number, int(near[number])) if placement.layer_on_gpu[number] else None
             for number, block in enumerate(model.blocks)
