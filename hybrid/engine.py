@@ -127,6 +127,7 @@ class Engine:
                 ) from error
 
             runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle), advise)
+            notices += [runner.notice] if runner.notice else []
         engine = cls(built, codec, runtime, placement, cache, runner)
         settings, ends = generation_defaults(folder.path)
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())

@@ -67,6 +67,12 @@ class GpuRunner:
         hot = int(self._placement.hot[layer])
         return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
 
+    @property
+    def notice(self) -> str | None:
+        """What a user should know of how it runs."""
+        refused = self._registered.refused
+        return f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe" if refused else None
+
     def load_kernels(self) -> None:
         torch.set_num_threads(1)
         self.step.load_kernels(self._runtime.strategy)

@@ -17,11 +17,12 @@ from placement.placement import Placement
 
 
 class RegisteredRows:
-    """Keeps rows registered as long as it lives. `counts`: int64 [n_layers], neurons after the hot ones."""
+    """Keeps rows registered as long as it lives. `counts`: int64 [n_layers], neurons after the hot ones; `refused`: how
+    many of those that the placement has could not be registered, which leaves them to the CPU."""
 
     def __init__(self, model: Transformer, placement: Placement, device: torch.device) -> None:
         """Registers the rows of `placement.zero_copy` neurons; of none, where CUDA refuses or rows are mapped."""
-        self.counts = placement.zero_copy.copy()
+        self.counts, self.refused = placement.zero_copy.copy(), 0
         done: list[tuple[int, Matrix]] = []  # with the matrices, which may not be freed before
         weakref.finalize(self, _let_go, done)
         if device.type != "cuda":
@@ -30,6 +31,7 @@ class RegisteredRows:
             ffn = model.ffns[layer]
             matrices = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
             if count and not all(_register(matrix, ffn.hot, count, done) for matrix in matrices):
+                self.refused = int(self.counts[layer:].sum())
                 self.counts[layer:] = 0
                 return
 

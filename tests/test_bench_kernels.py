@@ -42,7 +42,7 @@ def test_random_matrices_have_the_shape_and_rows_asked_for(scripts, dtype):
         np.testing.assert_array_equal(twin.float().numpy(), matrix.widen().numpy())
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int4"])  # the loop over layers is all that is this kernel's own
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_in_one_call_add_up_to_the_reference(scripts, pool, dtype):
     _, cases = scripts
     layers = cases.SparseLayers(dtype, 96, 0.1, cases.Sizes(total=2**20, one_pass=2**19, workers=2))

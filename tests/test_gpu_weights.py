@@ -1,12 +1,17 @@
 """What goes to the GPU: byte for byte the CPU's, where the placement says, and in the bytes that the plan has."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from gpu_cases import DEVICE
 from step_cases import CAPACITY, StepCase, random_predictor, tiny_model
 
+from cpu_kernels.matrix import Matrix
 from hybrid.arena import DeviceArena
 from hybrid.gpu_weights import DENSE, HEAD, HOT, KV, PREDICTORS, GpuWeights
+from hybrid.zero_copy import RegisteredRows
 from placement.plan import VramPlan, aligned
 from placement.workspace import predictor_bytes
 
@@ -118,3 +123,14 @@ def test_bytes_are_those_of_the_plan(models, name, dtype, share, on_cpu, head):
     assert arena.spent[DENSE] == planned["dense weights"] + norms - final
     assert arena.used == aligned(arena.used)
     case.close()
+
+
+def test_rows_that_cannot_be_registered_are_left_to_the_cpu(monkeypatch):
+    """Stands for a packed model's mapped rows, or a refusal of CUDA's, in the second of three layers."""
+    matrix = Matrix.of(torch.zeros(8, 4))
+    ffns = [SimpleNamespace(gate=None, up=matrix, down=matrix, hot=2) for _ in range(3)]
+    results = iter((True, True, False))
+    monkeypatch.setattr("hybrid.zero_copy._register", lambda *_: next(results))
+    placement = SimpleNamespace(zero_copy=np.array([3, 2, 1]))
+    rows = RegisteredRows(SimpleNamespace(ffns=ffns), placement, torch.device("cuda"))
+    assert rows.counts.tolist() == [3, 0, 0] and rows.refused == 3

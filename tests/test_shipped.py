@@ -139,7 +139,7 @@ def test_learned_meets_its_bars(project):
     bank = project.load_predictors()
     project.use_predictors(bank)
     dense, exact, learned = evaluate(
-        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 3072), lambda count: None
+        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 6144), lambda count: None
     )
     assert learned.perplexity < 1.01 * dense.perplexity
     assert learned.computed_share < 2 * exact.fired_share
