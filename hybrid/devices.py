@@ -12,7 +12,7 @@ from hybrid.errors import BudgetError
 from hybrid.ffn import Strategy
 from hybrid.loader import ModelFolder
 from hybrid.packed import PackedModel
-from placement.placement import Placement, PlacementSettings, place
+from placement.placement import Placement, PlacementSettings, place, predictor_sizes
 from placement.plan import UNLIMITED
 from profiler.hardware import HardwareProfile
 
@@ -90,12 +90,8 @@ def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, contex
     if not spec.fires_sparsely:
         return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
     profile = bundle.load_profile(spec)
-    sizes = (0,) * spec.n_layers
-    if strategy == "learned":
-        bank = bundle.load_predictors(spec)
-        sizes = bank.bytes_per_layer
-        if bank.report is not None:
-            settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
+    bank = bundle.load_predictors(spec) if strategy == "learned" else None
+    settings, sizes = settings.with_predictors(bank), predictor_sizes(spec, bank)
     found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement
     if isinstance(folder.weights, PackedModel):  # the order of its rows is fixed, and was made from the same profile
         found = replace(found, order=folder.weights.order)

@@ -149,11 +149,6 @@ class GpuPrefill:
         self._device = arena.device
         self._host = torch.empty(0 if arena.counts_only else self._chunk, model.spec.d_model, pin_memory=pinned)
 
-    @property
-    def transient_bytes(self) -> int:
-        """Bytes that a call takes from torch's allocator beside the arena."""
-        return 0
-
     @torch.inference_mode()
     def read(
         self, tokens: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None

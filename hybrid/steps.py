@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from hybrid.model import Transformer
 from hybrid.packed import PackedModel
 from hybrid.text import TextCodec
 from placement import placement as placement_file
-from placement.placement import Placement, PlacementResult, PlacementSettings, place
-from placement.workspace import predictor_bytes
+from placement.placement import Placement, PlacementResult, PlacementSettings, place, predictor_sizes
 from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
 from predictor.samples import FFNWeights
@@ -237,10 +236,7 @@ class Project:
         self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile, settings: PlacementSettings
     ) -> PlacementResult:
         """Solve the placement; `write_placement` keeps it."""
-        if bank is not None and bank.report is not None:
-            settings = replace(settings, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
-        ranks = [predictor.rank for predictor in bank.predictors] if bank else [0] * self.spec.n_layers
-        sizes = tuple(predictor_bytes(self.spec.d_model, self.spec.d_ff, rank) for rank in ranks)
+        settings, sizes = settings.with_predictors(bank), predictor_sizes(self.spec, bank)
         origin = self.place_origin(found.header, bank.header if bank else None, hardware)
         return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
 

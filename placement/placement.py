@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,8 @@ import numpy as np
 from placement.cost import CostModel, Strategy
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
-from placement.workspace import PREFILL_CHUNK, RUNTIME_RESERVE
+from placement.workspace import PREFILL_CHUNK, RUNTIME_RESERVE, predictor_bytes
+from predictor.bank import PredictorBank
 from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.errors import ArtifactError, BudgetError, InputError
 from profiler.hardware import HardwareProfile
@@ -119,6 +120,12 @@ class Placement:
         )
 
 
+def predictor_sizes(spec: ModelSpec, bank: PredictorBank | None) -> tuple[int, ...]:
+    """Bytes on the GPU of each layer's predictor, zeros without a bank."""
+    ranks = [predictor.rank for predictor in bank.predictors] if bank else [0] * spec.n_layers
+    return tuple(predictor_bytes(spec.d_model, spec.d_ff, rank) for rank in ranks)
+
+
 def _problem(tensors: Mapping[str, np.ndarray], spec: ModelSpec) -> str | None:
     """What is wrong with the tensors of a placement of `spec`, or None."""
     layers = spec.n_layers
@@ -163,6 +170,12 @@ class PlacementSettings:
             raise InputError(f"solver is {self.solver!r}, expected one of {', '.join(get_args(Solver))}")
         if not (math.isfinite(self.time_limit) and self.time_limit > 0):
             raise InputError(f"time limit is {self.time_limit} s, expected a positive number")
+
+    def with_predictors(self, bank: PredictorBank | None) -> PlacementSettings:
+        """The same, with as many neurons predicted in vain as the report of `bank` says."""
+        if bank is None or bank.report is None:
+            return self
+        return replace(self, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
 
     def planned_bytes(self, hardware: HardwareProfile) -> int:
         """The budget on `hardware`; `BudgetError` when it asks for more memory than the GPU has."""
