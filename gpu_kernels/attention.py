@@ -28,6 +28,7 @@ MOST_SPLITS = 128  # a program of the second kernel holds all splits of a head i
 SPLIT_KEYS = 64  # least positions of a split at full context
 PROGRAMS = 528  # four for each multiprocessor of an H100
 MOST_GROUPED = 8
+MOST_TOKENS = tl.constexpr(8)
 TILE = 8192  # most f32 sums of a program: 64 registers for each of 128 threads
 KEY_BYTES = 64  # KEYS times the cache's item size, at most: more keys, and fewer programs fit a multiprocessor
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -73,6 +74,7 @@ def _load_rows(  # type: ignore[no-untyped-def]
     cache,
     table,
     at,
+    since,
     end,
     kv_head,
     column,
@@ -80,11 +82,12 @@ def _load_rows(  # type: ignore[no-untyped-def]
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Keys and values of the positions `at` before `end`, 0 beyond."""
-    block = tl.load(table + at // BLOCK_SIZE, mask=at < end, other=0).to(tl.int64)
+    """Keys and values of the positions `at` from `since` to before `end`, 0 elsewhere."""
+    inside = (at >= since) & (at < end)
+    block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     row = (block * (2 * KV_HEADS) + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
     here = cache + row * HEAD_DIM + column
-    mask = (at < end) & (column < HEAD_DIM)
+    mask = inside & (column < HEAD_DIM)
     key = tl.load(here, mask=mask, other=0.0)
     return key, tl.load(here + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0)
 
@@ -111,8 +114,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Everything is [GROUPED heads, KEYS places, PADDED >= HEAD_DIM columns], or 1 where the same along an axis."""
-    begin(PDL)
+    """Everything is [GROUPED heads, KEYS places, PADDED >= HEAD_DIM columns], or 1 where the same along an axis.
+
+    The first KEYS are read before `begin`, but for those that this step wrote.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     CHUNKS: tl.constexpr = (GROUP + GROUPED - 1) // GROUPED
     t, split = tl.program_id(2), tl.program_id(0)
@@ -128,19 +133,26 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     tiles = (length - first + KEYS - 1) // KEYS
     start = first + tiles * split // SPLITS * KEYS
     end = tl.minimum(first + tiles * (split + 1) // SPLITS * KEYS, length)
+    token = tl.arange(0, MOST_TOKENS)
+    known = tl.min(tl.load(positions + token, mask=token < tl.num_programs(2), other=2147483647), axis=0)
+    table += t * table_stride
+    old_key, old_value = _load_rows(
+        cache, table, start + place, 0, tl.minimum(end, known), kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM
+    )
+    begin(PDL)
     query = tl.load(q + t * q_stride + head * HEAD_DIM + column, mask=in_group & in_head, other=0.0)
     query = query * (LOG2_E / tl.sqrt(HEAD_DIM * 1.0))
     out = tl.zeros([GROUPED, KEYS, PADDED], tl.float32)
     total = tl.zeros([GROUPED, KEYS, 1], tl.float32)
     maximum = tl.full([GROUPED, KEYS, 1], float("-inf"), tl.float32)
-    table += t * table_stride
-    key, value = _load_rows(cache, table, start + place, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    key, value = _load_rows(cache, table, start + place, known, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+    key, value = key + old_key, value + old_value  # one of the two is 0
     while start < end:
         score = tl.sum(query * key.to(tl.float32), axis=2, keep_dims=True)
         score = tl.where(start + place < end, score, float("-inf"))
         here = value.to(tl.float32)
         start += KEYS
-        key, value = _load_rows(cache, table, start + place, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        key, value = _load_rows(cache, table, start + place, 0, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
         larger = tl.maximum(maximum, score)
         shrink, p = tl.exp2(maximum - _finite(larger)), tl.exp2(score - _finite(larger))
         total = total * shrink + p

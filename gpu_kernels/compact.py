@@ -2,8 +2,8 @@
 
     ids = [i for i in start .. stop - 1 if masks[i] != 0],  ids_masks = masks[ids],  count = len(ids)
 
-One program compacts a range, so that counts need no atomics and the order is the same on every run. `compact` is for
-other kernels to call: a kernel that hands ids over compacts on the way.
+No atomics: the order is the same on every run. One program compacts a range, or a piece of it, after it has counted
+what comes before. `compact` and `count_fired` are for other kernels to call: who hands ids over compacts on the way.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr,
         count += tl.sum(kept, 0)
         first += BLOCK
     return count
+
+
+@triton.jit
+def count_fired(masks_ptr, start, stop, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many of masks[start .. stop - 1] are not 0: where the list of who compacts what follows begins."""
+    fired = tl.zeros([BLOCK], tl.int32)
+    for first in range(start, stop, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        fired += (tl.load(masks_ptr + i, mask=i < stop, other=0) != 0).to(tl.int32)
+    return tl.sum(fired, 0)
 
 
 # A size of 1 would be compiled in, and a loop over it fails to compile.

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.gemv import Tiling
-from gpu_kernels.launch import begin, options, prefetch_rows
+from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import padded
-from gpu_kernels.tiles import append, load_groups, zero_tiles
+from gpu_kernels.tiles import load_step, row_dots
 
 MAX_TOKENS = 8  # bits of a mask
 
@@ -32,9 +32,9 @@ class PredictorTiling:
     firing: Tiling
 
 
-# All loads of a program are under way at once, and its programs all fit on an H100: 512 of fc1 for r = 1024, 1376 of
-# fc2 for f = 11008. Chosen for what compiles without spills and barriers; `bench_gpu_kernels.py --tune` tries others.
-TILING = PredictorTiling(Tiling(2, 1, 8), Tiling(8, 1, 2))
+# All loads of a program are under way at once, and its programs all fit on an H100: 256 of fc1 for r = 1024, 2752 of
+# fc2 for f = 11008. The best of a few measured within the decode step of a 7B shape on an H200.
+TILING = PredictorTiling(Tiling(4, 1, 8), Tiling(4, 1, 2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,59 +95,17 @@ def pad_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The int8 codes of int32 words [R, 4 G], as f32 [R, G, 16].
-
-    Code + 128 becomes the mantissa of 2^23, or at its place in the upper byte of 16 bits 256 times as much; both are
-    exact. A conversion would run at a quarter of the rate or less, and take longer than the bytes' way from memory.
-    """
-    # Axis 2 of the grid is always 1; a number that the compiler cannot know takes one instruction for `and` with `or`.
-    exponent = 0x4B000000 + tl.program_id(2)
-    shifted = words ^ -0x7F7F7F80
-    pairs = tl.join(shifted, shifted >> 16)
-    even = ((pairs & 0xFF) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
-    odd = ((pairs & 0xFF00) | exponent).to(tl.float32, bitcast=True) * (1.0 / 256) - (32768.0 + 128.0)
-    return tl.reshape(tl.join(even, odd), (R, G, 16))
-
-
-@triton.jit
-def _dots(  # type: ignore[no-untyped-def]
-    fc, row, inside, x, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    """fc[row] . x[t] of T tokens as a tuple of f32 [R], 0 where not `inside`; fc has K columns, padded.
-
-    As `row_dots` in `tiles.py`: a thread loads 16 codes, and x in the order in which it has them.
-    """
-    G: tl.constexpr = C // 16
-    P: tl.constexpr = (K + 127) // 128 * 128
-    words = (fc + row.to(tl.int64) * P).to(tl.pointer_type(tl.int32))
-    sums = zero_tiles(T, R, G)
-    for c in range(0, P, C):
-        at = c // 4 + tl.arange(0, C // 4)
-        tile = tl.load(words[:, None] + at[None, :], mask=inside[:, None] & (at < P // 4)[None, :], other=0)
-        wide = _codes(tile, R, G)
-        following = ()
-        for t in tl.static_range(T):
-            values = load_groups(x + t * K, c + tl.arange(0, G) * 16, K, 16)
-            following = append(following, sums[t] + tl.sum(wide * values[None, :, :], 2))
-        sums = following
-    dots = ()
-    for t in tl.static_range(T):
-        dots = append(dots, tl.sum(sums[t], 1))
-    return dots
-
-
-@triton.jit
 def _hidden_kernel(  # type: ignore[no-untyped-def]
-    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr
+    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """hidden[t, R rows of this program] of all tokens."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < r
-    prefetch_rows(fc1, tl.program_id(0) * R, r, R, (K + 127) // 128 * 128, PDL)
-    begin(PDL)
+    step = load_step(fc1, row.to(tl.int64), inside, 0, "codes", K, R, C)
     scale, bias = tl.load(s1 + row, mask=inside, other=0.0), tl.load(b1 + row, mask=inside, other=0.0)
-    dots = _dots(fc1, row, inside, x, K, T, R, C)
+    begin(PDL)
+    dots = row_dots(fc1, row.to(tl.int64), inside, x, K, "codes", K, T, R, C, step)
     for t in tl.static_range(T):
         tl.store(hidden + t * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
 
@@ -160,10 +118,10 @@ def _firing_kernel(  # type: ignore[no-untyped-def]
     """masks[R rows of this program]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < f
-    prefetch_rows(fc2, tl.program_id(0) * R, f, R, (K + 127) // 128 * 128, PDL)
-    begin(PDL)
+    step = load_step(fc2, row.to(tl.int64), inside, 0, "codes", K, R, C)
     scale, bias = tl.load(s2 + row, mask=inside, other=0.0), tl.load(b2 + row, mask=inside, other=0.0)
-    dots = _dots(fc2, row, inside, hidden, K, T, R, C)
+    begin(PDL)
+    dots = row_dots(fc2, row.to(tl.int64), inside, hidden, K, "codes", K, T, R, C, step)
     bits = tl.zeros((R,), tl.int32)
     for t in tl.static_range(T):
         bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << t
@@ -189,7 +147,7 @@ def predict(
 
 def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, Any]:
     """Constants of a kernel. Of several tokens a program takes fewer rows, of short rows fewer warps read one."""
-    width = tiling.columns("int8", columns)
+    width = tiling.columns("codes", columns)
     rows = min(tiling.rows, 16 // triton.next_power_of_2(tokens))
     warps = max(1, min(tiling.warps, width // 512))
     return {"K": columns, "T": tokens, "R": rows, "C": width, **options(warps)}

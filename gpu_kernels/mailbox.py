@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 
 from gpu_kernels.box import STATE_WORDS, Mailbox, Near, State
-from gpu_kernels.compact import compact, compact_indices_ref
+from gpu_kernels.compact import compact, compact_indices_ref, count_fired
 from gpu_kernels.launch import begin, is_native, options
 from gpu_kernels.norm import normed, residual_norm_ref
 
 __all__ = ["STATE_WORDS", "Mailbox", "Near", "State", "ask", "post", "receive", "send"]
 
 _COMPACT_BLOCK = 4096
+_PIECE = 1024  # of the neurons listed here; those for the host are one program's, whose writes one fence orders
 _POSTED = 6  # word of a request: the number of the input that is there
 # Each warp that waits polls the host's memory; with 16 of them a token of 32 layers took some 0.2 ms more than with 4.
 _POLLING_WARPS = 4
@@ -107,10 +108,25 @@ def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.con
     _release(request, number, NATIVE)
 
 
-@triton.jit(do_not_specialize=["layer", "hot", "far", "f", "tokens"])
+@triton.jit
+def _list_piece(  # type: ignore[no-untyped-def]
+    masks, start, stop, piece, pieces, ids, ids_masks, count, tally, BLOCK: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """Compact a piece of a range; the program of the last piece knows the count of all."""
+    first = start + piece * PIECE
+    before = count_fired(masks, start, first, BLOCK)
+    end = tl.minimum(first + PIECE, stop)
+    total = before + compact(masks, first, end, ids + before, ids_masks + before, PIECE, start)
+    if piece == pieces - 1:
+        tl.store(count, total)
+        tl.store(tally, tl.load(tally) + total)
+
+
+@triton.jit(do_not_specialize=["layer", "hot", "far", "f", "tokens", "pieces"])
 def _send_kernel(  # type: ignore[no-untyped-def]
     masks, hot, far, f, hot_ids, hot_masks, hot_count, near_ids, near_masks, near_count, cold_ids, cold_masks, request,
-    state, tallies, layer, tokens, positions, BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
+    state, tallies, layer, tokens, positions, pieces, BLOCK: tl.constexpr, PIECE: tl.constexpr, NATIVE: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
     if tl.program_id(0) == 0:
@@ -120,14 +136,12 @@ def _send_kernel(  # type: ignore[no-untyped-def]
         tl.store(tallies + 1, tl.load(tallies + 1) + count)
         if due:
             _request(request, state, tl.full([], 0, tl.int32), layer, count, tokens, positions, NATIVE)
-    elif tl.program_id(0) == 1:
-        count = compact(masks, 0, hot, hot_ids, hot_masks, BLOCK)
-        tl.store(hot_count, count)
-        tl.store(tallies, tl.load(tallies) + count)
+    elif tl.program_id(0) <= pieces:
+        piece = tl.program_id(0) - 1
+        _list_piece(masks, 0, hot, piece, pieces, hot_ids, hot_masks, hot_count, tallies, BLOCK, PIECE)
     else:
-        count = compact(masks, hot, far, near_ids, near_masks, BLOCK, hot)
-        tl.store(near_count, count)
-        tl.store(tallies + 2, tl.load(tallies + 2) + count)
+        piece, last = tl.program_id(0) - 1 - pieces, tl.num_programs(0) - 1 - pieces
+        _list_piece(masks, hot, far, piece, last, near_ids, near_masks, near_count, tallies + 2, BLOCK, PIECE)
 
 
 @triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
@@ -176,7 +190,7 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
     mask = columns < d
     values = tl.load(x + row + columns, mask=mask, other=0.0)
     if PARTS:
-        for s in tl.range(0, count, loop_unroll_factor=4):
+        for s in tl.range(0, count, loop_unroll_factor=8):
             values += tl.load(parts + s * part_stride + row + columns, mask=mask, other=0.0)
     if ADDED:
         values += tl.load(added + columns, mask=mask, other=0.0)
@@ -232,9 +246,11 @@ def send(
     cold_masks = spare if tokens == 1 else box.masks
     listed = (hot_ids, hot_masks, hot_count) if near is None else (near.ids, near.masks, near.count)
     far = hot if near is None else near.stop
-    _send_kernel[(2 if near is None else 3,)](
+    pieces, near_pieces = (max(1, triton.cdiv(size, _PIECE)) for size in (hot, far - hot))
+    _send_kernel[(1 + pieces + (0 if near is None else near_pieces),)](
         masks, hot, far, len(masks), hot_ids, hot_masks, hot_count, *listed, box.ids, cold_masks, box.request,
-        box.state, box.tallies, layer, tokens, positions, BLOCK=_COMPACT_BLOCK, NATIVE=is_native(), **options(8),
+        box.state, box.tallies, layer, tokens, positions, pieces, BLOCK=_COMPACT_BLOCK, PIECE=_PIECE,
+        NATIVE=is_native(), **options(8),
     )  # fmt: skip
 
 
@@ -274,7 +290,7 @@ def receive(
         x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
         0 if parts is None else parts.shape[0], d, tokens * d, int(box.timeout * 1e9), PARTS=parts is not None,
         ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
-        **_sizes(d, _POLLING_WARPS),
+        **_sizes(d, _POLLING_WARPS if asked else 16),
     )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Weights of a group.
-VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "int4": 32}
+# Weights of a group. "codes" are int8 without scales, as predictors have them: rows of bytes, padded to whole 128.
+VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "codes": 16, "int4": 32}
 
 
 @triton.jit
@@ -86,92 +86,119 @@ def int4_codes(words, S: tl.constexpr, R: tl.constexpr, G: tl.constexpr):  # typ
 
 
 @triton.jit
-def _add_dots(  # type: ignore[no-untyped-def]
-    sums, wide, scale, x, x_stride, first, K: tl.constexpr, T: tl.constexpr, V: tl.constexpr
+def int8_codes(words, R: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The int8 codes of int32 words [R, 4 G], as f32 [R, G, 16].
+
+    Code + 128 becomes the mantissa of 2^23, or at its place in the upper byte of 16 bits 256 times as much; both are
+    exact. A conversion would run at a quarter of the rate or less, and take longer than the bytes' way from memory.
+    """
+    exponent = 0x4B000000 + tl.program_id(2)  # as in `int4_codes`
+    shifted = words ^ -0x7F7F7F80
+    pairs = tl.join(shifted, shifted >> 16)
+    even = ((pairs & 0xFF) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+    odd = ((pairs & 0xFF00) | exponent).to(tl.float32, bitcast=True) * (1.0 / 256) - (32768.0 + 128.0)
+    return tl.reshape(tl.join(even, odd), (R, G, 16))
+
+
+@triton.jit
+def load_step(  # type: ignore[no-untyped-def]
+    w, ids, wanted, c, KIND: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """sums[t] [R, G] + scale * (wide [R, G, V] . x[t, first[g] + v]), for every token; scale [R, G], or None for 1."""
-    following = ()
+    """Columns c .. c + C of rows ids[r] (int64 [R]) as they are stored, and the scales that belong to them; a tuple.
+
+    c, C: multiples of 128, C a power of two. Nothing is read where not `wanted`, and no column beyond the row.
+    """
+    P: tl.constexpr = (K + 127) // 128 * 128
+    if KIND == "int4":
+        rows = w + ids * (P // 2 + P // 16)
+        at = c // 8 + tl.arange(0, C // 8)
+        words = rows.to(tl.pointer_type(tl.int32))[:, None] + at[None, :]
+        step = (tl.load(words, mask=wanted[:, None] & (at < P // 8)[None, :], other=0),)
+        scales = (rows + P // 2).to(tl.pointer_type(tl.float16))
+        for s in tl.static_range(4):
+            first = int4_columns(c, s, C // 32)
+            mask = wanted[:, None] & (first < P)[None, :]
+            step = append(step, load_scales(scales, first // 32, mask, R, C // 32) * (1.0 / (1 << (4 * s))))
+    elif KIND == "int8" or KIND == "codes":
+        rows = w + ids * (P + P // 16 if KIND == "int8" else P)
+        at = c // 4 + tl.arange(0, C // 4)
+        words = rows.to(tl.pointer_type(tl.int32))[:, None] + at[None, :]
+        step = (tl.load(words, mask=wanted[:, None] & (at < P // 4)[None, :], other=0),)
+        if KIND == "int8":
+            first = c + tl.arange(0, C // 16) * 16
+            scales = (rows + P).to(tl.pointer_type(tl.float16))
+            mask = wanted[:, None] & (first < P)[None, :]
+            step = append(step, load_scales(scales, first // 32, mask, R, C // 16))
+    else:
+        at = c + tl.arange(0, C)
+        rows = w + ids * K
+        step = (tl.load(rows[:, None] + at[None, :], mask=wanted[:, None] & (at < K)[None, :], other=0.0),)
+    return step
+
+
+@triton.jit
+def _dots(  # type: ignore[no-untyped-def]
+    wide, scale, x, x_stride, first, K: tl.constexpr, T: tl.constexpr, V: tl.constexpr
+):  # fmt: skip
+    """scale * (wide [R, G, V] . x[t, first[g] + v]) as T tiles [R, G]; scale [R, G], or None for 1."""
+    found = ()
     for t in tl.static_range(T):
         dots = tl.sum(wide * load_groups(x + t * x_stride, first, K, V)[None, :, :], 2)
         if scale is not None:
             dots = scale * dots
-        following = append(following, sums[t] + dots)
-    return following
+        found = append(found, dots)
+    return found
 
 
 @triton.jit
-def _dots_plain(  # type: ignore[no-untyped-def]
-    w, ids, wanted, x, x_stride, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, V: tl.constexpr
-):  # fmt: skip
-    G: tl.constexpr = C // V
-    rows = w + ids * K
-    sums = zero_tiles(T, R, G)
-    for c in range(0, K, C):
-        at = c + tl.arange(0, C)
-        tile = tl.load(rows[:, None] + at[None, :], mask=wanted[:, None] & (at < K)[None, :], other=0.0)
-        wide = tl.reshape(tile.to(tl.float32), (R, G, V))
-        sums = _add_dots(sums, wide, None, x, x_stride, c + tl.arange(0, G) * V, K, T, V)
-    return sums
+def _added(sums, more, T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Two tuples of T tiles, added tile by tile."""
+    added = ()
+    for t in tl.static_range(T):
+        added = append(added, sums[t] + more[t])
+    return added
 
 
 @triton.jit
-def _dots_int8(  # type: ignore[no-untyped-def]
-    w, ids, wanted, x, x_stride, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+def _step_dots(  # type: ignore[no-untyped-def]
+    step, x, x_stride, c, KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    G: tl.constexpr = C // 16
-    P: tl.constexpr = (K + 127) // 128 * 128
-    rows = w + ids * (P + P // 16)
-    codes = rows.to(tl.pointer_type(tl.int8))
-    scales = (rows + P).to(tl.pointer_type(tl.float16))
-    sums = zero_tiles(T, R, G)
-    for c in range(0, P, C):
-        at = c + tl.arange(0, C)
-        tile = tl.load(codes[:, None] + at[None, :], mask=wanted[:, None] & (at < P)[None, :], other=0)
-        first = c + tl.arange(0, G) * 16
-        scale = load_scales(scales, first // 32, wanted[:, None] & (first < P)[None, :], R, G)
-        wide = tl.reshape(tile.to(tl.float32), (R, G, 16))
-        sums = _add_dots(sums, wide, scale, x, x_stride, first, K, T, 16)
-    return sums
-
-
-@triton.jit
-def _dots_int4(  # type: ignore[no-untyped-def]
-    w, ids, wanted, x, x_stride, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):  # fmt: skip
-    G: tl.constexpr = C // 32
-    P: tl.constexpr = (K + 127) // 128 * 128
-    rows = w + ids * (P // 2 + P // 16)
-    words = rows.to(tl.pointer_type(tl.int32))
-    scales = (rows + P // 2).to(tl.pointer_type(tl.float16))
-    sums = zero_tiles(T, R, G)
-    for c in range(0, P, C):
-        at = c // 8 + tl.arange(0, C // 8)
-        tile = tl.load(words[:, None] + at[None, :], mask=wanted[:, None] & (at < P // 8)[None, :], other=0)
-        for s in tl.static_range(4):
-            first = int4_columns(c, s, G)
-            mask = wanted[:, None] & (first < P)[None, :]
-            scale = load_scales(scales, first // 32, mask, R, G) * (1.0 / (1 << (4 * s)))
-            sums = _add_dots(sums, int4_codes(tile, s, R, G), scale, x, x_stride, first, K, T, 8)
-    return sums
+    """Products of what `load_step` found at column c with T tokens, as T tiles [R, groups]."""
+    if KIND == "int4":
+        dots = _dots(int4_codes(step[0], 0, R, C // 32), step[1], x, x_stride, int4_columns(c, 0, C // 32), K, T, 8)
+        for s in tl.static_range(1, 4):
+            wide, first = int4_codes(step[0], s, R, C // 32), int4_columns(c, s, C // 32)
+            dots = _added(dots, _dots(wide, step[1 + s], x, x_stride, first, K, T, 8), T)
+    elif KIND == "int8":
+        dots = _dots(int8_codes(step[0], R, C // 16), step[1], x, x_stride, c + tl.arange(0, C // 16) * 16, K, T, 16)
+    elif KIND == "codes":
+        dots = _dots(int8_codes(step[0], R, C // 16), None, x, x_stride, c + tl.arange(0, C // 16) * 16, K, T, 16)
+    elif KIND == "f32":
+        wide = tl.reshape(step[0], (R, C // 4, 4))
+        dots = _dots(wide, None, x, x_stride, c + tl.arange(0, C // 4) * 4, K, T, 4)
+    else:
+        wide = tl.reshape(step[0].to(tl.float32), (R, C // 8, 8))
+        dots = _dots(wide, None, x, x_stride, c + tl.arange(0, C // 8) * 8, K, T, 8)
+    return dots
 
 
 @triton.jit
 def row_dots(  # type: ignore[no-untyped-def]
     w, ids, wanted, x, x_stride,
-    KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+    KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr, step=None
 ):  # fmt: skip
     """Rows ids[r] (int64 [R]) of the matrix at `w` times T tokens, as a tuple of T f32 [R]; 0 where not `wanted`.
 
-    x: f32, row t at x + t * x_stride, K columns. C: columns of a step, a power of two of at least 128.
+    x: f32, row t at x + t * x_stride, K columns. C: columns of a step, a power of two of at least 128. step: what
+    `load_step` found at column 0, for who has loaded it ahead.
     """
-    if KIND == "int8":
-        sums = _dots_int8(w, ids, wanted, x, x_stride, K, T, R, C)
-    elif KIND == "int4":
-        sums = _dots_int4(w, ids, wanted, x, x_stride, K, T, R, C)
-    elif KIND == "f32":
-        sums = _dots_plain(w, ids, wanted, x, x_stride, K, T, R, C, 4)
-    else:
-        sums = _dots_plain(w, ids, wanted, x, x_stride, K, T, R, C, 8)
+    P: tl.constexpr = (K + 127) // 128 * 128
+    if step is None:
+        step = load_step(w, ids, wanted, 0, KIND, K, R, C)
+    sums = _step_dots(step, x, x_stride, 0, KIND, K, T, R, C)
+    for c in range(C, P, C):
+        step = load_step(w, ids, wanted, c, KIND, K, R, C)
+        sums = _added(sums, _step_dots(step, x, x_stride, c, KIND, K, T, R, C), T)
     dots = ()
     for t in tl.static_range(T):
         dots = append(dots, tl.sum(sums[t], 1))
@@ -207,34 +234,16 @@ def add_rows(  # type: ignore[no-untyped-def]
     sums: a tuple of T tiles [W, C], or for int4 of 4 T tiles [W, C / 4], place by place; factors: T f32 [A W].
     c, C: multiples of 128, C a power of two. Rows not `wanted` are not read.
     """
-    P: tl.constexpr = (K + 127) // 128 * 128
+    step = load_step(w, ids, wanted, c, KIND, K, A * W, C)
     if KIND == "int8":
-        rows = w + ids * (P + P // 16)
-        codes = rows.to(tl.pointer_type(tl.int8))
-        at = c + tl.arange(0, C)
-        tile = tl.load(codes[:, None] + at[None, :], mask=wanted[:, None] & (at < P)[None, :], other=0)
-        first = c + tl.arange(0, C // 16) * 16
-        scales = (rows + P).to(tl.pointer_type(tl.float16))
-        scale = load_scales(scales, first // 32, wanted[:, None] & (first < P)[None, :], A * W, C // 16)
-        wide = tl.reshape(tile.to(tl.float32), (A * W, C // 16, 16))
-        sums = _add_scaled(sums, wide, scale, factors, T, 0, 1, A, W, C // 16, 16)
+        wide = int8_codes(step[0], A * W, C // 16)
+        sums = _add_scaled(sums, wide, step[1], factors, T, 0, 1, A, W, C // 16, 16)
     elif KIND == "int4":
-        rows = w + ids * (P // 2 + P // 16)
-        at = c // 8 + tl.arange(0, C // 8)
-        words = rows.to(tl.pointer_type(tl.int32))[:, None] + at[None, :]
-        tile = tl.load(words, mask=wanted[:, None] & (at < P // 8)[None, :], other=0)
-        scales = (rows + P // 2).to(tl.pointer_type(tl.float16))
         for s in tl.static_range(4):
-            first = int4_columns(c, s, C // 32)
-            mask = wanted[:, None] & (first < P)[None, :]
-            scale = load_scales(scales, first // 32, mask, A * W, C // 32) * (1.0 / (1 << (4 * s)))
-            wide = int4_codes(tile, s, A * W, C // 32)
-            sums = _add_scaled(sums, wide, scale, factors, T, s, 4, A, W, C // 32, 8)
+            wide = int4_codes(step[0], s, A * W, C // 32)
+            sums = _add_scaled(sums, wide, step[1 + s], factors, T, s, 4, A, W, C // 32, 8)
     else:
-        at = c + tl.arange(0, C)
-        rows = w + ids * K
-        tile = tl.load(rows[:, None] + at[None, :], mask=wanted[:, None] & (at < K)[None, :], other=0.0)
-        wide = tl.reshape(tile.to(tl.float32), (A * W, 1, C))
+        wide = tl.reshape(step[0].to(tl.float32), (A * W, 1, C))
         sums = _add_scaled(sums, wide, None, factors, T, 0, 1, A, W, 1, C)
     return sums
 

@@ -334,7 +334,9 @@ class GpuStep:
         parts = self._parts(len(ways), count)
         for (ffn, its_ids, its_count, its_masks), its_parts in zip(ways, parts, strict=True):
             hidden = b.hidden[: count * len(its_ids)].view(count, len(its_ids))
-            sparse_ffn(ffn, normed, its_ids, its_count, its_masks, hidden, its_parts, skip=skip)
+            # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
+            eager = strategy == "learned" and ffn is layer.ffn
+            sparse_ffn(ffn, normed, its_ids, its_count, its_masks, hidden, its_parts, skip, eager)
         sums = parts.flatten(0, 1) if ways else None
         receive(x, sums, layer.down_bias, following.weight, following.bias, eps, normed, box, asked=bool(cold))
 
