@@ -27,7 +27,7 @@ from hybrid.bench import Bench, BenchConfig, engine_settings, facts_of, setting_
 from hybrid.bench_devices import GpuFacts
 from hybrid.bench_report import BenchResult, agreement
 from hybrid.bundle import EMBEDDED_MODEL, Bundle
-from hybrid.console import percent, progress, size, table
+from hybrid.console import counted, percent, progress, size, table
 from hybrid.engine import Engine
 from hybrid.errors import BudgetError, InputError
 from hybrid.ffn import Strategy
@@ -133,7 +133,7 @@ def free_gpu() -> None:
 def ablation_report(rows: Sequence[AblationRow], setting: Mapping[str, Any], budget: int, gpu: str) -> str:
     """The table, medians, and the solver's speed over random."""
     head = (
-        f"{setting['model']}, {setting['dtype']}, {setting['threads']} threads of {setting['machine']}, {gpu}\n"
+        f"{setting['model']}, {setting['dtype']}, {counted(setting['threads'], 'thread')} of {setting['machine']}, {gpu}\n"
         f"{size(budget)} of GPU memory, {setting['prompt_tokens']} + {setting['tokens']} tokens"
     )
     header = ["medians", "tok/s", "p20 to p80", "over the first", "of ceiling", "on the GPU", "by profile", "as dense"]

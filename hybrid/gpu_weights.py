@@ -19,7 +19,9 @@ from hybrid.ffn import HybridFFN
 from hybrid.kv_cache import KVCache
 from hybrid.model import Block, Norm, Transformer
 from placement.placement import Placement
+from profiler.spec import ModelSpec
 
+KV_TYPES = {2: torch.float16, 4: torch.float32}
 DENSE, PREDICTORS, HOT, KV, HEAD = "dense weights", "predictors", "hot neurons", "KV cache", "head and final norm"
 
 
@@ -33,8 +35,8 @@ class GpuNorm:
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
-    """A layer's parts on the GPU. cache: f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if any;
-    near: those after them, whose rows kernels read in host memory."""
+    """A layer's parts on the GPU. cache: f16 or f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if
+    any; near: those after them, whose rows kernels read in host memory."""
 
     qkv: DeviceMatrix
     qkv_bias: torch.Tensor | None
@@ -73,7 +75,7 @@ class GpuWeights:
         may read in host memory; by default none."""
         near = np.zeros(len(model.blocks), np.int64) if near is None else near
         layers = tuple(
-            _layer(arena, block, cache, number, int(near[number])) if placement.layer_on_gpu[number] else None
+            _layer(arena, model.spec, block, cache, int(near[number])) if placement.layer_on_gpu[number] else None
             for number, block in enumerate(model.blocks)
         )
         norms = [_norm(arena, block.attention_norm) for block in model.blocks]
@@ -82,7 +84,7 @@ class GpuWeights:
         return cls(layers, tuple(norms), head)
 
 
-def _layer(arena: DeviceArena, block: Block, cache: KVCache, number: int, near: int) -> GpuLayer:
+def _layer(arena: DeviceArena, spec: ModelSpec, block: Block, cache: KVCache, near: int) -> GpuLayer:
     attention, ffn = block.attention, block.ffn
     return GpuLayer(
         qkv=_matrix(arena, DENSE, attention.qkv.matrix),
@@ -96,7 +98,7 @@ def _layer(arena: DeviceArena, block: Block, cache: KVCache, number: int, near: 
         near=_near(arena, ffn, slice(ffn.hot, ffn.hot + near)) if near else None,
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
-        cache=arena.empty(KV, tuple(cache.data.shape[1:])),
+        cache=arena.empty(KV, tuple(cache.data.shape[1:]), KV_TYPES[spec.gpu_kv_element_bytes]),
         window=attention.window,
     )
 

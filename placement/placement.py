@@ -148,7 +148,7 @@ class PlacementSettings:
     """What to place for; `InputError` or `BudgetError` when a value makes no sense.
 
     vram_budget: bytes, `UNLIMITED` for all that the GPU has. context: tokens that the KV cache holds.
-    strategy, predicted_ratio, group_size: see `CostModel`. kv_element_bytes, prefill_chunk, reserve: see `VramPlan`.
+    strategy, predicted_ratio, group_size: see `CostModel`. prefill_chunk, reserve: see `VramPlan`.
     time_limit: seconds for the MILP solver.
     """
 
@@ -157,7 +157,6 @@ class PlacementSettings:
     strategy: Strategy = "exact"
     solver: Solver = "milp"
     predicted_ratio: float = 1.0
-    kv_element_bytes: int = 4
     prefill_chunk: int = PREFILL_CHUNK
     reserve: int = RUNTIME_RESERVE
     group_size: int = 64
@@ -213,8 +212,7 @@ def place(
     Raises `BudgetError`, `ContextError` or `InputError` when the inputs do not fit the model or the hardware.
     """
     budget = settings.planned_bytes(hardware)
-    sizes = (settings.kv_element_bytes, settings.prefill_chunk, settings.reserve)
-    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes)
+    plan = VramPlan(spec, settings.context, predictor_bytes, settings.prefill_chunk, settings.reserve)
     model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
     if settings.solver == "milp":
         solution = solve_milp(model, budget, settings.time_limit)

@@ -82,15 +82,14 @@ class VramPlan:
 
     Each tensor starts at a multiple of `ALIGNMENT`; norms, biases and scales are f32. The input embedding stays in host
     memory, of which a token reads one row. The CUDA context itself is not counted.
-    predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. kv_element_bytes: of
-    one key or value element. prefill_chunk: the most tokens that go through the layers at once. reserve: bytes for
+    predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
+    most tokens that go through the layers at once. reserve: bytes for
     loaded kernels, CUDA graphs and cuBLAS, once anything runs on the GPU. batch: the most tokens of a decode step.
     """
 
     spec: ModelSpec
     context: int
     predictor_bytes: tuple[int, ...]
-    kv_element_bytes: int = 4
     prefill_chunk: int = PREFILL_CHUNK
     reserve: int = RUNTIME_RESERVE
     batch: int = max(BATCHES)
@@ -103,15 +102,15 @@ class VramPlan:
             )
         if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
-        if self.kv_element_bytes < 1 or self.prefill_chunk < 1 or self.reserve < 0:
-            raise InputError("kv_element_bytes and prefill_chunk must be at least 1, and reserve at least 0")
+        if self.prefill_chunk < 1 or self.reserve < 0:
+            raise InputError("prefill_chunk must be at least 1, and reserve at least 0")
         if self.batch not in BATCHES:
             raise InputError(f"batch is {self.batch}, expected one of {', '.join(map(str, BATCHES))}")
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of one layer, in whole blocks of tokens."""
-        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context), self.kv_element_bytes))
+        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context), self.spec.gpu_kv_element_bytes))
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:

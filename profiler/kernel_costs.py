@@ -129,9 +129,9 @@ def gemv_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
 
 
 def attention_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
-    """One token over contexts of several lengths, keys and values f32."""
+    """One token over contexts of several lengths, keys and values f16."""
     width, blocks = shape.d // shape.heads, shape.cached_tokens // shape.block
-    cache = torch.ones(blocks, 2, shape.heads, shape.block, width, device=device)
+    cache = torch.ones(blocks, 2, shape.heads, shape.block, width, dtype=torch.float16, device=device)
     q, out = torch.ones(1, shape.heads, width, device=device), torch.empty(1, shape.d, device=device)
     splits = attention_splits(1, shape.heads, max(shape.contexts))
     scratch = attention_scratch(1, shape.heads, width, splits, device)

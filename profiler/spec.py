@@ -81,6 +81,11 @@ class ModelSpec:
         return DTYPE_BYTES.get(self.dtype, 4)
 
     @property
+    def gpu_kv_element_bytes(self) -> int:
+        """Bytes of a key's or value's element on the GPU: f16 holds what bf16 and f16 weights give; f32 keep all."""
+        return 4 if self.dtype == "f32" else 2
+
+    @property
     def rows_per_neuron(self) -> int:
         """Vectors of length d_model that one neuron owns: gate, up and down, or up and down."""
         return 3 if self.gated else 2
@@ -123,7 +128,7 @@ class ModelSpec:
         return self.n_layers * per_layer + self.head_bytes + self.embedding_bytes
 
     def kv_bytes_per_layer(self, context: int, element_bytes: int = 4) -> int:
-        """Bytes of keys and values of one layer for `context` tokens; f32 as the CPU runtime keeps them."""
+        """Bytes of keys and values of one layer for `context` tokens; f32 as the CPU keeps them."""
         return 2 * context * self.n_kv_heads * self.head_dim * element_bytes
 
 

@@ -82,7 +82,12 @@ def test_predictors_and_the_window_are_counted():
         )
     )
     spec = SimpleNamespace(
-        n_layers=2, d_ff=10, d_model=4, rows_per_neuron=2, norm="layer", kv_bytes_per_layer=lambda n: n
+        n_layers=2,
+        d_ff=10,
+        d_model=4,
+        rows_per_neuron=2,
+        norm="layer",
+        kv_bytes_per_layer=lambda n, size: n * size // 4,
     )
     ffn = SimpleNamespace(up=matrix(10, 8), predictor=SimpleNamespace(nbytes=33))
     model = SimpleNamespace(

@@ -66,12 +66,12 @@ def test_alignment(size, expected):
 def test_rows_by_hand():
     # d_model 32, f32: a row is 128 bytes; QKV 96 rows, output 32, a norm of 128 bytes, each tensor aligned.
     spec = small_spec(n_layers=3, d_model=32, d_ff=10, n_heads=4, n_kv_heads=4, head_dim=8, vocab_size=100)
-    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), kv_element_bytes=2, reserve=5, batch=1)
+    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), reserve=5, batch=1)
     choice = Choice(np.array([0, 0, 5]), np.array([False, True, True]), True)
     expected = {
         "dense weights": 2 * (12288 + 4096 + 512),
         "predictors": 512 + 1024,
-        "KV cache": 2 * 1024,  # 2 x 7 x 32 x 2 = 896
+        "KV cache": 2 * 2048,  # 2 x 7 x 32 x 4 = 1792
         "hot neurons": 3 * 1024,  # 5 x 128 = 640
         "head": 12800,  # 100 x 128
         "workspace: decode": sum(plan.workspace.decode.values()),
@@ -83,7 +83,13 @@ def test_rows_by_hand():
     }
     assert dict(plan.rows(choice)) == expected
     assert plan.total_bytes(choice) == sum(expected.values())
-    np.testing.assert_array_equal(plan.layer_bytes, [17920, 18432, 18944])
+    np.testing.assert_array_equal(plan.layer_bytes, [18944, 19456, 19968])
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("f32", 2048), ("bf16", 1024), ("f16", 1024), ("int4", 1024)])
+def test_keys_and_values_are_f16_but_of_f32_weights(dtype, expected):
+    spec = small_spec(n_layers=1, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, dtype=dtype)
+    assert VramPlan(spec, context=7, predictor_bytes=(0,)).kv_bytes == expected
 
 
 def test_nothing_on_the_gpu_takes_nothing_there():
@@ -98,9 +104,7 @@ def test_context_out_of_range(context):
         VramPlan(small_spec(), context, (0,))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("kv_element_bytes", 0), ("prefill_chunk", 0), ("reserve", -1), ("batch", 3)]
-)
+@pytest.mark.parametrize(("name", "value"), [("prefill_chunk", 0), ("reserve", -1), ("batch", 3)])
 def test_plan_of_what_makes_no_sense(name, value):
     with pytest.raises(InputError, match=name):
         VramPlan(small_spec(), 8, (0,), **{name: value})
