@@ -133,7 +133,8 @@ def free_gpu() -> None:
 def ablation_report(rows: Sequence[AblationRow], setting: Mapping[str, Any], budget: int, gpu: str) -> str:
     """The table, medians, and the solver's speed over random."""
     head = (
-        f"{setting['model']}, {setting['dtype']}, {counted(setting['threads'], 'thread')} of {setting['machine']}, {gpu}\n"
+        f"{setting['model']}, {setting['dtype']}, {counted(setting['threads'], 'thread')} of {setting['machine']}, "
+        f"{gpu}\n"
         f"{size(budget)} of GPU memory, {setting['prompt_tokens']} + {setting['tokens']} tokens"
     )
     header = ["medians", "tok/s", "p20 to p80", "over the first", "of ceiling", "on the GPU", "by profile", "as dense"]

@@ -58,7 +58,7 @@ def _measure_cpu(threads: int, report: Report) -> HardwareProfile:
     report("host arithmetic")
     _, read, scattered = rows[-1]
     return HardwareProfile(
-        name=f"{platform.processor() or platform.machine() or 'CPU'}, {threads} CPU thread{'' if threads == 1 else 's'}",
+        name=f"{platform.processor() or platform.machine() or 'CPU'}, CPU threads: {threads}",
         source="measured",
         cpu_threads=threads,
         cpu_read_bandwidth=read,
