@@ -89,6 +89,8 @@ _TORCH_TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
     """A view; torch warns of a read-only one, such as a memory-mapped file's, which nothing here writes to."""
+    if array.flags.writeable:
+        return torch.from_numpy(array)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)

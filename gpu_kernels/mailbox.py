@@ -23,11 +23,11 @@ import triton.language as tl
 from gpu_kernels.box import STATE_WORDS, Mailbox, Near, State
 from gpu_kernels.compact import compact, compact_indices_ref, count_fired
 from gpu_kernels.launch import begin, is_native, options
-from gpu_kernels.norm import normed, residual_norm_ref
+from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref
 
 __all__ = ["STATE_WORDS", "Mailbox", "Near", "State", "ask", "post", "receive", "send"]
 
-_COMPACT_BLOCK = 4096
+_COMPACT_BLOCK, _COUNT_BLOCK = 4096, 16384
 _PIECE = 1024  # of the neurons listed here; those for the host are one program's, whose writes one fence orders
 _POSTED = 6  # word of a request: the number of the input that is there
 # Each warp that waits polls the host's memory; with 16 of them a token of 32 layers took some 0.2 ms more than with 4.
@@ -85,11 +85,12 @@ def _post_kernel(  # type: ignore[no-untyped-def]
     x, weight, bias, out, host, posted, state, eps, d, AHEAD: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
     NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
-    values = normed(tl.load(x + row + columns, mask=mask, other=0.0), mask, weight, bias, columns, eps, d, LAYER)
+    weights, biases = norm_weights(weight, bias, columns, mask, True, LAYER)
+    begin(PDL)
+    values = normed(tl.load(x + row + columns, mask=mask, other=0.0), mask, weights, biases, eps, d, LAYER)
     tl.store(out + row + columns, values, mask=mask)
     tl.store(host + row + columns, values, mask=mask)
     if AHEAD:
@@ -110,11 +111,11 @@ def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.con
 
 @triton.jit
 def _list_piece(  # type: ignore[no-untyped-def]
-    masks, start, stop, piece, pieces, ids, ids_masks, count, tally, BLOCK: tl.constexpr, PIECE: tl.constexpr
+    masks, start, stop, piece, pieces, ids, ids_masks, count, tally, COUNT: tl.constexpr, PIECE: tl.constexpr
 ):  # fmt: skip
     """Compact a piece of a range; the program of the last piece knows the count of all."""
     first = start + piece * PIECE
-    before = count_fired(masks, start, first, BLOCK)
+    before = count_fired(masks, start, first, COUNT)
     end = tl.minimum(first + PIECE, stop)
     total = before + compact(masks, first, end, ids + before, ids_masks + before, PIECE, start)
     if piece == pieces - 1:
@@ -125,8 +126,8 @@ def _list_piece(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["layer", "hot", "far", "f", "tokens", "pieces"])
 def _send_kernel(  # type: ignore[no-untyped-def]
     masks, hot, far, f, hot_ids, hot_masks, hot_count, near_ids, near_masks, near_count, cold_ids, cold_masks, request,
-    state, tallies, layer, tokens, positions, pieces, BLOCK: tl.constexpr, PIECE: tl.constexpr, NATIVE: tl.constexpr,
-    PDL: tl.constexpr
+    state, tallies, layer, tokens, positions, pieces, BLOCK: tl.constexpr, COUNT: tl.constexpr, PIECE: tl.constexpr,
+    NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
     if tl.program_id(0) == 0:
@@ -138,10 +139,10 @@ def _send_kernel(  # type: ignore[no-untyped-def]
             _request(request, state, tl.full([], 0, tl.int32), layer, count, tokens, positions, NATIVE)
     elif tl.program_id(0) <= pieces:
         piece = tl.program_id(0) - 1
-        _list_piece(masks, 0, hot, piece, pieces, hot_ids, hot_masks, hot_count, tallies, BLOCK, PIECE)
+        _list_piece(masks, 0, hot, piece, pieces, hot_ids, hot_masks, hot_count, tallies, COUNT, PIECE)
     else:
         piece, last = tl.program_id(0) - 1 - pieces, tl.num_programs(0) - 1 - pieces
-        _list_piece(masks, hot, far, piece, last, near_ids, near_masks, near_count, tallies + 2, BLOCK, PIECE)
+        _list_piece(masks, hot, far, piece, last, near_ids, near_masks, near_count, tallies + 2, COUNT, PIECE)
 
 
 @triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
@@ -178,20 +179,20 @@ def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-u
     return tl.where(done >= number, due.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["count", "timeout"])
+@triton.jit(do_not_specialize=["timeout"])
 def _receive_kernel(  # type: ignore[no-untyped-def]
-    x, parts, added, host, flags, state, weight, bias, out, eps, count, d, part_stride, timeout, PARTS: tl.constexpr,
+    x, parts, added, host, flags, state, weight, bias, out, eps, d, part_stride, timeout, PARTS: tl.constexpr,
     ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
     NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
+    weights, biases = norm_weights(weight, bias, columns, mask, True, LAYER)
+    begin(PDL)
     values = tl.load(x + row + columns, mask=mask, other=0.0)
     if PARTS:
-        for s in tl.range(0, count, loop_unroll_factor=8):
-            values += tl.load(parts + s * part_stride + row + columns, mask=mask, other=0.0)
+        values = add_parts(values, parts + row, columns, mask, part_stride, PARTS)
     if ADDED:
         values += tl.load(added + columns, mask=mask, other=0.0)
     if ASKED:
@@ -200,7 +201,7 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
         answer = tl.load(host + row + columns, mask=answered, other=0.0, volatile=True)
         values = answer if REPLACE else values + answer
     tl.store(x + row + columns, values, mask=mask)
-    tl.store(out + row + columns, normed(values, mask, weight, bias, columns, eps, d, LAYER), mask=mask)
+    tl.store(out + row + columns, normed(values, mask, weights, biases, eps, d, LAYER), mask=mask)
 
 
 def _sizes(d: int, warps: int = 16) -> dict[str, Any]:
@@ -249,8 +250,8 @@ def send(
     pieces, near_pieces = (max(1, triton.cdiv(size, _PIECE)) for size in (hot, far - hot))
     _send_kernel[(1 + pieces + (0 if near is None else near_pieces),)](
         masks, hot, far, len(masks), hot_ids, hot_masks, hot_count, *listed, box.ids, cold_masks, box.request,
-        box.state, box.tallies, layer, tokens, positions, pieces, BLOCK=_COMPACT_BLOCK, PIECE=_PIECE,
-        NATIVE=is_native(), **options(8),
+        box.state, box.tallies, layer, tokens, positions, pieces, BLOCK=_COMPACT_BLOCK, COUNT=_COUNT_BLOCK,
+        PIECE=_PIECE, NATIVE=is_native(), **options(8),
     )  # fmt: skip
 
 
@@ -288,7 +289,7 @@ def receive(
     tokens, d = x.shape
     _receive_kernel[(tokens,)](
         x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
-        0 if parts is None else parts.shape[0], d, tokens * d, int(box.timeout * 1e9), PARTS=parts is not None,
+        d, tokens * d, int(box.timeout * 1e9), PARTS=0 if parts is None else parts.shape[0],
         ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
         **_sizes(d, _POLLING_WARPS if asked else 16),
     )  # fmt: skip

@@ -19,21 +19,38 @@ MOST_COLUMNS = 16384
 
 
 @triton.jit
-def normed(values, mask, weight_ptr, bias_ptr, columns, eps, d, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+def norm_weights(weight_ptr, bias_ptr, columns, mask, NORM: tl.constexpr, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A norm's weight and bias in registers, for `normed`: no kernel writes them, so they are read before the wait."""
+    weight = tl.zeros(columns.shape, tl.float32)
+    bias = weight
+    if NORM:
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    if LAYER:
+        bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    return weight, bias
+
+
+@triton.jit
+def add_parts(values, parts_ptr, columns, mask, stride, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """values + parts[0] + parts[1] + ..., in this order; the loads of eight parts go out together."""
+    AT_ONCE: tl.constexpr = PARTS if PARTS < 8 else 8
+    for s in tl.range(0, PARTS, loop_unroll_factor=AT_ONCE):
+        values += tl.load(parts_ptr + s * stride + columns, mask=mask, other=0.0)
+    return values
+
+
+@triton.jit
+def normed(values, mask, weight, bias, eps, d, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
     """RMSNorm, or LayerNorm if LAYER, of one row of d f32 values in registers.
 
-    values, mask, columns: [BLOCK >= d], columns 0, 1, ... and mask columns < d; what values hold elsewhere is ignored,
-    and what is returned there is not to be stored. weight_ptr, bias_ptr: f32 [d]; bias_ptr is read if LAYER only.
+    values, mask: [BLOCK >= d], mask where there is a column; what values hold elsewhere is ignored, and what is
+    returned there is not to be stored. weight, bias: of `norm_weights`.
     """
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     values = tl.where(mask, values, 0.0)
     if LAYER:
         values = tl.where(mask, values - tl.sum(values, axis=0) / d, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / d + eps)
-    out = values * scale * weight
-    if LAYER:
-        out += tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    return out
+    return values * scale * weight + bias if LAYER else values * scale * weight
 
 
 @triton.jit
@@ -52,17 +69,17 @@ def _residual_norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    begin(PDL)
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
+    weight, bias = norm_weights(weight_ptr, bias_ptr, columns, mask, NORM, LAYER)
+    begin(PDL)
     values = tl.load(x_ptr + row + columns, mask=mask, other=0.0)
     if PARTS:
-        for s in tl.range(0, PARTS, loop_unroll_factor=4):  # the loads of four parts go out together
-            values += tl.load(parts_ptr + s * part_stride + row + columns, mask=mask, other=0.0)
+        values = add_parts(values, parts_ptr + row, columns, mask, part_stride, PARTS)
         tl.store(x_ptr + row + columns, values, mask=mask)
     if NORM:
-        out = normed(values, mask, weight_ptr, bias_ptr, columns, eps, d, LAYER)
+        out = normed(values, mask, weight, bias, eps, d, LAYER)
         tl.store(out_ptr + row + columns, out, mask=mask)
 
 

@@ -238,12 +238,13 @@ class GpuStep:
         self._token.copy_(b.token, non_blocking=True)
 
     def _embed(self, tokens: Sequence[int], start: int) -> None:
-        ids = np.array(tokens)
-        rows = self._model.embedding.widen(ids)
-        if self._model.positions is not None:
-            rows = rows + self._model.positions.widen(start + np.arange(len(ids)) + OPT_POSITION_OFFSET)
-        self._embedded[: len(ids)] = rows
-        self._positions[: len(ids)] = torch.arange(start, start + len(ids), dtype=torch.int32)
+        positions = self._model.positions
+        for at, token in enumerate(tokens):  # mostly one; slices, as lists of rows take several times as long
+            row, place = self._embedded[at : at + 1], start + at + OPT_POSITION_OFFSET
+            row.copy_(self._model.embedding.widen(slice(token, token + 1)))
+            if positions is not None:
+                row += positions.widen(slice(place, place + 1))
+            self._positions[at] = start + at
 
     def _capture(self, strategy: Strategy, count: int) -> None:
         """Run the step once, which compiles its kernels, then capture it. Position 0 of an empty cache is scratch."""

@@ -11,8 +11,8 @@ from gpu_kernels import attention, compact, gemv, launch, low_rank, mailbox, nor
 
 MODULES = (attention, compact, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn)
 # What kernels may read before they wait: weights, what a step's first copies bring, keys and values of earlier steps.
-EARLY = {"w", "fc1", "s1", "b1", "fc2", "s2", "b2", "positions", "cache"}
-READ = re.compile(r"(?:tl\.load|load_step|_load_rows)\(\s*(\w+)")
+EARLY = {"w", "fc1", "s1", "b1", "fc2", "s2", "b2", "positions", "cache", "weight", "weight_ptr"}
+READ = re.compile(r"(?:tl\.load|load_step|_load_rows|norm_weights)\(\s*(\w+)")
 MEMORY = re.compile(r"tl\.store\(|row_dots\(|compact\(|_request\(|_answered\(")
 
 
