@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from zlib import crc32
 
 import numpy as np
@@ -54,7 +54,8 @@ from profiler.artifact import ArtifactHeader, read_header
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
-_CODERS = 4
+_CODERS = 8
+T = TypeVar("T")
 # What a model folder may hold beside its weights: configuration, tokenizer, and what its licence asks to go along.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README*")
 
@@ -156,12 +157,8 @@ class Packer:
         """Write the packed file; returns the CRC of each part."""
         file.write(file_header(self._header(), self._parts))
         sums = dict.fromkeys((part.name for part in self._parts), 0)
-        with (
-            self._progress("pack", self.nbytes, "byte") as advance,
-            ThreadPoolExecutor(min(_CODERS, available_cpus())) as coders,
-            # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
-            threadpool_limits(1, "blas"),
-        ):
+        # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
+        with self._progress("pack", self.nbytes, "byte") as advance, _coders() as coders, threadpool_limits(1, "blas"):
             for part in self._parts:
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 for stored in self._stored(part, coders):
@@ -180,13 +177,8 @@ class Packer:
         if part.name == "order":
             yield self._order.astype(np.int32)
             return
-        waiting: deque[Future[np.ndarray]] = deque()
         try:
-            for task in self._tasks(part):
-                waiting.append(coders.submit(task))
-                if len(waiting) > _CODERS:
-                    yield waiting.popleft().result()
-            yield from (future.result() for future in waiting)
+            yield from _in_order(self._tasks(part), coders)
         except ValueError as error:
             raise ModelError(
                 f"weights for '{part.name}': {error}; check the model's files, or try --dtype bf16"
@@ -205,27 +197,50 @@ class Packer:
         Raises `ArtifactError` for a part that differs, or is not what the source says within what its type may lose.
         """
         packed = PackedModel.open(target)
-        with self._progress("verify", self.nbytes, "byte") as advance:
+        with self._progress("verify", self.nbytes, "byte") as advance, _coders() as coders:
             for part in self._parts:
-                if not self._reads_back(packed, part, sums[part.name]):
+                if not self._reads_back(packed, part, sums[part.name], coders):
                     raise ArtifactError(f"'{part.name}' did not read back as written; check the disk and pack again")
                 advance(part.nbytes)
 
-    def _reads_back(self, packed: PackedModel, part: Part, expected: int) -> bool:
+    def _reads_back(self, packed: PackedModel, part: Part, expected: int, coders: ThreadPoolExecutor) -> bool:
         if part.name == "order":
             return np.array_equal(packed.order, self._order)
-        start = found = 0
-        for block in self._sources[part.name].blocks(self._folder.checkpoint):
-            stored = packed.stored(part.name)[start : start + len(block)]
-            found = crc32(stored.data, found)
-            if part.dtype == "int8" or part.dtype == "int4":
-                if not within_bounds(dequantize(stored, part.shape[1]), block, part.dtype, self._is_fed(part)):
-                    return False
-            elif not np.array_equal(stored, encode(part, block)):
+        found = 0
+        for stored, is_right in _in_order(self._checks(packed, part), coders):
+            if not is_right:
                 return False
-            start += len(block)
+            found = crc32(stored.data, found)
             packed.release()
         return found == expected
+
+    def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], tuple[np.ndarray, bool]]]:
+        start = 0
+        for block in self._sources[part.name].blocks(self._folder.checkpoint):
+            stored = packed.stored(part.name)[start : start + len(block)]
+            yield partial(self._checked, part, stored, block)
+            start += len(block)
+
+    def _checked(self, part: Part, stored: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, bool]:
+        """What was stored of a block, and whether that is the block within what its type may lose."""
+        if part.dtype == "int8" or part.dtype == "int4":
+            wide = dequantize(stored, part.shape[1])
+            return stored, within_bounds(wide, block, part.dtype, self._is_fed(part))
+        return stored, np.array_equal(stored, encode(part, block))
+
+
+def _coders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_CODERS, available_cpus()))
+
+
+def _in_order(tasks: Iterable[Callable[[], T]], coders: ThreadPoolExecutor) -> Iterator[T]:
+    """Results of tasks in their order, made by `coders` a few ahead."""
+    waiting: deque[Future[T]] = deque()
+    for task in tasks:
+        waiting.append(coders.submit(task))
+        if len(waiting) > _CODERS:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
 
 
 def encode(part: Part, block: np.ndarray) -> np.ndarray:
