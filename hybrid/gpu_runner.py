@@ -13,7 +13,7 @@ from hybrid.gpu_prefill import GpuPrefill
 from hybrid.gpu_step import GpuStep
 from hybrid.kv_cache import KVCache
 from hybrid.model import Transformer
-from hybrid.zero_copy import RegisteredRows
+from hybrid.zero_copy import NearNeurons
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
 from placement.workspace import PREFILL_CHUNK
@@ -50,14 +50,14 @@ class GpuRunner:
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
-        self._registered = RegisteredRows(model, placement, device)
+        self._near = NearNeurons(model, placement, device)
         counting = DeviceArena(device)
         self._take(counting)
         self.arena = DeviceArena(device, counting.used)
         self.step, self.prefill = self._take(self.arena)
 
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
-        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._registered.counts)
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._near)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
         return step, GpuPrefill(*given, self._streams, step.rotation)
 
@@ -70,7 +70,7 @@ class GpuRunner:
     @property
     def notice(self) -> str | None:
         """What a user should know of how it runs."""
-        refused = self._registered.refused
+        refused = self._near.refused
         return f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe" if refused else None
 
     def load_kernels(self) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-import numpy as np
 import torch
 
 from cpu_kernels.decode_state import Count
@@ -37,6 +36,7 @@ from hybrid.gpu_weights import GpuLayer, GpuWeights
 from hybrid.kv_cache import KVCache
 from hybrid.model import OPT_POSITION_OFFSET, Transformer
 from hybrid.sampling import most_likely, not_numbers
+from hybrid.zero_copy import NearNeurons
 from placement.placement import Placement
 
 BATCHES = (8, 4, 2, 1)
@@ -133,21 +133,21 @@ class GpuStep:
         runtime: FFNRuntime,
         placement: Placement,
         arena: DeviceArena,
-        near: np.ndarray | None = None,
+        near: NearNeurons | None = None,
     ) -> None:
         """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`.
 
-        near: as for `GpuWeights`, by default none.
+        near: cold neurons that the GPU reads in host memory, by default none.
         """
-        near = np.zeros(model.spec.n_layers, np.int64) if near is None else near
+        layers, most_near = ({}, 0) if near is None else (near.layers, near.most)
         self._model, self._cache, self._runtime = model, cache, runtime
         self._native = arena.device.type == "cuda"
         self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}
         self._step = DecodeStep(model, cache, runtime)
-        self.weights = GpuWeights.take(arena, model, placement, cache, near)
+        self.weights = GpuWeights.take(arena, model, placement, cache, layers)
         views = [None if layer is None else layer.ffn for layer in self.weights.layers]
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
-        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), int(near.max()), cache)
+        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), most_near, cache)
         self._workers = ColdWorkers(self._step, runtime.pool, arena)
         self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
         spec, pinned = model.spec, self._native and not arena.counts_only

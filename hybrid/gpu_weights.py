@@ -5,7 +5,9 @@ Weights are byte for byte those of the CPU's matrices. Everything comes out of o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from gpu_kernels.low_rank import PredictorView
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.sparse_ffn import FFNView
 from hybrid.arena import DeviceArena
-from hybrid.ffn import HybridFFN
+from hybrid.ffn import FFNMatrices, HybridFFN
 from hybrid.kv_cache import KVCache
 from hybrid.model import Block, Norm, Transformer
 from placement.placement import Placement
@@ -69,13 +71,12 @@ class GpuWeights:
         model: Transformer,
         placement: Placement,
         cache: KVCache,
-        near: np.ndarray | None = None,
+        near: Mapping[int, FFNMatrices] = MappingProxyType({}),
     ) -> GpuWeights:
-        """Copy what `placement` puts on the GPU. near: int64 [n_layers], neurons after the hot ones whose rows kernels
-        may read in host memory; by default none."""
-        near = np.zeros(len(model.blocks), np.int64) if near is None else near
+        """Copy what `placement` puts on the GPU. near: of some layers the neurons after the hot ones whose rows kernels
+        may read in host memory."""
         layers = tuple(
-            _layer(arena, model.spec, block, cache, int(near[number])) if placement.layer_on_gpu[number] else None
+            _layer(arena, model.spec, block, cache, near.get(number)) if placement.layer_on_gpu[number] else None
             for number, block in enumerate(model.blocks)
         )
         norms = [_norm(arena, block.attention_norm) for block in model.blocks]
@@ -84,7 +85,7 @@ class GpuWeights:
         return cls(layers, tuple(norms), head)
 
 
-def _layer(arena: DeviceArena, spec: ModelSpec, block: Block, cache: KVCache, near: int) -> GpuLayer:
+def _layer(arena: DeviceArena, spec: ModelSpec, block: Block, cache: KVCache, near: FFNMatrices | None) -> GpuLayer:
     attention, ffn = block.attention, block.ffn
     return GpuLayer(
         qkv=_matrix(arena, DENSE, attention.qkv.matrix),
@@ -95,7 +96,7 @@ def _layer(arena: DeviceArena, spec: ModelSpec, block: Block, cache: KVCache, ne
         out_bias=_vector(arena, attention.out.bias),
         ffn_norm=_norm(arena, block.ffn_norm),
         ffn=_hot(arena, ffn) if ffn.hot else None,
-        near=_near(arena, ffn, slice(ffn.hot, ffn.hot + near)) if near else None,
+        near=None if near is None else _near(arena, near, ffn.act.name),
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:]), KV_TYPES[spec.gpu_kv_element_bytes]),
@@ -116,17 +117,15 @@ def _hot(arena: DeviceArena, ffn: HybridFFN) -> FFNView:
     return FFNView(gate, rows(m.up), rows(m.down), biases(m.gate_bias), biases(m.up_bias), ffn.act.name)
 
 
-def _near(arena: DeviceArena, ffn: HybridFFN, near: slice) -> FFNView:
-    m = ffn.matrices
-
+def _near(arena: DeviceArena, m: FFNMatrices, activation: str) -> FFNView:
     def rows(matrix: Matrix) -> DeviceMatrix:
-        return DeviceMatrix(matrix.tensor(near), matrix.columns, matrix.dtype)
+        return DeviceMatrix(matrix.tensor(), matrix.columns, matrix.dtype)
 
     def biases(bias: torch.Tensor | None) -> torch.Tensor | None:
-        return None if bias is None else arena.put(HOT, bias[near].float())
+        return None if bias is None else arena.put(HOT, bias.float())
 
     gate = None if m.gate is None else rows(m.gate)
-    return FFNView(gate, rows(m.up), rows(m.down), biases(m.gate_bias), biases(m.up_bias), ffn.act.name)
+    return FFNView(gate, rows(m.up), rows(m.down), biases(m.gate_bias), biases(m.up_bias), activation)
 
 
 def _predictor(arena: DeviceArena, ffn: HybridFFN) -> PredictorView | None:

@@ -1,51 +1,69 @@
-"""`RegisteredRows`: rows of matrices in host memory that GPU kernels may read where they are, over PCIe (zero-copy).
+"""`NearNeurons`: cold neurons whose rows GPU kernels read in host memory themselves, over PCIe (zero-copy).
 
 While the CPU's workers compute cold neurons, PCIe lies idle: the hottest of the cold neurons are computed by the GPU
 from their rows in host memory. CUDA must know such memory: it is registered, which keeps its pages where they are, and
-let go before it is freed. A packed model's rows are a mapped file, which is not registered.
+let go before it is freed. Rows of a packed model are a mapped file, which cannot be registered; those are copied first.
 """
 
 from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import torch
 
 from cpu_kernels.matrix import Matrix
+from hybrid.ffn import FFNMatrices, HybridFFN
 from hybrid.model import Transformer
 from placement.placement import Placement
 
 
-class RegisteredRows:
-    """Keeps rows registered as long as it lives. `counts`: int64 [n_layers], neurons after the hot ones; `refused`: how
+class NearNeurons:
+    """Keeps rows registered as long as it lives. `layers`: the near neurons of each layer that has some; `refused`: how
     many of those that the placement has could not be registered, which leaves them to the CPU."""
 
     def __init__(self, model: Transformer, placement: Placement, device: torch.device) -> None:
-        """Registers the rows of `placement.zero_copy` neurons; of none, where CUDA refuses or rows are mapped."""
-        self.counts, self.refused = placement.zero_copy.copy(), 0
-        done: list[tuple[int, Matrix]] = []  # with the matrices, which may not be freed before
-        weakref.finalize(self, _let_go, done)
-        if device.type != "cuda":
-            return
-        for layer, count in enumerate(self.counts.tolist()):
-            ffn = model.ffns[layer]
-            matrices = [m for m in (ffn.gate, ffn.up, ffn.down) if m is not None]
-            if count and not all(_register(matrix, ffn.hot, count, done) for matrix in matrices):
-                self.refused = int(self.counts[layer:].sum())
-                self.counts[layer:] = 0
+        """Registers the rows of `placement.zero_copy` neurons, up to the layer where CUDA refuses."""
+        self.layers: dict[int, FFNMatrices] = {}
+        self.refused = 0
+        registered: list[Matrix] = []
+        weakref.finalize(self, _let_go, registered)
+        counts = placement.zero_copy
+        for layer in np.flatnonzero(counts).tolist():
+            near = _near(model.ffns[layer], int(counts[layer]))
+            if device.type == "cuda" and not _register(near, registered):
+                self.refused = int(counts[layer:].sum())
                 return
+            self.layers[layer] = near
+
+    @property
+    def most(self) -> int:
+        """Near neurons of the layer that has most."""
+        return max((len(near.up.rows) for near in self.layers.values()), default=0)
 
 
-def _register(matrix: Matrix, first: int, count: int, done: list[tuple[int, Matrix]]) -> bool:
-    if not matrix.rows.flags.writeable:
-        return False
-    address = matrix.rows.ctypes.data + first * matrix.row_bytes
-    if int(torch.cuda.cudart().cudaHostRegister(address, count * matrix.row_bytes, 0)) != 0:
-        return False
-    done.append((address, matrix))
+def _near(ffn: HybridFFN, count: int) -> FFNMatrices:
+    """The `count` neurons after the hot ones."""
+    m, near = ffn.matrices, slice(ffn.hot, ffn.hot + count)
+
+    def rows(matrix: Matrix) -> Matrix:
+        own = matrix.rows[near]
+        return Matrix(own if own.flags.writeable else own.copy(), matrix.columns)
+
+    biases = (None if bias is None else bias[near] for bias in (m.gate_bias, m.up_bias))
+    return FFNMatrices(None if m.gate is None else rows(m.gate), rows(m.up), rows(m.down), *biases)
+
+
+def _register(near: FFNMatrices, registered: list[Matrix]) -> bool:
+    """Register all rows, which join `registered` one by one; False where CUDA refuses."""
+    for matrix in (near.gate, near.up, near.down):
+        if matrix is not None:
+            if int(torch.cuda.cudart().cudaHostRegister(matrix.rows.ctypes.data, matrix.nbytes, 0)) != 0:
+                return False
+            registered.append(matrix)
     return True
 
 
-def _let_go(registered: list[tuple[int, Matrix]]) -> None:
-    for address, _ in registered:
-        torch.cuda.cudart().cudaHostUnregister(address)
+def _let_go(registered: list[Matrix]) -> None:
+    for matrix in registered:
+        torch.cuda.cudart().cudaHostUnregister(matrix.rows.ctypes.data)

@@ -23,7 +23,7 @@ from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
 from hybrid.gpu_step import GpuStep
 from hybrid.kv_cache import KVCache
 from hybrid.loader import ModelFolder
-from hybrid.zero_copy import RegisteredRows
+from hybrid.zero_copy import NearNeurons
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
 
@@ -90,7 +90,7 @@ class StepCase:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
         self.cache, self.own_cache = KVCache(spec, CAPACITY), KVCache(spec, CAPACITY)
-        self.registered = RegisteredRows(self.model, self.placement, torch.device(DEVICE))
+        self.near = NearNeurons(self.model, self.placement, torch.device(DEVICE))
         counting = DeviceArena(torch.device(DEVICE))
         self._take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -98,8 +98,7 @@ class StepCase:
         self._cpu = DecodeStep(self.model, self.own_cache, self.runtime)
 
     def _take(self, arena: DeviceArena) -> GpuStep:
-        near = self.registered.counts
-        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, near)
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.near)
 
     def expected(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits after `tokens` from the CPU's step, which must be called while the workers are at rest."""

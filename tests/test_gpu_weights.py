@@ -10,8 +10,9 @@ from step_cases import CAPACITY, StepCase, random_predictor, tiny_model
 
 from cpu_kernels.matrix import Matrix
 from hybrid.arena import DeviceArena
+from hybrid.ffn import FFNMatrices
 from hybrid.gpu_weights import DENSE, HEAD, HOT, KV, PREDICTORS, GpuWeights
-from hybrid.zero_copy import RegisteredRows
+from hybrid.zero_copy import NearNeurons
 from placement.plan import VramPlan, aligned
 from placement.workspace import predictor_bytes
 
@@ -25,7 +26,7 @@ def models(tmp_path_factory):
 
 def take(case):
     """The weights of a case's model in an arena of exactly their size."""
-    given = case.model, case.placement, case.cache, case.registered.counts
+    given = case.model, case.placement, case.cache, case.near.layers
     counting = DeviceArena(torch.device(DEVICE))
     GpuWeights.take(counting, *given)
     arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -126,11 +127,22 @@ def test_bytes_are_those_of_the_plan(models, name, dtype, share, on_cpu, head):
 
 
 def test_rows_that_cannot_be_registered_are_left_to_the_cpu(monkeypatch):
-    """Stands for a packed model's mapped rows, or a refusal of CUDA's, in the second of three layers."""
+    """A refusal of CUDA's in the second of three layers."""
     matrix = Matrix.of(torch.zeros(8, 4))
-    ffns = [SimpleNamespace(gate=None, up=matrix, down=matrix, hot=2) for _ in range(3)]
-    results = iter((True, True, False))
+    ffns = [SimpleNamespace(matrices=FFNMatrices(None, matrix, matrix), hot=2) for _ in range(3)]
+    results = iter((True, False))
     monkeypatch.setattr("hybrid.zero_copy._register", lambda *_: next(results))
     placement = SimpleNamespace(zero_copy=np.array([3, 2, 1]))
-    rows = RegisteredRows(SimpleNamespace(ffns=ffns), placement, torch.device("cuda"))
-    assert rows.counts.tolist() == [3, 0, 0] and rows.refused == 3
+    near = NearNeurons(SimpleNamespace(ffns=ffns), placement, torch.device("cuda"))
+    assert {layer: len(rows.up.rows) for layer, rows in near.layers.items()} == {0: 3}
+    assert near.most == 3 and near.refused == 3
+
+
+def test_rows_of_a_packed_model_are_copied(models):
+    """Its rows are a mapped file, which CUDA does not register."""
+    case = StepCase(tiny_model("llama-relu", models, "int4"), share=0.4, near=20)
+    matrices, near, hot = case.model.ffns[0].matrices, case.near.layers[0], case.model.ffns[0].hot
+    for found, matrix in ((near.gate, matrices.gate), (near.up, matrices.up), (near.down, matrices.down)):
+        assert found.rows.flags.writeable and not np.shares_memory(found.rows, matrix.rows)
+        assert np.array_equal(found.rows, matrix.rows[hot : hot + 20])
+    case.close()
