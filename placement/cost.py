@@ -18,15 +18,18 @@ from profiler.hardware import HardwareProfile
 
 Strategy = Literal["dense", "exact", "learned"]
 
-# Small kernels beside those that read weights. Attention: RoPE with the write of keys and values; the norm before the
-# FFN, which also starts the vector's way to the host. FFN: the sum with the residual and the next norm; where neurons
-# are predicted, compaction of their ids. The hand-off has both, as it begins with the latter and ends with the former.
-ATTENTION_SMALL_KERNELS = 2
+# Small kernels beside those that come one with each that reads weights. FFN: the sum with the residual and the next
+# norm, where no hot neurons are; where neurons are predicted, compaction of their ids. The hand-off has both, as it
+# begins with the latter and ends with the former.
 SUM_KERNELS = 1
 COMPACT_KERNELS = 1
 HEAD_SMALL_KERNELS = 1  # logits to the host
-# Of the read bandwidth, that layers on the CPU reach in decode: 89% on 2 cores, 70 to 78% on 16 of a shared host.
-_DECODE_SHARE = 0.8
+# Of the read bandwidth, that layers on the CPU reach in decode: 89% on 2 cores, 68 to 80% on 16 of a shared host.
+_DECODE_SHARE = 0.75
+# Of the rate at which bf16 neurons are read here and there, that blocks reach, whose rows are short.
+_BLOCK_SHARES = {"int8": 0.75, "int4": 0.4}
+# Python between two tokens of a GPU's engine: choosing, text, the next token's row.
+_BETWEEN_TOKENS = 80e-6
 # Of PCIe's bandwidth, that kernels reach which read host memory, and of a layer's cold bytes, the most that they read.
 _ZERO_COPY_SHARE, _MOST_ZERO_COPY = 0.8, 0.6
 
@@ -134,16 +137,18 @@ class CostModel:
             self._read_bytes, np.broadcast_to(hot, (self.plan.spec.n_layers, hot.shape[1])), axis=1
         )
 
-    def _cold_seconds(self, hot: np.ndarray) -> np.ndarray:
-        """CPU time [n_layers, n] of the neurons after the first `hot`."""
+    def _cold_seconds(self, hot: np.ndarray, bandwidth: float | None = None) -> np.ndarray:
+        """CPU time [n_layers, n] of the neurons after the first `hot`, at `_ffn_bandwidth` where none is given."""
         read = self._read_bytes[:, -1:] - self._read_by_first(hot)
-        seconds = self.hardware.cpu_layer_seconds + read / self._ffn_bandwidth
+        seconds = self.hardware.cpu_layer_seconds + read / (bandwidth or self._ffn_bandwidth)
         return np.where(hot < self.plan.spec.d_ff, seconds, 0.0)
 
     @property
     def _ffn_bandwidth(self) -> float:
         """Bytes/s of neurons' rows in host memory: one after another where every neuron is computed."""
-        return self.hardware.cpu_read_bandwidth if self.strategy == "dense" else self.hardware.scattered_bandwidth
+        if self.strategy == "dense":
+            return self.hardware.cpu_read_bandwidth
+        return self.hardware.scattered_bandwidth * _BLOCK_SHARES.get(self.plan.spec.dtype, 1.0)
 
     @property
     def _dense_bandwidth(self) -> float:
@@ -152,9 +157,10 @@ class CostModel:
 
     def _hot_seconds(self, hot: np.ndarray) -> np.ndarray:
         """GPU time [n_layers, n] of the FFN of the first `hot` neurons, compaction and the next norm included."""
-        small = SUM_KERNELS + COMPACT_KERNELS * (self.strategy == "learned")
+        launch = self.hardware.gpu_launch_seconds
         seconds = self.hardware.kernel_seconds("sparse_ffn", self._read_by_first(hot))
-        return np.where(hot > 0, seconds, 0.0) + small * self.hardware.gpu_launch_seconds
+        compaction = COMPACT_KERNELS * (self.strategy == "learned") * launch
+        return np.where(hot > 0, seconds, SUM_KERNELS * launch) + compaction
 
     @cached_property
     def _gpu_attention(self) -> np.ndarray:
@@ -163,21 +169,32 @@ class CostModel:
         out = spec.d_model * spec.row_bytes(spec.n_heads * spec.head_dim)
         projections = np.array([spec.layer_dense_bytes - out, out])
         fixed = float(hardware.kernel_seconds("gemv", projections).sum())
-        fixed += ATTENTION_SMALL_KERNELS * hardware.gpu_launch_seconds
         return fixed + hardware.kernel_seconds("attention", self._kv_bytes(spec.gpu_kv_element_bytes))
 
-    def _zero_copy_bytes(self, hot: np.ndarray, on_gpu: np.ndarray, on_cpu: np.ndarray) -> np.ndarray:
+    def _zero_copy_bytes(self, hot: np.ndarray, on_gpu: np.ndarray) -> np.ndarray:
         """Bytes [n_layers, n] of cold neurons that the GPU had better read over PCIe while the CPU computes the rest.
 
         The hottest of the cold ones; so many that both end together.
         """
-        rate = _ZERO_COPY_SHARE * self.hardware.pcie_bandwidth
+        rate = self._zero_copy_bandwidth
         if self.strategy != "learned" or not rate:
             return np.zeros_like(on_gpu)
+        on_cpu = self._cold_seconds(hot, self._ffn_beside_pcie)
         ahead = on_cpu + self.handoff_seconds - on_gpu - self._zero_copy_fixed
-        wanted = ahead / (1 / self._ffn_bandwidth + 1 / rate)
+        wanted = ahead / (1 / self._ffn_beside_pcie + 1 / rate)
         cold = self._read_bytes[:, -1:] - self._read_by_first(hot)
         return np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
+
+    @property
+    def _zero_copy_bandwidth(self) -> float:
+        """Bytes/s of kernels that read host memory over PCIe."""
+        return _ZERO_COPY_SHARE * self.hardware.pcie_bandwidth
+
+    @property
+    def _ffn_beside_pcie(self) -> float:
+        """`_ffn_bandwidth` while kernels read host memory too: both share what it gives."""
+        left = self.hardware.cpu_read_bandwidth - self._zero_copy_bandwidth
+        return min(self._ffn_bandwidth, max(left, 0.5 * self._ffn_bandwidth))
 
     @property
     def _zero_copy_fixed(self) -> float:
@@ -187,7 +204,7 @@ class CostModel:
     def zero_copy(self, choice: Choice) -> np.ndarray:
         """Cold neurons int64 [n_layers], the hottest of them, that the GPU reads from host memory itself."""
         hot = choice.hot[:, None]
-        wanted = self._zero_copy_bytes(hot, self._hot_seconds(hot), self._cold_seconds(hot))
+        wanted = self._zero_copy_bytes(hot, self._hot_seconds(hot))
         until = (self._read_by_first(hot) + wanted)[:, 0]
         stop = np.array([np.searchsorted(row, end) for row, end in zip(self._read_bytes, until, strict=True)])
         counts = np.minimum(np.maximum(stop - choice.hot, 0), self.plan.spec.d_ff - choice.hot)
@@ -198,11 +215,11 @@ class CostModel:
         hardware, sizes = self.hardware, np.array(self.plan.predictor_bytes)
         predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
         on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
-        copied = self._zero_copy_bytes(hot, on_gpu, on_cpu)
+        copied = self._zero_copy_bytes(hot, on_gpu)
         if copied.any():
-            rate = _ZERO_COPY_SHARE * hardware.pcie_bandwidth
-            on_gpu = on_gpu + np.where(copied > 0, self._zero_copy_fixed + copied / rate, 0.0)
-            on_cpu = on_cpu - copied / self._ffn_bandwidth
+            beside = self._ffn_beside_pcie
+            on_gpu = on_gpu + np.where(copied > 0, self._zero_copy_fixed + copied / self._zero_copy_bandwidth, 0.0)
+            on_cpu = np.where(copied > 0, self._cold_seconds(hot, beside) - copied / beside, on_cpu)
         handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
         ffn = np.maximum(on_gpu, on_cpu)
         handoff = np.maximum(on_gpu, handed) - ffn
@@ -216,6 +233,11 @@ class CostModel:
         predictor = np.array(self.plan.predictor_bytes) / bandwidth
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
+
+    @property
+    def _token_seconds(self) -> float:
+        """Seconds of a token beside its layers and head, where there is a GPU."""
+        return self.hardware.token_seconds + _BETWEEN_TOKENS
 
     def _head_seconds(self, handoff: float) -> tuple[float, float]:
         """Head on the CPU, entered through `handoff` seconds, and head on the GPU."""
@@ -239,7 +261,7 @@ class CostModel:
         seconds[:-1, :1] = self._layers_on_cpu(self.handoff_seconds).sum(axis=0)
         seconds[:-1, 1:] = self._layers_on_gpu(counts).sum(axis=0)
         sizes[:-1, 1:] = plan.layer_bytes[:, None] + plan.hot_bytes(counts)
-        seconds[-1, :2] = np.array(self._head_seconds(self.handoff_seconds)) + self.hardware.token_seconds
+        seconds[-1, :2] = np.array(self._head_seconds(self.handoff_seconds)) + self._token_seconds
         sizes[-1, 1] = plan.head_bytes
         return seconds, sizes
 
@@ -251,7 +273,7 @@ class CostModel:
             self._require_gpu()
             parts = np.where(choice.layer_on_gpu, self._layers_on_gpu(choice.hot[:, None])[:, :, 0], parts)
         attention, predictor, ffn, layer_handoff = (float(part) for part in parts.sum(axis=1))
-        head = self._head_seconds(handoff)[choice.head_on_gpu] + self.hardware.token_seconds * choice.uses_gpu
+        head = self._head_seconds(handoff)[choice.head_on_gpu] + self._token_seconds * choice.uses_gpu
         return StepTime(attention, predictor, ffn, layer_handoff, head)
 
     def _require_gpu(self) -> None:

@@ -23,10 +23,11 @@ from profiler.artifact import atomic_write
 from profiler.errors import InputError
 
 DEFAULT_PROFILE = Path(__file__).with_name("default_hardware.json")
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MEASURE = "hybrid hardware -o FILE"
-# Kernels of the GPU's decode step that read weights or keys and values, with how many launches each counts.
-GPU_KERNELS = {"gemv": 1, "attention": 2, "predictor": 2, "sparse_ffn": 2}
+# Kernels of the GPU's decode step that read weights or keys and values, with how many launches each counts: its own and
+# the small kernel before it, such as a norm.
+GPU_KERNELS = {"gemv": 2, "attention": 3, "predictor": 3, "sparse_ffn": 3}
 
 _PROBE_BYTES = BUFFER_BYTES
 _PROBE_SECONDS = 0.3
@@ -44,7 +45,7 @@ class HardwareProfile:
     gpu_read_bandwidth: weights read from GPU memory by one kernel; 0 means that there is no GPU.
     pcie_bandwidth: pinned host memory to GPU memory.
     handoff_seconds: handing a layer's FFN from the GPU to the CPU workers and back, with nothing to compute.
-    gpu_launch_seconds: one more small kernel inside a CUDA graph.
+    gpu_launch_seconds: one more small kernel inside a CUDA graph, after one that reads weights.
     cpu_layer_seconds: what a layer's FFN takes the CPU workers beside reading its rows.
     vram_bytes: memory of the GPU.
     pcie_host_bandwidth: GPU memory to pinned host memory; 0 stands for `pcie_bandwidth`.
@@ -52,7 +53,8 @@ class HardwareProfile:
     token_seconds: starting a token's CUDA graph and waiting for its end, beside its kernels.
     cpu_gemm_flops, gpu_gemm_flops: floating-point operations/s of a large f32 product, two for a multiply and add.
     cpu_bandwidths: (threads, read, scattered) for other numbers of threads, rising; see `with_threads`.
-    gpu_kernels: of a kernel of `GPU_KERNELS` (bytes read, seconds in a CUDA graph), rising; see `kernel_seconds`.
+    gpu_kernels: of a kernel of `GPU_KERNELS` and the small one before it (bytes read, seconds in a CUDA graph), rising;
+        see `kernel_seconds`.
     """
 
     name: str
@@ -104,10 +106,10 @@ class HardwareProfile:
         return self.pcie_host_bandwidth or self.pcie_bandwidth
 
     def kernel_seconds(self, kernel: str, size: np.ndarray) -> np.ndarray:
-        """Seconds that `kernel` of `GPU_KERNELS` takes in a CUDA graph to read `size` bytes, elementwise.
+        """Seconds that `kernel` of `GPU_KERNELS` and a small one before it take in a CUDA graph to read `size` bytes.
 
-        Linear between measured points, as long as the smallest below it, and at `gpu_read_bandwidth` beyond the
-        largest; where it was not measured, its launches and its bytes at that bandwidth.
+        Elementwise. Linear between measured points, as long as the smallest below it, and at `gpu_read_bandwidth` beyond
+        the largest; where it was not measured, its launches and its bytes at that bandwidth.
         """
         if kernel not in self.gpu_kernels:
             return GPU_KERNELS[kernel] * self.gpu_launch_seconds + size / self.gpu_read_bandwidth

@@ -65,6 +65,11 @@ def graph_seconds(launches: Sequence[Launch]) -> float:
     return statistics.median(times[1:]) / len(launches)
 
 
+def seconds_after_small(launches: Sequence[Launch], small: Launch) -> float:
+    """Seconds of one of `launches` and of a small one before it, as in a step: each waits for what the other wrote."""
+    return 2 * graph_seconds([each for launch in launches for each in (small, launch)])
+
+
 def replay_seconds(launches: Sequence[Launch]) -> float:
     """Seconds that a replay of a graph of `launches` takes on the host's clock beside its kernels on the GPU's."""
     graph = _capture(launches)
@@ -118,7 +123,7 @@ def small_launches(device: torch.device, shape: Shape = SHAPE) -> list[Launch]:
     return [partial(residual_norm, x, weight, None, 1e-5, out)] * _SMALL_LAUNCHES
 
 
-def gemv_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
+def gemv_cases(device: torch.device, shape: Shape = SHAPE) -> Iterator[Case]:
     """Products of one token with the rows of bf16 matrices."""
     weights = torch.full((shape.weight_rows, shape.d), 1 / 128, dtype=torch.bfloat16, device=device)
     x = torch.ones(1, shape.d, device=device)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from profiler.handoff import Handoff
 from profiler.hardware import HardwareProfile
-from profiler.kernel_costs import all_cases, graph_seconds, kernel_points, replay_seconds, small_launches
+from profiler.kernel_costs import (
+    all_cases,
+    gemv_cases,
+    graph_seconds,
+    kernel_points,
+    replay_seconds,
+    seconds_after_small,
+    small_launches,
+)
 from profiler.measure_hardware import Report, gemm_flops, median_seconds
 
 _PCIE_BYTES = 256 * 2**20
@@ -22,19 +31,21 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
     device = torch.device("cuda", 0)
     report("GPU kernels: small ones")
     small = small_launches(device)
-    launch, token = graph_seconds(small), replay_seconds(small * _TOKEN_KERNELS)
+    token = replay_seconds(small * _TOKEN_KERNELS)
     points = {}
     for kernel, cases in all_cases(device):
         report(f"GPU kernels: {kernel}")
-        points[kernel] = kernel_points(cases, graph_seconds)
-    largest, seconds = points["gemv"][-1]
+        points[kernel] = kernel_points(cases, partial(seconds_after_small, small=small[0]))
+    largest = list(gemv_cases(device))[-1]
+    read = graph_seconds(largest.launches)
+    launch = max(0.0, seconds_after_small(largest.launches, small[0]) - read)
     report("PCIe and hand-off")
     to_gpu, to_host = pcie_bandwidths(device)
     handoff, layer, scattered = measure_handoff(device, cpu.cpu_threads)
     return replace(
         cpu,
         name=f"{torch.cuda.get_device_name(device)}, {cpu.cpu_threads} CPU threads",
-        gpu_read_bandwidth=largest / seconds,
+        gpu_read_bandwidth=largest.size / read,
         pcie_bandwidth=to_gpu,
         pcie_host_bandwidth=to_host,
         handoff_seconds=handoff,

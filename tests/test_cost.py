@@ -11,7 +11,8 @@ from profiler.errors import InputError
 
 FIRING = np.array([[0.25, 1.0, 0.5]])  # order of the neurons: 1, 2, 0
 HANDOFF = 1e-3 + 32 / 1e6  # two vectors of 4 f32
-ON_CPU = 0.8 * 1e6  # bytes/s at which dense parts on the CPU are read
+ON_CPU = 0.75 * 1e6  # bytes/s at which dense parts on the CPU are read
+BETWEEN = 80e-6  # two tokens, on the GPU
 # Dense weights: 4 x 4 x 4 + 2 norms of 4, in f32; keys and values of 8 tokens.
 ATTENTION_BYTES = 288 + 256
 HEAD_BYTES = 176
@@ -28,13 +29,13 @@ def on_gpu(hot, head=True):
 
 def test_split_layer_by_hand():
     # exact reads 16 + 32 f bytes of a neuron: 48 of the hot one, 32 + 24 of the cold ones.
-    # Kernels: QKV, attention's two, output, two small ones; the predictor's two; the sum; head and choice of a token.
+    # Kernels, each with a small one: QKV, attention's two, output; the predictor's two; head and choice of a token.
     time = small_model(predictor_bytes=40).evaluate(on_gpu(1))
-    assert time.attention == pytest.approx(6e-5 + ATTENTION_BYTES / 1e7)
-    assert time.predictor == pytest.approx(2e-5 + 40 / 1e7)
+    assert time.attention == pytest.approx(7e-5 + ATTENTION_BYTES / 1e7)
+    assert time.predictor == pytest.approx(3e-5 + 40 / 1e7)
     assert time.ffn == pytest.approx(1e-4 + 56 / 1e6)
     assert time.handoff == pytest.approx(HANDOFF)
-    assert time.head == pytest.approx(2e-5 + HEAD_BYTES / 1e7)
+    assert time.head == pytest.approx(3e-5 + BETWEEN + HEAD_BYTES / 1e7)
     parts = time.attention + time.predictor + time.ffn + time.handoff + time.head
     assert time.seconds == pytest.approx(parts) and time.tokens_per_second == pytest.approx(1 / parts)
 
@@ -80,10 +81,10 @@ def test_measured_kernels_and_both_ways_of_the_bus_count():
     hardware = replace(ROUND_HARDWARE, gpu_kernels=kernels | {"sparse_ffn": ((0.0, 4e-3),)}, pcie_host_bandwidth=1e5)
     model = small_model(predictor_bytes=40, hardware=hardware)
     time = model.evaluate(on_gpu(3))
-    assert time.attention == pytest.approx(2 * 1e-3 + 2e-3 + 2e-5 + ATTENTION_BYTES / 1e7)
+    assert time.attention == pytest.approx(2 * 1e-3 + 2e-3 + ATTENTION_BYTES / 1e7)
     assert time.predictor == pytest.approx(3e-3 + 40 / 1e7)
-    assert time.ffn == pytest.approx(4e-3 + 104 / 1e7 + 1e-5)
-    assert time.head == pytest.approx(1e-3 + 1e-5 + HEAD_BYTES / 1e7)
+    assert time.ffn == pytest.approx(4e-3 + 104 / 1e7)
+    assert time.head == pytest.approx(1e-3 + 1e-5 + BETWEEN + HEAD_BYTES / 1e7)
     assert model.handoff_seconds == pytest.approx(1e-3 + 16 / 1e5 + 16 / 1e6)
 
 
@@ -100,7 +101,7 @@ def test_head_or_layer_alone_on_the_cpu_costs_one_handoff():
     model = small_model()
     layer_on_cpu = Choice(np.array([0]), np.array([False]), True)
     assert model.evaluate(layer_on_cpu).handoff == pytest.approx(HANDOFF)
-    assert model.evaluate(on_gpu(3, head=False)).head == pytest.approx(HANDOFF + HEAD_BYTES / ON_CPU)
+    assert model.evaluate(on_gpu(3, head=False)).head == pytest.approx(HANDOFF + BETWEEN + HEAD_BYTES / ON_CPU)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_every_kernel_is_measured_and_its_launches_run():
             claimed[name].append((case.size, len(case.launches)))
     assert claimed.keys() == GPU_KERNELS.keys()
     assert claimed["gemv"] == [(4 * 64 * 2, 6), (12 * 64 * 2, 2)]
-    assert claimed["attention"] == [(2 * 4 * 64 * 4, 4), (2 * 16 * 64 * 4, 2)]
+    assert claimed["attention"] == [(2 * 4 * 64 * 2, 4), (2 * 16 * 64 * 2, 2)]
     assert claimed["sparse_ffn"] == [(3 * 4 * 64 * 2, 4), (3 * 8 * 64 * 2, 2)]
     # int8 codes in rows of 128, a scale and a bias for each row.
     expected = [(rank + 16) * (128 + 8) for rank in (8, 24)]
