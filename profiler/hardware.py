@@ -108,8 +108,8 @@ class HardwareProfile:
     def kernel_seconds(self, kernel: str, size: np.ndarray) -> np.ndarray:
         """Seconds that `kernel` of `GPU_KERNELS` and a small one before it take in a CUDA graph to read `size` bytes.
 
-        Elementwise. Linear between measured points, as long as the smallest below it, and at `gpu_read_bandwidth` beyond
-        the largest; where it was not measured, its launches and its bytes at that bandwidth.
+        Elementwise. Linear between measured points, as long as the smallest below it, and at `gpu_read_bandwidth`
+        beyond the largest; where it was not measured, its launches and its bytes at that bandwidth.
         """
         if kernel not in self.gpu_kernels:
             return GPU_KERNELS[kernel] * self.gpu_launch_seconds + size / self.gpu_read_bandwidth
