@@ -188,8 +188,8 @@ class Packer:
         if self._is_fed(part):
             yield from self._feedback.tasks(part)
             return
-        for block in self._sources[part.name].blocks(self._folder.checkpoint):
-            yield partial(encode, part, block)
+        for _, read in self._sources[part.name].blocks(self._folder.checkpoint):
+            yield partial(_encoded, part, read)
 
     def verify(self, target: Path, sums: Mapping[str, int]) -> None:
         """Read back every tensor, with the source's beside it; `sums`: CRCs of what was to be written.
@@ -216,13 +216,14 @@ class Packer:
 
     def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], tuple[np.ndarray, bool]]]:
         start = 0
-        for block in self._sources[part.name].blocks(self._folder.checkpoint):
-            stored = packed.stored(part.name)[start : start + len(block)]
-            yield partial(self._checked, part, stored, block)
-            start += len(block)
+        for count, read in self._sources[part.name].blocks(self._folder.checkpoint):
+            stored = packed.stored(part.name)[start : start + count]
+            yield partial(self._checked, part, stored, read)
+            start += count
 
-    def _checked(self, part: Part, stored: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, bool]:
+    def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
         """What was stored of a block, and whether that is the block within what its type may lose."""
+        block = read()
         if part.dtype == "int8" or part.dtype == "int4":
             wide = dequantize(stored, part.shape[1])
             return stored, within_bounds(wide, block, part.dtype, self._is_fed(part))
@@ -241,6 +242,10 @@ def _in_order(tasks: Iterable[Callable[[], T]], coders: ThreadPoolExecutor) -> I
         if len(waiting) > _CODERS:
             yield waiting.popleft().result()
     yield from (future.result() for future in waiting)
+
+
+def _encoded(part: Part, read: Callable[[], np.ndarray]) -> np.ndarray:
+    return encode(part, read())
 
 
 def encode(part: Part, block: np.ndarray) -> np.ndarray:

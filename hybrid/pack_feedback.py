@@ -38,8 +38,8 @@ class FFNFeedback:
         if name == "down":
             yield partial(self._down, layer)
             return
-        for block in self._sources[part.name].blocks(self._checkpoint):
-            yield partial(quantize_by_columns, block, factors)
+        for _, read in self._sources[part.name].blocks(self._checkpoint):
+            yield partial(_by_columns, read, factors)
 
     def _down(self, layer: int) -> np.ndarray:
         """Rows of down, `SPAN` neurons at a time in the source's order, where a span has hot and cold ones.
@@ -80,3 +80,7 @@ class FFNFeedback:
         if self._spec.ffn_bias:
             out += self._sources[f"layers.{layer}.{name}.bias"].rows(self._checkpoint, rows)
         return out
+
+
+def _by_columns(read: Callable[[], np.ndarray], factors: list[np.ndarray]) -> np.ndarray:
+    return quantize_by_columns(read(), factors)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -40,14 +41,16 @@ class Source:
         shape = part.shape[::-1] if transposed else part.shape
         return cls(((f"{names.of(name, layer)}.{kind}", shape),), order[layer] if reordered else None, transposed)
 
-    def blocks(self, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
-        """The rows in order, f32 [k, columns], 8 MiB of them at a time; or one f32 vector after another."""
+    def blocks(self, checkpoint: Checkpoint) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+        """The rows in order, 8 MiB of f32 at a time: how many, and what reads them as f32 [k, columns], on any thread;
+        or one f32 vector after another."""
         for name, shape in self.tensors:
             stored = checkpoint.mapped(name, shape)
             rows = shape[-1] if self.transposed else shape[0]
             step = max(1, _BLOCK_WEIGHTS // (math.prod(shape) // rows))
             for start in range(0, rows, step):
-                yield self._widened(stored, slice(start, start + step))
+                stop = min(start + step, rows)
+                yield stop - start, partial(self._widened, stored, slice(start, stop))
 
     def rows(self, checkpoint: Checkpoint, rows: slice | np.ndarray) -> np.ndarray:
         """Some rows, f32 [k, columns] or [k], of a part that comes from one tensor."""
