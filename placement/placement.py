@@ -13,7 +13,7 @@ import numpy as np
 from placement.cost import CostModel, Strategy
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
-from placement.workspace import PREFILL_CHUNK, RUNTIME_RESERVE, predictor_bytes
+from placement.workspace import PREFILL_CHUNK, predictor_bytes
 from predictor.bank import PredictorBank
 from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.errors import ArtifactError, BudgetError, InputError
@@ -158,7 +158,7 @@ class PlacementSettings:
     solver: Solver = "milp"
     predicted_ratio: float = 1.0
     prefill_chunk: int = PREFILL_CHUNK
-    reserve: int = RUNTIME_RESERVE
+    reserve: int | None = None
     group_size: int = 64
     time_limit: float = 8.0
 

@@ -16,12 +16,12 @@ from placement.workspace import (
     ALIGNMENT,
     BATCHES,
     PREFILL_CHUNK,
-    RUNTIME_RESERVE,
     Workspace,
     aligned,
     cached_tokens,
     layer_bytes,
     neurons_bytes,
+    runtime_reserve,
 )
 from profiler.errors import BudgetError, ContextError, InputError
 from profiler.spec import ModelSpec
@@ -83,15 +83,15 @@ class VramPlan:
     Each tensor starts at a multiple of `ALIGNMENT`; norms, biases and scales are f32. The input embedding stays in host
     memory, of which a token reads one row. The CUDA context itself is not counted.
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
-    most tokens that go through the layers at once. reserve: bytes for
-    loaded kernels, CUDA graphs and cuBLAS, once anything runs on the GPU. batch: the most tokens of a decode step.
+    most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
+    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most tokens of a decode step.
     """
 
     spec: ModelSpec
     context: int
     predictor_bytes: tuple[int, ...]
     prefill_chunk: int = PREFILL_CHUNK
-    reserve: int = RUNTIME_RESERVE
+    reserve: int | None = None
     batch: int = max(BATCHES)
 
     def __post_init__(self) -> None:
@@ -102,10 +102,14 @@ class VramPlan:
             )
         if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
-        if self.prefill_chunk < 1 or self.reserve < 0:
+        if self.prefill_chunk < 1 or self._reserve < 0:
             raise InputError("prefill_chunk must be at least 1, and reserve at least 0")
         if self.batch not in BATCHES:
             raise InputError(f"batch is {self.batch}, expected one of {', '.join(map(str, BATCHES))}")
+
+    @property
+    def _reserve(self) -> int:
+        return runtime_reserve(self.spec) if self.reserve is None else self.reserve
 
     @property
     def kv_bytes(self) -> int:
@@ -135,7 +139,7 @@ class VramPlan:
 
     def workspace_rows(self) -> list[tuple[str, int]]:
         """What there is on the GPU as soon as anything runs there, as (name, bytes)."""
-        return [*self.workspace.rows(), ("reserve: kernels, graphs, cuBLAS", self.reserve)]
+        return [*self.workspace.rows(), ("reserve: kernels, graphs, cuBLAS", self._reserve)]
 
     @property
     def workspace_bytes(self) -> int:

@@ -19,8 +19,8 @@ KV_BLOCK = 256  # tokens of a block of the KV cache
 STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
 # Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first
-# tensor, 268 once a short prompt was read, 308 after one of 2048 tokens.
-RUNTIME_RESERVE = 320 * 2**20
+# tensor, 268 once a short prompt was read, 308 after one of 2048 tokens. Blocks need no products in bf16: 269 at most.
+_RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
 PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
@@ -34,6 +34,11 @@ _DOWN_COLUMNS, _MOST_PARTS = 256, 64
 
 
 Bytes = TypeVar("Bytes", int, np.ndarray)
+
+
+def runtime_reserve(spec: ModelSpec) -> int:
+    """Bytes that the process takes on the GPU beside what is planned tensor by tensor."""
+    return _RUNTIME_RESERVE_BLOCKS if spec.dtype in ("int8", "int4") else _RUNTIME_RESERVE
 
 
 def aligned(size: Bytes) -> Bytes:

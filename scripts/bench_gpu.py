@@ -34,7 +34,7 @@ from placement.plan import UNLIMITED
 SCRIPTS = Path(__file__).parent
 GIB = 2**30
 BUDGETS = (0, 2, 4, 8, 12, None)  # GiB; None is all that the card has
-PREDICTED = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)
+PREDICTED = (1, 3, 5, 6, 10, 14)  # beside those
 THREADS = (1, 4, 8, 15)
 CONTEXT, LONG_CONTEXT = 512, 2304
 SHAPES = {
@@ -66,7 +66,7 @@ class Run:
 def decode_run(stage: str, case: str, model: str, gib: float | None, **given: Any) -> Run:
     """A decode at a budget; slow budgets take fewer tokens."""
     slow = gib is not None and gib < 4
-    amount = {"context": CONTEXT, "prompt": 64, "tokens": 64 if slow else 256, "runs": 2 if slow else 3}
+    amount = {"context": CONTEXT, "prompt": 64, "tokens": 48 if slow else 256, "runs": 2 if slow else 3}
     budget = UNLIMITED if gib is None else int(gib * GIB)
     return Run.of(stage, case, "decode", model, budget=budget, **(amount | given))
 

@@ -7,7 +7,6 @@ and its failure leaves the others alone.
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import statistics
 import sys
@@ -201,23 +200,31 @@ def _on_both(engine: Engine, facts: GpuFacts, found: Answers, position: float, h
     }
 
 
-def prefill(model: str, budget: int, context: int, lengths: list[int], runs: int = 2) -> Result:
-    """Seconds to read prompts, by the way that the cost model chooses and by each way alone."""
+def prefill(model: str, budget: int, context: int, lengths: list[int], runs: int = 5) -> Result:
+    """Seconds to read prompts, by the way that the cost model chooses and by each way alone: medians of turns, as one
+    run differs from the next by a fifth. The CPU alone takes many times as long, and one turn."""
     rows = []
     with Engine.load(model, EngineConfig("learned", context=context, vram_budget=budget)) as engine:
         runner = gpu_runner(engine)
         if runner is None:
             raise ValueError("nothing of the model is on the GPU, so prefill has no choice")
-        for length, (way, forced) in itertools.product(lengths, {"chosen": None, "stream": True, "cpu": False}.items()):
-            runner.streams = forced
-            given, times = prompt_of(engine, length), []
-            before = vars(runner.prefill.counters).copy()
-            for _ in range(1 + runs):
+        for length in lengths:
+            given = prompt_of(engine, length)
+            times: dict[str, list[float]] = {"chosen": [], "stream": [], "cpu": []}
+            layers: dict[str, dict[str, int]] = {}
+            turns = [("stream", True), *[("chosen", None), ("stream", True)] * runs, ("cpu", False)]
+            for way, forced in turns:
+                runner.streams = forced
+                before = vars(runner.prefill.counters).copy()
                 engine.reset()
                 step = next(engine.generate(given, SamplingSettings(temperature=0, max_new_tokens=1)))
-                times.append(step.stats.ttft_seconds)
-            ways = {name: (count - before[name]) // (1 + runs) for name, count in vars(runner.prefill.counters).items()}
-            rows.append({"length": length, "way": way, "seconds": statistics.median(times[1:]), **ways})
+                times[way].append(step.stats.ttft_seconds)
+                layers[way] = {name: n - before[name] for name, n in vars(runner.prefill.counters).items()}
+            del times["stream"][0]  # the first of all warms up
+            rows += [
+                {"length": length, "way": way, "seconds": statistics.median(t), **layers[way]}
+                for way, t in times.items()
+            ]
     return {"rows": rows}
 
 
