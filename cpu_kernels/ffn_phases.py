@@ -160,27 +160,29 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
     """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
     `starts`; returns how many values of hidden are not 0.
 
-    Rows with something to add go to the parts in turn, so that parts are equally long, and those that add nothing come
-    last in each: whether they are skipped changes no sum.
+    Each part has an equal share of the rows that have something to add, in order, so that parts are equally long and
+    neighbours in memory stay so; those that add nothing come last in each: whether they are skipped changes no sum.
     """
     fired, live, idle = np.int64(0), np.int64(0), np.int64(0)
     for k in range(n):
         fires = _fires(hidden, k)
         live += fires
         idle += not (fires or skip)
-    starts[0] = 0
-    for part in range(parts):
-        starts[part + 1] = starts[part] + (live - part + parts - 1) // parts + (idle - part + parts - 1) // parts
-    at, last = np.int64(0), np.int64(0)
+    for part in range(parts + 1):
+        starts[part] = live * part // parts + idle * part // parts
+    at, last, own, others = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
     for k in range(n):
         if _fires(hidden, k):
-            place = starts[at % parts] + at // parts
+            while at >= live * (own + 1) // parts:
+                own += 1
+            place = at + idle * own // parts
             at += 1
         elif skip:
             continue
         else:
-            part = last % parts
-            place = starts[part] + (live - part + parts - 1) // parts + last // parts
+            while last >= idle * (others + 1) // parts:
+                others += 1
+            place = live * (others + 1) // parts + last
             last += 1
         picked[place] = ids[k]
         for t in range(hidden.shape[0]):
