@@ -14,7 +14,6 @@ All of this is captured in a CUDA graph; nothing asks the host.
 from __future__ import annotations
 
 from time import monotonic, sleep
-from typing import Any
 
 import torch
 import triton
@@ -23,7 +22,7 @@ import triton.language as tl
 from gpu_kernels.box import STATE_WORDS, Mailbox, Near, State
 from gpu_kernels.compact import compact, compact_indices_ref, count_fired
 from gpu_kernels.launch import begin, is_native, options
-from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref
+from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref, row_sizes
 
 __all__ = ["STATE_WORDS", "Mailbox", "Near", "State", "ask", "post", "receive", "send"]
 
@@ -182,8 +181,8 @@ def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-u
 @triton.jit(do_not_specialize=["timeout"])
 def _receive_kernel(  # type: ignore[no-untyped-def]
     x, parts, added, host, flags, state, weight, bias, out, eps, d, part_stride, timeout, PARTS: tl.constexpr,
-    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr
+    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
@@ -192,7 +191,7 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
     begin(PDL)
     values = tl.load(x + row + columns, mask=mask, other=0.0)
     if PARTS:
-        values = add_parts(values, parts + row, columns, mask, part_stride, PARTS)
+        values = add_parts(values, parts + row, columns, mask, part_stride, PARTS, AT_ONCE)
     if ADDED:
         values += tl.load(added + columns, mask=mask, other=0.0)
     if ASKED:
@@ -202,11 +201,6 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
         values = answer if REPLACE else values + answer
     tl.store(x + row + columns, values, mask=mask)
     tl.store(out + row + columns, normed(values, mask, weights, biases, eps, d, LAYER), mask=mask)
-
-
-def _sizes(d: int, warps: int = 16) -> dict[str, Any]:
-    block = triton.next_power_of_2(d)
-    return {"BLOCK": block, **options(min(warps, max(1, block // 256)))}
 
 
 def post(
@@ -220,7 +214,7 @@ def post(
     tokens, d = x.shape
     _post_kernel[(tokens,)](
         x, weight, bias, out, box.x, box.request[_POSTED:], box.state, eps, d,
-        AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=is_native(), **_sizes(d),
+        AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=is_native(), **row_sizes(d),
     )  # fmt: skip
 
 
@@ -291,7 +285,7 @@ def receive(
         x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
         d, tokens * d, int(box.timeout * 1e9), PARTS=0 if parts is None else parts.shape[0],
         ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
-        **_sizes(d, _POLLING_WARPS if asked else 16),
+        **row_sizes(d, _POLLING_WARPS if asked else 16, sums=True),
     )  # fmt: skip
 
 
