@@ -177,3 +177,38 @@ def test_gpu_choice_without_a_gpu_is_refused():
         model.evaluate(on_gpu(1))
     with pytest.raises(InputError, match="no GPU"):
         model.columns()
+
+
+@pytest.mark.parametrize(("dtype", "matrices", "neurons"), [("int8", 1.4, 3.0), ("int4", 1.8, 4.0)])
+def test_blocks_cost_the_gpu_more_than_their_bytes(dtype, matrices, neurons):
+    spec = small_spec(dtype=dtype)
+    model = CostModel(VramPlan(spec, 8, (0,)), ROUND_HARDWARE, FIRING, "dense", group_size=1)
+    keys = spec.kv_bytes_per_layer(8, 2) / 1e7
+    time = model.evaluate(on_gpu(3))
+    assert time.attention == pytest.approx(7e-5 + keys + matrices * spec.layer_dense_bytes / 1e7)
+    assert time.ffn == pytest.approx(3e-5 + neurons * spec.layer_ffn_bytes / 1e7)
+    assert time.head == pytest.approx(3e-5 + BETWEEN + matrices * spec.head_bytes / 1e7)
+
+
+def test_rows_of_blocks_are_read_slower_on_the_cpu():
+    seconds = [
+        CostModel(VramPlan(small_spec(dtype=dtype), 8, (0,)), ROUND_HARDWARE, FIRING, "exact", group_size=1)
+        for dtype in ("int8", "int4")
+    ]
+    rates = [model.evaluate(on_gpu(0)).ffn - 1e-4 for model in seconds]
+    expected = [
+        float(model._read_bytes[0, -1]) / 1e6 / share for model, share in zip(seconds, (0.75, 0.4), strict=True)
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def test_pcie_and_the_cpu_share_host_memory():
+    """Without neurons over PCIe the CPU has its full rate; beside them what they leave of the read bandwidth."""
+    hardware = replace(ROUND_HARDWARE, cpu_read_bandwidth=1e6, pcie_bandwidth=5e5, cpu_layer_seconds=0.0)
+    plan = VramPlan(small_spec(d_ff=64), 8, (8,))
+    model = CostModel(plan, hardware, np.full((1, 64), 0.5), "learned", group_size=1)
+    copied = model._zero_copy_bytes(np.array([[8]]), model._hot_seconds(np.array([[8]])))[0, 0]
+    cold = float(model._read_bytes[0, -1] - model._read_bytes[0, 8])
+    assert 0 < copied < cold and model._ffn_beside_pcie == pytest.approx(6e5)
+    time = model.evaluate(Choice(np.array([8]), np.array([True]), True))
+    assert time.ffn + time.handoff == pytest.approx((cold - copied) / 6e5 + model.handoff_seconds)
