@@ -31,6 +31,8 @@ from numba.core import serialize
 from numba.core.caching import NullCache, _Cache
 from numba.core.compiler import CompileResult
 
+from cpu_kernels.linked import SubroutineCompiler, callable_by_kernels, restored
+
 _SUFFIX = ".kernel"
 _DIGEST_BYTES = 32
 
@@ -50,22 +52,22 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         return functools.partial(kernel, **options)
     without: dict[str, Any] = {"no_cfunc_wrapper": True}  # for C, which nobody calls it from
     dispatcher = numba.njit(nogil=True, **without, **options)(function)
-    dispatcher._cache = _cache_of(function)
+    dispatcher._cache = _cache_of(function, CompileResult._rebuild)
     return dispatcher
 
 
 def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """A `kernel` for other kernels alone; a call from Python raises `TypeError`.
-
-    Code that unpacks Python's arguments, of which nested tuples of arrays take much, was a quarter of all compiling.
-    """
+    """A `kernel` for other kernels alone, which is compiled with them (`linked.py`); a call from Python raises
+    `TypeError`."""
     if function is None:
         return functools.partial(subroutine, **options)
-    dispatcher = kernel(function, no_cpython_wrapper=True, **options)
+    dispatcher = kernel(function, no_cpython_wrapper=True, pipeline_class=SubroutineCompiler, **options)
+    dispatcher._cache = _cache_of(function, lambda context, *state: restored(context, state))
 
     def add_overload(result: Any) -> None:
-        """As the dispatcher's own, but without the address that Python would call, which is null."""
-        dispatcher.overloads[tuple(result.signature.args)] = result
+        """As the dispatcher's own, but without an address that Python would call."""
+        known = result if result.entry_point is not None else callable_by_kernels(result)
+        dispatcher.overloads[tuple(result.signature.args)] = known
 
     def refuse(*args: Any, **keywords: Any) -> None:
         raise TypeError(f"{function.__name__} is a subroutine: only compiled code can call it")
@@ -99,7 +101,7 @@ def _folders() -> Iterator[Path]:
             return
 
 
-def _cache_of(function: Any) -> Any:
+def _cache_of(function: Any, rebuild: Callable[..., CompileResult]) -> Any:
     sources = _package_digest()
     try:
         own = _digest(Path(function.__code__.co_filename).read_bytes())  # a kernel may stand outside the package
@@ -107,7 +109,7 @@ def _cache_of(function: Any) -> Any:
         return NullCache()
     # Other values that a function closes over, such as kernels, have no name that would outlive this process.
     known = all(isinstance(value, (bool, int, float, str, np.generic)) for value in _closed_values(function))
-    return _KernelCache(function, sources, own) if sources is not None and known else NullCache()
+    return _KernelCache(function, sources, own, rebuild) if sources is not None and known else NullCache()
 
 
 def _closed_values(function: Any) -> list[Any]:
@@ -117,7 +119,9 @@ def _closed_values(function: Any) -> list[Any]:
 class _KernelCache(_Cache):
     """The compiled versions of one function on disk, in the form that Numba's dispatcher asks for."""
 
-    def __init__(self, function: Any, sources: str, own: bytes) -> None:
+    def __init__(self, function: Any, sources: str, own: bytes, rebuild: Callable[..., CompileResult]) -> None:
+        """rebuild: from the target's context and what `CompileResult._reduce` gave."""
+        self._rebuild = rebuild
         self._sources, self._own, self._enabled = sources, own, True
         self._name = f"{function.__module__}.{function.__qualname__}".replace("<", "").replace(">", "")
         self._function = (function.__code__.co_firstlineno, _closed_values(function))
@@ -145,7 +149,7 @@ class _KernelCache(_Cache):
             with contextlib.suppress(OSError):
                 stored = (folder / name).read_bytes()
                 if stored[:_DIGEST_BYTES] == _digest(stored[_DIGEST_BYTES:]):
-                    return CompileResult._rebuild(target_context, *pickle.loads(stored[_DIGEST_BYTES:]))
+                    return self._rebuild(target_context, *pickle.loads(stored[_DIGEST_BYTES:]))
         return None
 
     def save_overload(self, signature: Any, result: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpu_kernels import compiled
+from cpu_kernels import compiled, linked
 from cpu_kernels.compiled import kernel, subroutine, target_features
 
 # A package of a kernel and a subroutine that it calls; it prints what came of the cache.
@@ -41,6 +41,7 @@ def tree(tmp_path):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     shutil.copy(compiled.__file__, package / "compiled.py")
+    shutil.copy(linked.__file__, package / "linked.py")
     (package / "helper.py").write_text(HELPER)
     (package / "caller.py").write_text(CALLER)
     (tmp_path / "home").mkdir()
@@ -89,6 +90,23 @@ def test_the_second_start_compiles_nothing_and_an_edited_helper_is_seen(tree):
     second = files(tree)
     assert len(second) == 2  # stale files are gone
     assert not set(first) & set(second)
+
+
+def test_another_caller_links_what_the_first_left_on_disk(tree):
+    """A subroutine has no code of its own: a caller that is not on disk compiles it again, from there."""
+    (tree / "tree" / "cpu_kernels" / "other.py").write_text(CALLER.replace("def total", "def twice"))
+    assert finish(start(tree)) == (4.0, 0, 1)
+    program = (
+        PROGRAM.replace("caller import total", "other import twice as total")
+        + """
+from cpu_kernels.helper import scaled
+assert sum(scaled.stats.cache_hits.values()) == 1 and not scaled.stats.cache_misses
+(library,) = (each.library for each in scaled.overloads.values())
+assert type(library).__name__ == "LinkedLibrary"
+"""
+    )
+    assert finish(start(tree, program)) == (4.0, 0, 1)
+    assert finish(start(tree, program.split("from cpu_kernels.helper")[0])) == (4.0, 1, 0)
 
 
 def test_another_target_has_its_own_files(tree):

@@ -22,7 +22,7 @@ ASSEMBLY = """
 import numpy as np, torch
 from numba.core.caching import NullCache
 from cpu_kernels import compiled
-compiled._cache_of = lambda function: NullCache()
+compiled._cache_of = lambda *_: NullCache()
 from cpu_kernels import gemv
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.worker_pool import WorkerPool
