@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from few_threads import THREADS
 
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
@@ -13,4 +14,4 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
     """Tests run on small machines, beside each other's worker pools."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from few_threads import THREADS
 
 from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.console import progress
@@ -45,7 +46,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The embedded model, profiled and trained on a sixth of what `prepare` takes."""
-    made = Project(EMBEDDED_MODEL, tmp_path_factory.mktemp("bundle"), 2, progress)
+    made = Project(EMBEDDED_MODEL, tmp_path_factory.mktemp("bundle"), THREADS, progress)
     made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=16384))
     made.train(made.load_profile(), PredictorTarget(), seed=0)
     return made
@@ -80,7 +81,7 @@ def test_greedy_tokens_are_those_of_transformers():
     codec = TextCodec(EMBEDDED_MODEL, spec.vocab_size)
     found = {}
     for sparsity in ("dense", "exact"):
-        engine = Engine.load(config=EngineConfig(sparsity, threads=2), placement=Placement.random(spec, 0.3, 1))
+        engine = Engine.load(config=EngineConfig(sparsity, threads=THREADS), placement=Placement.random(spec, 0.3, 1))
         found[sparsity] = answers(engine, PROMPTS)
         engine.close()
     assert found["dense"] == found["exact"]
@@ -111,7 +112,9 @@ def test_answers_depend_neither_on_placement_nor_on_threads(sparsity, project, p
 
 def test_learned_answers_the_same_from_a_warm_cache(project, placements):
     engine = Engine.load(
-        config=EngineConfig("learned", threads=2), placement=placements["solver's"], bank=project.load_predictors()
+        config=EngineConfig("learned", threads=THREADS),
+        placement=placements["solver's"],
+        bank=project.load_predictors(),
     )
     for prompt in PROMPTS[::3]:
         cold, warm = ([step.token for step in engine.generate(prompt, GREEDY)] for _ in range(2))
