@@ -244,8 +244,8 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
     if n < 0:
         return False
     gate_and_up(
-        state, workers, weights, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy != LEARNED,
-        shared.hidden, own.places, own.down[1],
+        state, workers, weights, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy == LEARNED,
+        strategy != LEARNED, shared.hidden, own.places, own.down[1],
     )  # fmt: skip
     if not barrier.wait(state, workers):
         return False

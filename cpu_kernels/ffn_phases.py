@@ -62,19 +62,21 @@ def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
 
 @subroutine
 def gate_and_up(  # type: ignore[no-untyped-def]
-    state, workers, ffn, ids, n, masks, inputs, code, skip, given, hidden, places, picked
+    state, workers, ffn, ids, n, masks, inputs, code, skip, likely, given, hidden, places, picked
 ):  # fmt: skip
     """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the pieces of k
     that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
 
-    given: hidden has the activations already. places, picked: this worker's own scratch, int32 [f].
+    likely: whether most of these rows fire, so that their rows of up are fetched with those of gate: of predicted ones
+    most do, of all neurons few. given: hidden has the activations already. places, picked: this worker's own scratch,
+    int32 [f].
     """
     count = np.int64(0)  # a literal 0 would have every callee compiled for itself
     start, stop = _rows_of_piece(barrier.take(state), n, workers)
     while start < n:
         following = _rows_of_piece(barrier.take(state), n, workers)
         if not given:
-            _first_rows(ffn, ids, start, stop, following[0], n, masks, inputs, code, hidden)
+            _first_rows(ffn, ids, start, stop, following[0], n, likely, masks, inputs, code, hidden)
         live = stop - start
         if skip:
             live = 0
@@ -102,12 +104,15 @@ def _fires(hidden, k):  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def _first_rows(ffn, ids, start, stop, following, n, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
-    """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, or where
-    there is no gate those from ids[following] on."""
+def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
+    """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, where
+    there is one and they are likely to fire, or else first rows from ids[following] on."""
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
     rows = four_rows(weight, ffn.width, ids, start, stop)
-    ahead = four_rows(ffn.up, ffn.width, ids, start if ffn.gate else min(following, n - 1), stop if ffn.gate else n)
+    if ffn.gate and likely:
+        ahead = four_rows(ffn.up, ffn.width, ids, start, stop)
+    else:
+        ahead = four_rows(weight, ffn.width, ids, min(following, n - 1), n)
     for t in range(hidden.shape[0]):
         if not _wanted(masks, start, stop, t):
             hidden[t, start:stop] = 0

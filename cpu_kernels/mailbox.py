@@ -159,7 +159,10 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     masks = batch.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
     code = shape.activation
     given = np.bool_(False)  # plain False is a type of its own
-    gate_and_up(state, workers, weights, ids, n, masks, own.inputs, code, skip, given, hidden, own.places, own.down[1])
+    likely = count >= 0 or not skip
+    gate_and_up(
+        state, workers, weights, ids, n, masks, own.inputs, code, skip, likely, given, hidden, own.places, own.down[1]
+    )
     if not barrier.wait(state, workers):
         return False
     parts = batch.sums.shape[0] // MAX_BATCH

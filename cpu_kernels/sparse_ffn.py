@@ -95,7 +95,8 @@ def _together(  # type: ignore[no-untyped-def]
     for t in range(x.shape[0]):
         copy(x[t], d, mine[0][t])
         prepare(ffn.like, one_input(mine, t), d)
-    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, _NOT_GIVEN, hidden, places, own[1])
+    likely = not skip or n < len(places)
+    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
     fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
@@ -117,7 +118,8 @@ def _apart(  # type: ignore[no-untyped-def]
         copy(x[t], d, mine[0][0])
         prepare(ffn.like, one_input(mine, 0), d)
         barrier.restart(state)
-        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, _NOT_GIVEN, hidden, places, own[1])
+        likely = not skip or n < len(places)
+        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
         fired[worker] += down_parts(
             state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets
