@@ -58,7 +58,7 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """A `kernel` for other kernels alone, which is compiled with them (`linked.py`); a call from Python raises
-    `TypeError`."""
+    `TypeError`. It may raise exceptions whose arguments are constants, and neither print nor call in a circle."""
     if function is None:
         return functools.partial(subroutine, **options)
     dispatcher = kernel(function, no_cpython_wrapper=True, pipeline_class=SubroutineCompiler, **options)

@@ -68,6 +68,8 @@ def callable_by_kernels(result: Any) -> Any:
 def restored(target_context: Any, state: tuple[Any, ...]) -> Any:
     """A subroutine's result as `CompileResult._reduce` left it."""
     stored, descriptor, environment, signature, in_object_mode, lifted, annotation, reload_init, referenced = state
+    for initialise in reload_init:
+        initialise()
     return CompileResult(  # type: ignore[call-arg]
         target_context=target_context,
         typing_context=target_context.typing_context,

@@ -296,6 +296,8 @@ def _check(
             f"decode_attention wants a contiguous cache and contiguous f32 out, "
             f"got strides {cache.stride()}, {out.dtype} with strides {out.stride()}"
         )
+    if q.shape[0] > MOST_TOKENS.value:
+        raise ValueError(f"decode_attention takes 1 to {MOST_TOKENS.value} tokens, got {q.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention wants a window of at least 1 or None, got {window}")
     check_places("decode_attention", q.shape[0], positions, table)

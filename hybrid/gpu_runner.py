@@ -50,7 +50,7 @@ class GpuRunner:
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
-        self._near = NearNeurons(model, placement, device)
+        self._near = NearNeurons(model, placement, device, runtime.strategy == "learned")
         counting = DeviceArena(device)
         self._take(counting)
         self.arena = DeviceArena(device, counting.used)

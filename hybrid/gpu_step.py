@@ -140,6 +140,7 @@ class GpuStep:
         near: cold neurons that the GPU reads in host memory, by default none.
         """
         layers, most_near = ({}, 0) if near is None else (near.layers, near.most)
+        self._near = near  # whose rows the kernels read
         self._model, self._cache, self._runtime = model, cache, runtime
         self._native = arena.device.type == "cuda"
         self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}

@@ -1,8 +1,8 @@
 """`hybrid pack`: a model's weights, once more, as the kernels want them: see `hybrid.packed` for what is written.
 
-Threads: the calling thread reads blocks of rows and writes them, in order; a few others turn them into their run-time
-type. A block is 8 MiB of f32 and there are at most `_CODERS` + 1 of them, so memory stays at one source tensor that is
-mapped while it is read, whatever the model's size. Everything goes to a temporary folder that is renamed once all of it
+Threads: a few read blocks of rows and turn them into their run-time type; the calling thread writes them, in order. A
+block is 8 MiB of f32 and there are at most `_CODERS` + 1 of them, so memory stays at one source tensor that is mapped
+while it is read, whatever the model's size. Everything goes to a temporary folder that is renamed once all of it
 was read back and held against the source; a killed run leaves that folder, and the next run removes it.
 """
 
@@ -237,11 +237,16 @@ def _coders() -> ThreadPoolExecutor:
 def _in_order(tasks: Iterable[Callable[[], T]], coders: ThreadPoolExecutor) -> Iterator[T]:
     """Results of tasks in their order, made by `coders` a few ahead."""
     waiting: deque[Future[T]] = deque()
-    for task in tasks:
-        waiting.append(coders.submit(task))
-        if len(waiting) > _CODERS:
+    try:
+        for task in tasks:
+            waiting.append(coders.submit(task))
+            if len(waiting) > min(_CODERS, available_cpus()):
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+    finally:  # after an error or Ctrl-C, what is not begun need not be
+        for future in waiting:
+            future.cancel()
 
 
 def _encoded(part: Part, read: Callable[[], np.ndarray]) -> np.ndarray:

@@ -8,6 +8,7 @@ let go before it is freed. Rows of a packed model are a mapped file, which canno
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,16 +23,20 @@ class NearNeurons:
     """Keeps rows registered as long as it lives. `layers`: the near neurons of each layer that has some; `refused`: how
     many of those that the placement has could not be registered, which leaves them to the CPU."""
 
-    def __init__(self, model: Transformer, placement: Placement, device: torch.device) -> None:
-        """Registers the rows of `placement.zero_copy` neurons, up to the layer where CUDA refuses."""
+    def __init__(self, model: Transformer, placement: Placement, device: torch.device, predicted: bool = True) -> None:
+        """Registers the rows of `placement.zero_copy` neurons of layers on the GPU, up to the layer where CUDA refuses;
+        none where neurons are not `predicted`, as kernels then read no cold ones."""
         self.layers: dict[int, FFNMatrices] = {}
         self.refused = 0
         registered: list[Matrix] = []
         weakref.finalize(self, _let_go, registered)
-        counts = placement.zero_copy
+        counts = np.where(placement.layer_on_gpu, placement.zero_copy, 0) if predicted else np.zeros(0, np.int64)
         for layer in np.flatnonzero(counts).tolist():
             near = _near(model.ffns[layer], int(counts[layer]))
+            before = len(registered)
             if device.type == "cuda" and not _register(near, registered):
+                _let_go(registered[before:])
+                del registered[before:]
                 self.refused = int(counts[layer:].sum())
                 return
             self.layers[layer] = near
@@ -59,6 +64,8 @@ def _register(near: FFNMatrices, registered: list[Matrix]) -> bool:
     for matrix in (near.gate, near.up, near.down):
         if matrix is not None:
             if int(torch.cuda.cudart().cudaHostRegister(matrix.rows.ctypes.data, matrix.nbytes, 0)) != 0:
+                with suppress(RuntimeError):  # the refusal is also the next launch's error, which ends there
+                    torch.zeros(1, device="cuda")
                 return False
             registered.append(matrix)
     return True

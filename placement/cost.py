@@ -187,7 +187,19 @@ class CostModel:
         ahead = on_cpu + self.handoff_seconds - on_gpu - self._zero_copy_fixed
         wanted = ahead / (1 / self._ffn_beside_pcie + 1 / rate)
         cold = self._read_bytes[:, -1:] - self._read_by_first(hot)
-        return np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
+        copied = np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
+        alone = self._cold_seconds(hot)
+        with_copies = np.maximum(*self._with_copies(hot, copied, on_gpu, alone, self.handoff_seconds))
+        return np.where(with_copies < np.maximum(on_gpu, alone + self.handoff_seconds), copied, 0.0)
+
+    def _with_copies(
+        self, hot: np.ndarray, copied: np.ndarray, on_gpu: np.ndarray, on_cpu: np.ndarray, handoff: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """GPU and CPU time [n_layers, n] where `copied` bytes go over PCIe; `handoff` is added to the CPU's."""
+        beside = self._ffn_beside_pcie
+        gpu = on_gpu + self._zero_copy_fixed + copied / max(self._zero_copy_bandwidth, 1.0)
+        cpu = self._cold_seconds(hot, beside) - copied / beside
+        return np.where(copied > 0, gpu, on_gpu), np.where(copied > 0, cpu, on_cpu) + handoff
 
     @property
     def _zero_copy_bandwidth(self) -> float:
@@ -220,10 +232,7 @@ class CostModel:
         predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
         on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
         copied = self._zero_copy_bytes(hot, on_gpu)
-        if copied.any():
-            beside = self._ffn_beside_pcie
-            on_gpu = on_gpu + np.where(copied > 0, self._zero_copy_fixed + copied / self._zero_copy_bandwidth, 0.0)
-            on_cpu = np.where(copied > 0, self._cold_seconds(hot, beside) - copied / beside, on_cpu)
+        on_gpu, on_cpu = self._with_copies(hot, copied, on_gpu, on_cpu)
         handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
         ffn = np.maximum(on_gpu, on_cpu)
         handoff = np.maximum(on_gpu, handed) - ffn

@@ -212,3 +212,19 @@ def test_pcie_and_the_cpu_share_host_memory():
     assert 0 < copied < cold and model._ffn_beside_pcie == pytest.approx(6e5)
     time = model.evaluate(Choice(np.array([8]), np.array([True]), True))
     assert time.ffn + time.handoff == pytest.approx((cold - copied) / 6e5 + model.handoff_seconds)
+
+
+@pytest.mark.parametrize("pcie", [1e4, 1e5, 9e5])
+def test_neurons_are_copied_only_where_that_is_faster(pcie):
+    """What PCIe takes from the CPU's memory may cost more than the copies save."""
+    hardware = replace(ROUND_HARDWARE, cpu_read_bandwidth=1e6, cpu_scattered_bandwidth=9e5, pcie_bandwidth=pcie)
+    firing = np.sort(np.random.default_rng(0).random((1, 64)))[:, ::-1]
+    model = CostModel(VramPlan(small_spec(d_ff=64), 8, (8,)), hardware, firing, "learned", group_size=1)
+    alone = CostModel(
+        VramPlan(small_spec(d_ff=64), 8, (8,)), replace(hardware, pcie_bandwidth=1e-3), firing, "learned", group_size=1
+    )
+    counts, handoff = np.arange(65)[None], model.handoff_seconds
+    with_copies = model._layers_on_gpu(counts)[2:].sum(axis=0)
+    on_gpu, on_cpu = alone._hot_seconds(counts), alone._cold_seconds(counts)
+    without = np.maximum(on_gpu, on_cpu + np.where(counts < 64, handoff, 0.0))
+    assert (with_copies <= without * (1 + 1e-9)).all()

@@ -147,3 +147,11 @@ def test_rejects_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match="decode_attention"):
             decode_attention(*wrong)
+
+
+def test_more_tokens_than_a_batch_are_refused():
+    with pytest.raises(ValueError, match="1 to 8 tokens, got 9"):
+        decode_attention(
+            torch.zeros(9, 2, 8), torch.zeros(1, 2, 2, 16, 8), torch.zeros(9, 1, dtype=torch.int32),
+            torch.zeros(9, dtype=torch.int32), None, torch.zeros(9, 16), attention_scratch(9, 2, 8, 1, "cpu"),
+        )  # fmt: skip

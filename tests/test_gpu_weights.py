@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_registered_are_left_to_the_cpu(monkeypatch):
     ffns = [SimpleNamespace(matrices=FFNMatrices(None, matrix, matrix), hot=2) for _ in range(3)]
     results = iter((True, False))
     monkeypatch.setattr("hybrid.zero_copy._register", lambda *_: next(results))
-    placement = SimpleNamespace(zero_copy=np.array([3, 2, 1]))
+    placement = SimpleNamespace(zero_copy=np.array([3, 2, 1]), layer_on_gpu=np.ones(3, bool))
     near = NearNeurons(SimpleNamespace(ffns=ffns), placement, torch.device("cuda"))
     assert {layer: len(rows.up.rows) for layer, rows in near.layers.items()} == {0: 3}
     assert near.most == 3 and near.refused == 3
@@ -145,4 +145,14 @@ def test_rows_of_a_packed_model_are_copied(models):
     for found, matrix in ((near.gate, matrices.gate), (near.up, matrices.up), (near.down, matrices.down)):
         assert found.rows.flags.writeable and not np.shares_memory(found.rows, matrix.rows)
         assert np.array_equal(found.rows, matrix.rows[hot : hot + 20])
+    case.close()
+
+
+def test_only_predicted_neurons_of_layers_on_the_gpu_are_registered(models):
+    case = StepCase(tiny_model("llama-relu", models), share=0.4, near=20)
+    assert case.near.layers.keys() == {0, 1}
+    device = torch.device(DEVICE)
+    assert not NearNeurons(case.model, case.placement, device, predicted=False).layers
+    case.placement.layer_on_gpu[0] = False
+    assert NearNeurons(case.model, case.placement, device).layers.keys() == {1}
     case.close()
