@@ -50,9 +50,14 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile `function` without the GIL and cache the result on disk; `options` are those of `numba.njit`."""
     if function is None:
         return functools.partial(kernel, **options)
+    return _dispatcher(function, CompileResult._rebuild, **options)
+
+
+def _dispatcher(function: Callable[..., Any], rebuild: Callable[..., CompileResult], **options: Any) -> Any:
+    """rebuild: as for `_KernelCache`."""
     without: dict[str, Any] = {"no_cfunc_wrapper": True}  # for C, which nobody calls it from
     dispatcher = numba.njit(nogil=True, **without, **options)(function)
-    dispatcher._cache = _cache_of(function, CompileResult._rebuild)
+    dispatcher._cache = _cache_of(function, rebuild)
     return dispatcher
 
 
@@ -61,8 +66,8 @@ def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> An
     `TypeError`. It may raise exceptions whose arguments are constants, and neither print nor call in a circle."""
     if function is None:
         return functools.partial(subroutine, **options)
-    dispatcher = kernel(function, no_cpython_wrapper=True, pipeline_class=SubroutineCompiler, **options)
-    dispatcher._cache = _cache_of(function, lambda context, *state: restored(context, state))
+    alone: dict[str, Any] = {"no_cpython_wrapper": True, "pipeline_class": SubroutineCompiler}
+    dispatcher = _dispatcher(function, restored, **alone, **options)
 
     def add_overload(result: Any) -> None:
         """As the dispatcher's own, but without an address that Python would call."""

@@ -65,8 +65,8 @@ def callable_by_kernels(result: Any) -> Any:
     return named
 
 
-def restored(target_context: Any, state: tuple[Any, ...]) -> Any:
-    """A subroutine's result as `CompileResult._reduce` left it."""
+def restored(target_context: Any, *state: Any) -> Any:
+    """A subroutine's result from what `CompileResult._reduce` gave."""
     stored, descriptor, environment, signature, in_object_mode, lifted, annotation, reload_init, referenced = state
     for initialise in reload_init:
         initialise()

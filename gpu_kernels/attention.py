@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.gemv import MAX_BATCH
 from gpu_kernels.launch import begin, options
 from gpu_kernels.rope import CACHE_TYPES, check_places
 
@@ -28,7 +29,7 @@ MOST_SPLITS = 128  # a program of the second kernel holds all splits of a head i
 SPLIT_KEYS = 64  # least positions of a split at full context
 PROGRAMS = 528  # four for each multiprocessor of an H100
 MOST_GROUPED = 8
-MOST_TOKENS = tl.constexpr(8)
+MOST_TOKENS = tl.constexpr(MAX_BATCH)
 TILE = 8192  # most f32 sums of a program: 64 registers for each of 128 threads
 KEY_BYTES = 64  # KEYS times the cache's item size, at most: more keys, and fewer programs fit a multiprocessor
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -296,8 +297,8 @@ def _check(
             f"decode_attention wants a contiguous cache and contiguous f32 out, "
             f"got strides {cache.stride()}, {out.dtype} with strides {out.stride()}"
         )
-    if q.shape[0] > MOST_TOKENS.value:
-        raise ValueError(f"decode_attention takes 1 to {MOST_TOKENS.value} tokens, got {q.shape[0]}")
+    if q.shape[0] > MAX_BATCH:
+        raise ValueError(f"decode_attention takes 1 to {MAX_BATCH} tokens, got {q.shape[0]}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention wants a window of at least 1 or None, got {window}")
     check_places("decode_attention", q.shape[0], positions, table)

@@ -44,7 +44,7 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
     handoff, layer, scattered = measure_handoff(device, cpu.cpu_threads)
     return replace(
         cpu,
-        name=f"{torch.cuda.get_device_name(device)}, {cpu.cpu_threads} CPU threads",
+        name=f"{torch.cuda.get_device_name(device)}, CPU threads: {cpu.cpu_threads}",
         gpu_read_bandwidth=largest.size / read,
         pcie_bandwidth=to_gpu,
         pcie_host_bandwidth=to_host,

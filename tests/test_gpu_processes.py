@@ -164,7 +164,7 @@ def test_a_process_that_is_stopped_for_longer_than_the_timeout(folder):
     with script(folder, "decode") as process:
         time.sleep(0.5)
         process.send_signal(signal.SIGSTOP)
-        time.sleep(7.0)
+        time.sleep(10.0)
         process.send_signal(signal.SIGCONT)
         out, errors = process.communicate(timeout=10 + SOON)
         assert out.splitlines()[-1] == "same" and process.returncode == 0, errors

@@ -28,8 +28,8 @@ known = {"added": None, "bias": None, "PARTS": parts, "ADDED": False, "ASKED": T
 known |= {"NATIVE": True} | sizes
 types = floats | whole | {"eps": "fp32"} | dict.fromkeys(known, "constexpr")
 signature = {name: types[name] for name in _receive_kernel.arg_names}
-aligned = [("x", "parts", "host", "weight", "out", "d", "part_stride").count(name) for name in signature]
-attributes = {(i,): [["tt.divisibility", 16]] for i, is_aligned in enumerate(aligned) if is_aligned}
+aligned = {*floats, "d", "part_stride"}
+attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
 source = ASTSource(fn=_receive_kernel, signature=signature, constexprs=known, attrs=attributes)
 made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 path = Path(sys.argv[3])
