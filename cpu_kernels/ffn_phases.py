@@ -41,7 +41,7 @@ def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
     return np.zeros(MAX_PARTS + 1, np.int64), np.zeros(f, np.int32), np.zeros((tokens, f), np.float32), new_steps(d)
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
     """Whether any of the next four rows is token t's."""
     any_bit = 0
@@ -50,7 +50,7 @@ def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
     return (any_bit >> t) & 1 != 0
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
     """Rows [start, stop) of a piece of work: four, but one by one at the end, so that all workers end together."""
     fours = max(0, n - LAST_ROWS * workers) // 4
@@ -94,7 +94,7 @@ def gate_and_up(  # type: ignore[no-untyped-def]
         _second_rows(ffn, count, inputs, hidden, places, picked)
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _fires(hidden, k):  # type: ignore[no-untyped-def]
     """Whether neuron k's activation is not 0 for some token."""
     for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
@@ -103,7 +103,7 @@ def _fires(hidden, k):  # type: ignore[no-untyped-def]
     return False
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
     """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, where
     there is one and they are likely to fire, or else first rows from ids[following] on."""
@@ -126,7 +126,7 @@ def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, code
             hidden[t, start + i] = activate(code, z) if mine else np.float32(0)
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-untyped-def]
     """hidden[:, start:stop] *= up . x of rows ids[start:stop], at most four."""
     rows = four_rows(ffn.up, ffn.width, ids, start, stop)
@@ -139,7 +139,7 @@ def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-u
             hidden[t, start + i] *= u
 
 
-@subroutine
+@subroutine(forceinline=True)
 def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no-untyped-def]
     """hidden[:, places[i]] *= up . x of row picked[i], for i < count."""
     for k in range(0, count, 4):

@@ -3,7 +3,8 @@
     hidden[k] = relu(s1[k] * (fc1[k] . x) + b1[k])
     fires(i)  where  s2[i] * (fc2[i] . hidden) + b2[i] >= threshold
 
-Codes are padded with zeros to whole groups of 128 columns, and multiplied in integers (`lanes.py`).
+Codes are padded with zeros to whole groups of 128 columns, and multiplied in integers (`lanes.py`). Rows are read
+as four streams, as in `gemv.py`.
 
 Threads: each worker takes a range of rows of each of the two products; ranges do not overlap. Ids are written per
 range and copied together in order, so they come out ascending for any number of workers.
@@ -19,6 +20,7 @@ import torch
 from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.gemv import AHEAD
 from cpu_kernels.lanes import copy, new_inputs, one_input, round_input
 from cpu_kernels.row_dot import dot_codes
 from cpu_kernels.worker_pool import Each, WorkerPool
@@ -74,34 +76,40 @@ def pad_codes(codes: np.ndarray) -> np.ndarray:
     return np.pad(codes, ((0, 0), (0, missing))) if missing else np.ascontiguousarray(codes)
 
 
-@subroutine
-def _products(like, weight, width, i, stop, v, n):  # type: ignore[no-untyped-def]
-    """fc[i : i + 4] . v; beyond `stop` the last row again. Rows follow each other, so the next four are 4 widths on."""
+@subroutine(forceinline=True)
+def _products(like, weight, width, i, quarter, stop, v, n):  # type: ignore[no-untyped-def]
+    """Rows i, i + quarter, i + 2 quarter and i + 3 quarter of fc times v; beyond `stop` the last row again."""
     last = stop - 1
-    r0, r1 = weight + i * width, weight + min(i + 1, last) * width
-    r2, r3 = weight + min(i + 2, last) * width, weight + min(i + 3, last) * width
-    near = 4096
-    return dot_codes(like, (r0, r1, r2, r3), (r0 + near, r1 + near, r2 + near, r3 + near), v, n)
+    r0, r1 = weight + i * width, weight + min(i + quarter, last) * width
+    r2, r3 = weight + min(i + 2 * quarter, last) * width, weight + min(i + 3 * quarter, last) * width
+    return dot_codes(like, (r0, r1, r2, r3), (r0 + AHEAD, r1 + AHEAD, r2 + AHEAD, r3 + AHEAD), v, n)
 
 
 @subroutine
 def hidden_units(like, fc1, width, start, stop, v, d, s1, b1, hidden):  # type: ignore[no-untyped-def]
     """hidden[start:stop] of the first product; fc1 is an address, `v` the input of `d` elements in its 16-bit form."""
-    for i in range(start, stop, 4):
-        sums = _products(like, fc1, width, i, stop, v, d)
-        for k in range(i, min(i + 4, stop)):
-            hidden[k] = max(sums[k - i] * s1[k] + b1[k], np.float32(0))
+    quarter = (stop - start + 3) // 4
+    for i in range(start, start + quarter):
+        sums = _products(like, fc1, width, i, quarter, stop, v, d)
+        for n in range(4):
+            k = min(i + n * quarter, stop - 1)
+            hidden[k] = max(sums[n] * s1[k] + b1[k], np.float32(0))
 
 
 @subroutine
 def firing_rows(like, fc2, width, start, stop, v, r, s2, b2, threshold, ids):  # type: ignore[no-untyped-def]
     """Write those of rows start to stop that are predicted to fire to `ids`, and return how many there are."""
+    quarter, last = (stop - start + 3) // 4, stop - start - 1
+    for i in range(quarter):
+        sums = _products(like, fc2, width, start + i, quarter, stop, v, r)
+        for n in range(4):
+            k = min(i + n * quarter, last)
+            ids[k] = sums[n] * s2[start + k] + b2[start + k] >= threshold
     count = 0
-    for i in range(start, stop, 4):
-        sums = _products(like, fc2, width, i, stop, v, r)
-        for k in range(i, min(i + 4, stop)):
-            ids[count] = k
-            count += sums[k - i] * s2[k] + b2[k] >= threshold
+    for i in range(stop - start):  # from what fires to which do
+        fires = ids[i]
+        ids[count] = start + i
+        count += fires
     return count
 
 

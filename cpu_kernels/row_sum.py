@@ -184,7 +184,7 @@ def _add_last_columns(like: Any, rows: Any, scales: Any, sums: Any, first: Any, 
     return add
 
 
-@subroutine
+@subroutine(forceinline=True)
 def four_rows(weight, width, ids, k, count):  # type: ignore[no-untyped-def]
     """Addresses of rows ids[k : k + 4]; beyond the end the last again."""
     last = count - 1
