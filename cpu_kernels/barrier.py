@@ -22,8 +22,8 @@ from cpu_kernels.compiled import kernel, subroutine
 _STRIDE = 16
 _ARRIVED, _GENERATION, _ABORTED, _TAKEN = 0, _STRIDE, 2 * _STRIDE, 3 * _STRIDE
 _LINE_BYTES = 128
-# Polls before the first nap: some 50 us, longer than workers of one kernel differ, far below a time slice.
-_SPINS = 2000
+# Polls before the first nap: 100 to 300 us, longer than workers of one kernel differ, far below a time slice.
+_SPINS = 5000
 _NAP_MICROSECONDS = 20
 
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))

@@ -65,8 +65,8 @@ def subroutine(function: Callable[..., Any] | None = None, **options: Any) -> An
     """A `kernel` for other kernels alone, which is compiled with them (`linked.py`); a call from Python raises
     `TypeError`. It may raise exceptions whose arguments are constants, and neither print nor call in a circle.
 
-    `forceinline=True` where it is called for every few rows: an array is passed as seven numbers, and a call of some 100
-    of them takes 40 ns, as long as reading 1 KB.
+    `forceinline=True` where it is called for every few rows: an array is passed as seven numbers, and a call with some
+    100 of them takes 40 ns, as long as reading 1 KB.
     """
     if function is None:
         return functools.partial(subroutine, **options)

@@ -168,32 +168,55 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
     Each part has an equal share of the rows that have something to add, in order, so that parts are equally long and
     neighbours in memory stay so; those that add nothing come last in each: whether they are skipped changes no sum.
     """
-    fired, live, idle = np.int64(0), np.int64(0), np.int64(0)
-    for k in range(n):
-        fires = _fires(hidden, k)
+    tokens, live, fired = hidden.shape[0], np.int64(0), np.int64(0)
+    for k in range(n):  # without a branch, which would often be foreseen wrongly: 12 us for 800 rows, now 1
+        picked[live] = ids[k]
+        fires = False
+        for t in range(tokens):
+            value = hidden[t, k]
+            scales[t, live] = value
+            fired += value != 0
+            fires |= value != 0
         live += fires
-        idle += not (fires or skip)
+    idle = np.int64(0) if skip else n - live
     for part in range(parts + 1):
         starts[part] = live * part // parts + idle * part // parts
-    at, last, own, others = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
-    for k in range(n):
-        if _fires(hidden, k):
-            while at >= live * (own + 1) // parts:
-                own += 1
-            place = at + idle * own // parts
-            at += 1
-        elif skip:
-            continue
-        else:
-            while last >= idle * (others + 1) // parts:
-                others += 1
-            place = live * (others + 1) // parts + last
-            last += 1
-        picked[place] = ids[k]
-        for t in range(hidden.shape[0]):
-            scales[t, place] = hidden[t, k]
-            fired += hidden[t, k] != 0
+    if idle:
+        _put_idle_rows(ids, n, hidden, parts, live, idle, picked, scales)
     return fired
+
+
+@subroutine
+def _put_idle_rows(ids, n, hidden, parts, live, idle, picked, scales):  # type: ignore[no-untyped-def]
+    """Make room after each part's rows, from the last part on, and put its share of those that add nothing there."""
+    tokens = hidden.shape[0]
+    for part in range(parts - 1, 0, -1):
+        shift = idle * part // parts
+        for k in range(live * (part + 1) // parts - 1, live * part // parts - 1, -1):
+            picked[k + shift] = picked[k]
+            for t in range(tokens):
+                scales[t, k + shift] = scales[t, k]
+    part, found = np.int64(0), np.int64(0)
+    for k in range(n):
+        if not _fires(hidden, k):
+            while found >= idle * (part + 1) // parts:
+                part += 1
+            place = live * (part + 1) // parts + found
+            picked[place] = ids[k]
+            for t in range(tokens):
+                scales[t, place] = 0
+            found += 1
+
+
+@subroutine(forceinline=True)
+def _piece_of_down(piece, parts, slices):  # type: ignore[no-untyped-def]
+    """A piece's part of the rows, its slice of the columns, and of how many such slices; the last quarter of the parts
+    is cut into smaller ones, so that all workers end together."""
+    whole = parts - parts // 4
+    if piece < whole * slices:
+        return piece // slices, piece % slices, slices
+    rest = piece - whole * slices
+    return whole + rest // (2 * slices), rest % (2 * slices), 2 * slices
 
 
 @subroutine
@@ -209,15 +232,16 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
     unit = columns_unit(like)
     units = (ffn.d + unit - 1) // unit
     slices = max(1, min((2 * workers + parts - 1) // parts, units // 4))
+    pieces = (parts + parts // 4) * slices
     piece = barrier.take(state)
-    while piece < parts * slices:
+    while piece < pieces:
         after = barrier.take(state)
-        part, column = piece // slices, piece % slices
-        first, last = unit * (units * column // slices), unit * (units * (column + 1) // slices)
+        part, column, of = _piece_of_down(piece, parts, slices)
+        other, next_column, next_of = _piece_of_down(min(after, pieces - 1), parts, slices)
+        first, last = unit * (units * column // of), unit * (units * (column + 1) // of)
         # The next piece's rows, as far ahead of their columns as this piece's columns are.
-        other = min(after, parts * slices - 1)
-        shift = column_bytes(like, unit * (units * (other % slices) // slices)) - column_bytes(like, first)
-        begin = min(starts[other // slices], max(0, starts[parts] - 1))
+        shift = column_bytes(like, unit * (units * next_column // next_of)) - column_bytes(like, first)
+        begin = min(starts[other], max(0, starts[parts] - 1))
         ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(1, starts[parts]))
         rows = slice(part * tokens, (part + 1) * tokens)
         sum_rows(
