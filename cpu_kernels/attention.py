@@ -19,7 +19,7 @@ import numpy as np
 from numba import njit
 
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.lanes import FAST_SUMS, fetch
+from cpu_kernels.lanes import FAST_SUMS, as_f32, fetch, stored_view
 from cpu_kernels.worker_pool import WorkerPool
 
 _LOG2_E = np.float32(math.log2(math.e))
@@ -27,7 +27,7 @@ _LOG2_E = np.float32(math.log2(math.e))
 _LN2_HIGH, _LN2_LOW = np.float32(355 / 512), np.float32(math.log(2) - 355 / 512)
 _ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
-_LINE = 16  # f32 in a cache line
+_LINE_BYTES = 64
 _SMALLEST = np.float32(-87)  # below this exp leaves the normal f32 numbers; there exp(-87) = 2e-38 is returned
 
 
@@ -48,7 +48,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 def _fetch_rows(rows):  # type: ignore[no-untyped-def]
     """Fetch rows that will be read soon into L2."""
     for i in range(rows.shape[0]):
-        for j in range(0, rows.shape[1], _LINE):
+        for j in range(0, rows.shape[1], _LINE_BYTES // rows.itemsize):
             fetch(rows[i], j)
 
 
@@ -62,15 +62,15 @@ def _score(q, keys, scores, ahead):  # type: ignore[no-untyped-def]
         k0, k1, k2, k3 = keys[i], keys[i + 1], keys[i + 2], keys[i + 3]
         s0 = s1 = s2 = s3 = np.float32(0)
         for j in range(head_dim):
-            s0 += q[j] * k0[j]
-            s1 += q[j] * k1[j]
-            s2 += q[j] * k2[j]
-            s3 += q[j] * k3[j]
+            s0 += q[j] * as_f32(k0[j])
+            s1 += q[j] * as_f32(k1[j])
+            s2 += q[j] * as_f32(k2[j])
+            s3 += q[j] * as_f32(k3[j])
         scores[i], scores[i + 1], scores[i + 2], scores[i + 3] = s0, s1, s2, s3
     for i in range(n & -4, n):
         s0 = np.float32(0)
         for j in range(head_dim):
-            s0 += q[j] * keys[i, j]
+            s0 += q[j] * as_f32(keys[i, j])
         scores[i] = s0
 
 
@@ -84,10 +84,10 @@ def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
         v0, v1, v2, v3 = values[i], values[i + 1], values[i + 2], values[i + 3]
         p0, p1, p2, p3 = p[i], p[i + 1], p[i + 2], p[i + 3]
         for j in range(head_dim):
-            out[j] += (p0 * v0[j] + p1 * v1[j]) + (p2 * v2[j] + p3 * v3[j])
+            out[j] += (p0 * as_f32(v0[j]) + p1 * as_f32(v1[j])) + (p2 * as_f32(v2[j]) + p3 * as_f32(v3[j]))
     for i in range(n & -4, n):
         for j in range(head_dim):
-            out[j] += p[i] * values[i, j]
+            out[j] += p[i] * as_f32(values[i, j])
 
 
 @subroutine(fastmath=FAST_SUMS)
@@ -168,8 +168,8 @@ def decode_attention(
     """Attention of the query at position `length` - 1 over itself and what came before, at most `window` positions.
 
     q, out: [n_heads, head_dim] f32, n_heads a multiple of n_kv_heads. cache: [blocks, 2, n_kv_heads, block_size,
-    head_dim] f32, keys at 0 and values at 1. table: int32 ids of the sequence's blocks in order. Raises `ValueError`
-    when shapes, types, strides, the length, the window or a block id do not fit.
+    head_dim] f32 or f16, keys at 0 and values at 1. table: int32 ids of the sequence's blocks in order. Raises
+    `ValueError` when shapes, types, strides, the length, the window or a block id do not fit.
     """
     _check(q, cache, table, out)
     kv_heads, block_size, head_dim = cache.shape[2:]
@@ -184,7 +184,7 @@ def decode_attention(
         raise ValueError(f"block ids {used.min()} to {used.max()} leave the cache of {cache.shape[0]} blocks")
     workers = min(len(q), pool.workers_for(2 * (length - first) * kv_heads * head_dim * cache.itemsize))
     scratch = np.empty((len(q), block_size + 2), np.float32)
-    pool.run(attend_heads, workers, q, cache, table, first, length, scratch, out)
+    pool.run(attend_heads, workers, q, stored_view(cache), table, first, length, scratch, out)
 
 
 def decode_attention_ref(
@@ -214,8 +214,9 @@ def _check(q: np.ndarray, cache: np.ndarray, table: np.ndarray, out: np.ndarray)
             f"decode_attention shapes do not fit: "
             f"q {q.shape}, out {out.shape}, cache {cache.shape}, table {table.shape}"
         )
-    if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in (q, cache, out)) or table.dtype != np.int32:
+    typed = q.dtype == out.dtype == np.float32 and cache.dtype in (np.float32, np.float16) and table.dtype == np.int32
+    if not typed or not all(a.flags.c_contiguous for a in (q, cache, out)):
         raise ValueError(
-            f"decode_attention wants C-contiguous f32 q, cache and out and an int32 table, "
+            f"decode_attention wants C-contiguous f32 q and out, f32 or f16 cache and an int32 table, "
             f"got {q.dtype}, {cache.dtype}, {out.dtype}, {table.dtype}"
         )

@@ -104,9 +104,9 @@ def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # ty
 
 
 @subroutine
-def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
+def attention(worker, workers, state, likes, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
     """x += attention of norm(x)."""
-    d, heads, head_dim = shape.d, shape.heads, shape.head_dim
+    like, kv_like, d, heads, head_dim = likes[0], likes[4], shape.d, shape.heads, shape.head_dim
     _normed(like, row[Column.ATTENTION_NORM], row[Column.ATTENTION_NORM_BIAS], shape, eps, shared, own)
     width = heads * head_dim
     _project(
@@ -114,7 +114,8 @@ def attention(worker, workers, state, like, row, shape, eps, rotation, blocks, p
     )
     if not barrier.wait(state, workers):
         return False
-    cache = carray(pointer(row[Column.KV]), (shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim), np.float32)
+    sizes = shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim
+    cache = carray(pointer(row[Column.KV]), sizes, kv_like.dtype)
     norms = floats(row[Column.Q_NORM], head_dim), floats(row[Column.K_NORM], head_dim), eps
     turn = rotation[0][position], rotation[1][position]
     rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
@@ -286,11 +287,12 @@ def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: 
 def decode_step(worker, workers, state, likes, table, numbers, shared_table, own_table):  # type: ignore[no-untyped-def]
     """shared.logits [1, vocab] of the token after the given one, whose keys and values go to its place in the KV cache.
 
-    state: the pool's barrier. likes: types of attention, FFN, head and embedding. table: int64 [layers + 1, 27].
-    numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what `read_shared` and `read_own`
-    make; rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0]; blocks: the cache's block table.
+    state: the pool's barrier. likes: types of attention, FFN, head, embedding, and of keys and values. table: int64
+    [layers + 1, 27]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
+    `read_shared` and `read_own` make; rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0];
+    blocks: the cache's block table.
     """
-    attention_like, ffn_like, head_like, embedding_like = likes
+    _, ffn_like, head_like, embedding_like, _ = likes
     codes_like = carray(pointer(0), (1, GROUP), np.int8)
     rotation, blocks, shared = read_shared(shared_table)
     own, shape = read_own(own_table), shape_of(numbers)
@@ -306,9 +308,7 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
-        if not attention(
-            worker, workers, state, attention_like, row, shape, eps, rotation, blocks, position, shared, own
-        ):
+        if not attention(worker, workers, state, likes, row, shape, eps, rotation, blocks, position, shared, own):
             return
         if worker == 0:
             shared.ticks[Phase.ATTENTION] += _tick() - begun

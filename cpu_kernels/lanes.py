@@ -38,6 +38,7 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 _F16_TO_F32_SCALE = 2.0**112
 _ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
 _LARGEST = np.float32(32767)
+_LARGEST_F16 = 65504.0
 
 
 def kernel_view(weight: torch.Tensor) -> np.ndarray:
@@ -55,6 +56,11 @@ def kernel_view(weight: torch.Tensor) -> np.ndarray:
     if weight.dtype == torch.float16:
         return weight.view(torch.int16).numpy()
     raise TypeError(f"kernel weights are bf16, f16, f32 or int8, got {weight.dtype}")
+
+
+def stored_view(values: np.ndarray) -> np.ndarray:
+    """f32 as they are, f16 as the int16 that kernels know them by."""
+    return values.view(np.int16) if values.dtype == np.float16 else values
 
 
 def widen_ref(weight: np.ndarray) -> np.ndarray:
@@ -160,6 +166,26 @@ def _widen(builder: Any, value: Any, stored: Any, lanes: int | None, has_f16c: b
     scaled = builder.fmul(builder.bitcast(magnitude, of(F32)), each(F32, _F16_TO_F32_SCALE))
     sign = builder.and_(wide, each(I32, -0x80000000))
     return builder.bitcast(builder.or_(builder.bitcast(scaled, of(I32)), sign), of(F32))
+
+
+def _as_f16(builder: Any, value: Any, has_f16c: bool) -> Any:
+    """LLVM code for the bits of the f16 nearest to an f32, halves to even."""
+    top = F32(_LARGEST_F16)
+    for edge, order in ((top, ">"), (F32(-_LARGEST_F16), "<")):
+        value = builder.select(builder.fcmp_ordered(order, value, edge), edge, value)
+    if has_f16c:
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), I16)
+    bits = builder.bitcast(value, I32)
+    magnitude = builder.and_(bits, I32(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, I32(13)), I32(1))
+    normal = builder.lshr(builder.add(builder.add(magnitude, I32(0xFFF - (112 << 23))), odd), I32(13))
+    # Beside 0.5 an f32 has the steps of f16's smallest numbers; the sum rounds to them.
+    half = builder.fadd(builder.bitcast(magnitude, F32), F32(0.5))
+    small = builder.sub(builder.bitcast(half, I32), I32(126 << 23))
+    found = builder.select(builder.icmp_unsigned("<", magnitude, I32(113 << 23)), small, normal)
+    found = builder.select(builder.fcmp_unordered("uno", value, value), I32(0x7E00), found)
+    sign = builder.and_(builder.lshr(bits, I32(16)), I32(0x8000))
+    return builder.trunc(builder.or_(found, sign), I16)
 
 
 class Code:
@@ -308,6 +334,29 @@ def weight_at(typing_context: Any, like: Any, address: Any) -> Any:
 
     fits = isinstance(like, types.Array) and like.dtype in FLOATS
     return (types.float32(like, types.int64), generate) if fits else None
+
+
+@intrinsic
+def as_f32(typing_context: Any, value: Any) -> Any:
+    """A stored f32, or f16 as int16, as f32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _widen(builder, args[0], value, None, "f16c" in target_features(context))
+
+    return (types.float32(value), generate) if value in (types.float32, types.int16) else None
+
+
+@intrinsic
+def as_stored(typing_context: Any, like: Any, value: Any) -> Any:
+    """The f32 `value` as an array like `like` stores it: as it is, or as the nearest f16 there is, infinity none."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like.dtype == types.float32:
+            return args[1]
+        return _as_f16(builder, args[1], "f16c" in target_features(context))
+
+    fits = isinstance(like, types.Array) and like.dtype in (types.float32, types.int16) and value == types.float32
+    return (like.dtype(like, value), generate) if fits else None
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.lanes import copy
+from cpu_kernels.lanes import as_stored, stored_view
 from cpu_kernels.norm import rms_norm_row
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -45,7 +45,9 @@ def rope_heads(worker, workers, qkv, rotation, norm, cache, table, position):  #
             _rotate_head(x, cos, sin)
         if h >= heads:
             is_value, head = divmod(h - heads, kv_heads)
-            copy(x, x.shape[0], cache[block, is_value, head, slot])
+            place = cache[block, is_value, head, slot]
+            for j in range(x.shape[0]):
+                place[j] = as_stored(place, x[j])
 
 
 def rope(
@@ -61,9 +63,9 @@ def rope(
 
     qkv: [n_heads + 2 * n_kv_heads, head_dim] f32, heads of q, then k, then v. rotation: cosines and sines
     [head_dim / 2] f32, or both of length 0 for a model without RoPE. norm: weights of q and k [head_dim] f32 and eps;
-    weights of length 0 for none. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, keys at 0 and values at 1;
-    table: int32 ids of the sequence's blocks in order. Raises `ValueError` when shapes, types or the position do not
-    fit.
+    weights of length 0 for none. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16, keys at 0 and values
+    at 1; table: int32 ids of the sequence's blocks in order. Raises `ValueError` when shapes, types or the position do
+    not fit.
     """
     _check(qkv, rotation, norm, cache, table)
     block_size = cache.shape[3]
@@ -73,7 +75,7 @@ def rope(
             f"tokens, the cache {cache.shape[0]} blocks"
         )
     norm = (norm[0], norm[1], float(norm[2]))
-    pool.run(rope_heads, pool.workers_for(qkv.nbytes), qkv, rotation, norm, cache, table, position)
+    pool.run(rope_heads, pool.workers_for(qkv.nbytes), qkv, rotation, norm, stored_view(cache), table, position)
 
 
 def rope_ref(
@@ -109,8 +111,10 @@ def _as_halves(x: np.ndarray) -> np.ndarray:
 
 def _check(qkv: np.ndarray, rotation: Rotation, norm: QKNorm, cache: np.ndarray, table: np.ndarray) -> None:
     floats = (qkv, *rotation, norm[0], norm[1], cache)
-    if any(a.dtype != np.float32 or not a.flags.c_contiguous for a in floats):
-        raise ValueError(f"rope wants C-contiguous f32 arrays, got {', '.join(str(a.dtype) for a in floats)}")
+    if any(a.dtype != np.float32 for a in floats[:-1]) or cache.dtype not in (np.float32, np.float16):
+        raise ValueError(f"rope wants f32 arrays, a cache also of f16, got {', '.join(str(a.dtype) for a in floats)}")
+    if not all(a.flags.c_contiguous for a in floats):
+        raise ValueError(f"rope wants C-contiguous arrays, got strides {', '.join(str(a.strides) for a in floats)}")
     if table.dtype != np.int32 or table.ndim != 1:
         raise ValueError(f"rope wants an int32 block table of one axis, got {table.dtype} {table.shape}")
     head_dim = qkv.shape[-1]

@@ -116,13 +116,9 @@ def split_bytes(
     and says how many of them fire; for exact, which counts none, the frequencies alone say what fires.
     """
     on_gpu, spec = placement.layer_on_gpu, model.spec
-    on_cpu, there = (
-        np.array(_kv_bytes(model, position)),
-        np.array(_kv_bytes(model, position, spec.gpu_kv_element_bytes)),
-    )
     dense = {
         "attention": np.array(_attention_bytes(model)),
-        "keys and values": np.where(on_gpu, there, on_cpu),
+        "keys and values": np.array(_kv_bytes(model, position)),
         "predictor": np.array(_predictor_bytes(model)) * (strategy == "learned"),
     }
     gpu = {part: int(sizes[on_gpu].sum()) for part, sizes in dense.items()}
@@ -163,9 +159,9 @@ def _attention_bytes(model: Transformer) -> list[int]:
     return [block.attention.qkv.matrix.nbytes + block.attention.out.matrix.nbytes for block in model.blocks]
 
 
-def _kv_bytes(model: Transformer, position: float, element_bytes: int = 4) -> list[int]:
+def _kv_bytes(model: Transformer, position: float) -> list[int]:
     lengths = [min(position, block.attention.window or position) for block in model.blocks]
-    return [model.spec.kv_bytes_per_layer(round(length), element_bytes) for length in lengths]
+    return [model.spec.kv_bytes_per_layer(round(length)) for length in lengths]
 
 
 def _predictor_bytes(model: Transformer) -> list[int]:

@@ -27,6 +27,7 @@ from cpu_kernels.decode_state import (
     new_shared,
 )
 from cpu_kernels.decode_step import decode_step
+from cpu_kernels.lanes import stored_view
 from cpu_kernels.low_rank import PredictorView
 from cpu_kernels.worker_pool import Each
 from hybrid.ffn import FFNRuntime, Strategy
@@ -79,7 +80,8 @@ class DecodeStep:
         self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
         attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
         matrices = (attention, ffn, model.head.matrix, model.embedding)
-        self._likes = (*(matrix.like for matrix in matrices), np.empty((1, GROUP), np.int8))
+        keys, codes = stored_view(cache.data[0, 0, 0, 0, 0]), np.empty((1, GROUP), np.int8)
+        self._likes = (*(matrix.like for matrix in matrices), keys, codes)
         self._rotation = self._angles(cache.capacity)
         self._numbers = new_numbers(self._shape, float(spec.norm_eps))
         self._shared_table = address_table((self._rotation, cache.table, self._shared))
@@ -112,7 +114,7 @@ class DecodeStep:
         pool, numbers = self._runtime.pool, self._numbers
         numbers[: len(shape)], numbers[Number.TOKEN], numbers[Number.POSITION] = shape, token, position
         buffers = self._shared_table, self._own_tables
-        pool.run(decode_step, pool.threads, pool.barrier, self._likes[:4], table, numbers, *buffers)
+        pool.run(decode_step, pool.threads, pool.barrier, self._likes[:5], table, numbers, *buffers)
 
     def _count(self, seconds: float, strategy: Strategy) -> None:
         counters, spec = self._runtime.counters, self._model.spec

@@ -23,7 +23,6 @@ from hybrid.model import Block, Norm, Transformer
 from placement.placement import Placement
 from profiler.spec import ModelSpec
 
-KV_TYPES = {2: torch.float16, 4: torch.float32}
 DENSE, PREDICTORS, HOT, KV, HEAD = "dense weights", "predictors", "hot neurons", "KV cache", "head and final norm"
 
 
@@ -99,7 +98,7 @@ def _layer(arena: DeviceArena, spec: ModelSpec, block: Block, cache: KVCache, ne
         near=None if near is None else _near(arena, near, ffn.act.name),
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
-        cache=arena.empty(KV, tuple(cache.data.shape[1:]), KV_TYPES[spec.gpu_kv_element_bytes]),
+        cache=arena.empty(KV, tuple(cache.data.shape[1:]), torch.from_numpy(cache.data).dtype),
         window=attention.window,
     )
 

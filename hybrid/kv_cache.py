@@ -12,7 +12,9 @@ BLOCK_SIZE = 256
 
 
 class KVCache:
-    """Keys and values of one sequence, f32, in blocks of tokens: [n_layers, blocks, 2, n_kv_heads, block, head_dim].
+    """Keys and values of one sequence in blocks of tokens: [n_layers, blocks, 2, n_kv_heads, block, head_dim].
+
+    Those of f32 models are f32, of others f16, in which they are clamped to what it can hold.
 
     `table` int32 holds the sequence's blocks in order. The whole capacity is reserved at once, but the system commits a
     page only when a token is written to it.
@@ -27,9 +29,8 @@ class KVCache:
         self.block_size = min(BLOCK_SIZE, capacity)
         blocks = -(-capacity // self.block_size)
         try:
-            self.data = np.empty(
-                (spec.n_layers, blocks, 2, spec.n_kv_heads, self.block_size, spec.head_dim), np.float32
-            )
+            shape = spec.n_layers, blocks, 2, spec.n_kv_heads, self.block_size, spec.head_dim
+            self.data = np.empty(shape, np.float32 if spec.kv_element_bytes == 4 else np.float16)
         except MemoryError as error:
             size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
             raise ContextError(
@@ -41,7 +42,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [t, n_kv_heads, head_dim] after `length`; return all up to them, heads first.
+        """Write keys and values [t, n_kv_heads, head_dim] after `length`; return all up to them, f32, heads first.
 
         `length` moves in `advance`, once every layer has appended. Raises `ContextError` when they do not fit.
         """
@@ -49,16 +50,16 @@ class KVCache:
         if end > self.capacity:
             raise ContextError(f"{end} tokens do not fit a context of {self.capacity}; shorten the prompt")
         cache = torch.from_numpy(self.data[layer])
-        at = self.length
+        at, largest = self.length, torch.finfo(cache.dtype).max
         while at < end:
             block, first = divmod(at, self.block_size)
             count = min(end - at, self.block_size - first)
             new = slice(at - self.length, at - self.length + count)
             for side, source in enumerate((keys, values)):
-                cache[block, side, :, first : first + count] = source[new].transpose(0, 1)
+                cache[block, side, :, first : first + count] = source[new].clamp(-largest, largest).transpose(0, 1)
             at += count
         used = cache[: -(-end // self.block_size)].transpose(0, 2)  # [heads, 2, blocks, block, head_dim]
-        return used[:, 0].flatten(1, 2)[:, :end], used[:, 1].flatten(1, 2)[:, :end]
+        return used[:, 0].flatten(1, 2)[:, :end].float(), used[:, 1].flatten(1, 2)[:, :end].float()
 
     def advance(self, tokens: int) -> None:
         self.length += tokens

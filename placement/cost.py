@@ -117,13 +117,13 @@ class CostModel:
             per_neuron = first * predicted + (spec.neuron_bytes - first) * fires
         return np.pad(np.cumsum(per_neuron, axis=1), ((0, 0), (1, 0)))
 
-    def _kv_bytes(self, element_bytes: int) -> np.ndarray:
+    def _kv_bytes(self) -> np.ndarray:
         """Bytes [n_layers] of keys and values read at the planned context; a sliding window bounds them."""
         spec, context = self.plan.spec, self.plan.context
         tokens = np.full(spec.n_layers, context)
         if spec.sliding_window is not None:
             tokens[np.array(spec.sliding_layers, dtype=bool)] = min(context, spec.sliding_window)
-        return tokens * spec.kv_bytes_per_layer(1, element_bytes)
+        return tokens * spec.kv_bytes_per_layer(1)
 
     @property
     def handoff_seconds(self) -> float:
@@ -173,7 +173,7 @@ class CostModel:
         factor, _ = _GPU_BLOCKS.get(spec.dtype, (1.0, 1.0))
         projections = factor * np.array([spec.layer_dense_bytes - out, out])
         fixed = float(hardware.kernel_seconds("gemv", projections).sum())
-        return fixed + hardware.kernel_seconds("attention", self._kv_bytes(spec.gpu_kv_element_bytes))
+        return fixed + hardware.kernel_seconds("attention", self._kv_bytes())
 
     def _zero_copy_bytes(self, hot: np.ndarray, on_gpu: np.ndarray) -> np.ndarray:
         """Bytes [n_layers, n] of cold neurons that the GPU had better read over PCIe while the CPU computes the rest.
@@ -242,7 +242,7 @@ class CostModel:
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
         """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
         bandwidth = self._dense_bandwidth
-        attention = (self.plan.spec.layer_dense_bytes + self._kv_bytes(4)) / bandwidth
+        attention = (self.plan.spec.layer_dense_bytes + self._kv_bytes()) / bandwidth
         predictor = np.array(self.plan.predictor_bytes) / bandwidth
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]

@@ -114,7 +114,7 @@ class VramPlan:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of one layer, in whole blocks of tokens."""
-        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context), self.spec.gpu_kv_element_bytes))
+        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context)))
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:

@@ -150,7 +150,7 @@ class Handoff:
         sizes = {"heads": 1, "kv_heads": 1, "head_dim": d, "vocab": 1, "blocks": 1, "block_size": 1, "layer_norm": 0}
         shape = Shape(d, f, **sizes, activation=ACTIVATION_CODES["relu"], strategy=LEARNED)
         workers, like = self._pool.threads, np.empty((1, 128), np.uint16)
-        likes = (like, like, like, like, np.empty((1, 128), np.int8))
+        likes = (like, like, like, like, np.empty(1, np.int16), np.empty((1, 128), np.int8))
         rotation, blocks = (np.empty((1, 0), np.float32), np.empty((1, 0), np.float32)), np.zeros(1, np.int32)
         shared, owns = new_shared(shape, 0, workers), Each(new_own(shape, 0) for _ in range(workers))
         batch, batch_owns = new_batch_shared(shape), Each(new_batch_own(shape) for _ in range(workers))

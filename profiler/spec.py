@@ -81,8 +81,8 @@ class ModelSpec:
         return DTYPE_BYTES.get(self.dtype, 4)
 
     @property
-    def gpu_kv_element_bytes(self) -> int:
-        """Bytes of a key's or value's element on the GPU: f16 holds what bf16 and f16 weights give; f32 keep all."""
+    def kv_element_bytes(self) -> int:
+        """Bytes of a key's or value's element: f16 holds what bf16, f16 and smaller weights give; f32 keep all."""
         return 4 if self.dtype == "f32" else 2
 
     @property
@@ -127,9 +127,9 @@ class ModelSpec:
         per_layer = self.layer_dense_bytes + self.layer_ffn_bytes
         return self.n_layers * per_layer + self.head_bytes + self.embedding_bytes
 
-    def kv_bytes_per_layer(self, context: int, element_bytes: int = 4) -> int:
-        """Bytes of keys and values of one layer for `context` tokens; f32 as the CPU keeps them."""
-        return 2 * context * self.n_kv_heads * self.head_dim * element_bytes
+    def kv_bytes_per_layer(self, context: int) -> int:
+        """Bytes of keys and values of one layer for `context` tokens."""
+        return 2 * context * self.n_kv_heads * self.head_dim * self.kv_element_bytes
 
 
 def _row_bytes(dtype: DType, columns: int) -> int:

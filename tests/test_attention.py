@@ -9,11 +9,11 @@ from cpu_kernels.attention import _exp, attend_heads, decode_attention, decode_a
 from cpu_kernels.worker_pool import WorkerPool
 
 
-def make(heads, kv_heads, head_dim, length, block_size=16, scale=1.0):
+def make(heads, kv_heads, head_dim, length, block_size=16, scale=1.0, dtype=np.float32):
     """q, cache and table of a sequence whose blocks lie in random order among others that hold NaN."""
     rng = np.random.default_rng(heads + head_dim + length)
     used = -(-length // block_size)
-    cache = np.full((used + 2, 2, kv_heads, block_size, head_dim), np.nan, np.float32)
+    cache = np.full((used + 2, 2, kv_heads, block_size, head_dim), np.nan, dtype)
     table = rng.permutation(used + 2)[:used].astype(np.int32)
     for i in range(length):
         cache[table[i // block_size], :, :, i % block_size] = rng.standard_normal((2, kv_heads, head_dim))
@@ -30,8 +30,10 @@ def both(q, cache, table, length, window=None):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (8, 8), (8, 2), (17, 1)])
 @pytest.mark.parametrize("head_dim", [10, 64, 128])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])
-def test_matches_reference(heads, kv_heads, head_dim, length):
-    np.testing.assert_allclose(*both(*make(heads, kv_heads, head_dim, length), length), rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_matches_reference(heads, kv_heads, head_dim, length, dtype):
+    args = make(heads, kv_heads, head_dim, length, dtype=dtype)
+    np.testing.assert_allclose(*both(*args, length), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 50])
@@ -121,6 +123,8 @@ def test_misfits_are_refused():
     for bad in ((q[:3], cache, table, out[:3]), (q, cache, table, out[:3]), (q, cache[0], table, out)):
         with pytest.raises(ValueError, match="shapes do not fit"):
             decode_attention(*bad[:3], 20, None, bad[3], pool)
+    with pytest.raises(ValueError, match="f32 or f16 cache"):
+        decode_attention(q, cache.astype(np.float64), table, 20, None, out, pool)
     with pytest.raises(ValueError, match="int32 table"):
         decode_attention(q, cache, table.astype(np.int64), 20, None, out, pool)
     with pytest.raises(ValueError, match="f32 q"):

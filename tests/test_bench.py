@@ -87,7 +87,7 @@ def test_predictors_and_the_window_are_counted():
         d_model=4,
         rows_per_neuron=2,
         norm="layer",
-        kv_bytes_per_layer=lambda n, size: n * size // 4,
+        kv_bytes_per_layer=lambda n: n,
     )
     ffn = SimpleNamespace(up=matrix(10, 8), predictor=SimpleNamespace(nbytes=33))
     model = SimpleNamespace(

@@ -183,7 +183,7 @@ def test_gpu_choice_without_a_gpu_is_refused():
 def test_blocks_cost_the_gpu_more_than_their_bytes(dtype, matrices, neurons):
     spec = small_spec(dtype=dtype)
     model = CostModel(VramPlan(spec, 8, (0,)), ROUND_HARDWARE, FIRING, "dense", group_size=1)
-    keys = spec.kv_bytes_per_layer(8, 2) / 1e7
+    keys = spec.kv_bytes_per_layer(8) / 1e7
     time = model.evaluate(on_gpu(3))
     assert time.attention == pytest.approx(7e-5 + keys + matrices * spec.layer_dense_bytes / 1e7)
     assert time.ffn == pytest.approx(3e-5 + neurons * spec.layer_ffn_bytes / 1e7)

@@ -100,13 +100,13 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", ["llama-relu", "opt"])
 def test_matches_torch_on_the_same_matrices_of_every_type(name, dtype, stored):
-    """Blocks add the rounding of each product's input to 16 bits."""
+    """Blocks add the rounding of each product's input to 16 bits, which moves some keys to the next f16."""
     model, tokens = build(stored(name, dtype), max(THREADS)), some_tokens(40)
     assert model.ffns[0].up.dtype == dtype
-    expected = model.logits(model(tokens))[20:]
+    expected = model.logits(model(tokens, KVCache(model.spec, 44)))[20:]
     for strategy in ("dense", "exact"):
         step, _ = decoder(model, tokens[:20])
-        assert relative_error(decode(step, tokens[20:], strategy), expected) < TOLERANCE
+        assert relative_error(decode(step, tokens[20:], strategy), expected) < (2 if "int" in dtype else 1) * TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["f32", *STORED])

@@ -70,13 +70,6 @@ def stored(tmp_path_factory):
     return get
 
 
-class HalfCache(KVCache):
-    """Keys and values as the GPU keeps those of models that are not f32: rounded to f16."""
-
-    def append(self, layer, keys, values):
-        return super().append(layer, keys.half().float(), values.half().float())
-
-
 class Case:
     """A model placed by `share` of hot neurons, with `on_cpu` layers on the CPU, and its prefill."""
 
@@ -101,9 +94,7 @@ class Case:
         return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, tuple(angles))
 
     def expected(self, tokens):
-        spec = self.model.spec
-        cache = HalfCache(spec, CAPACITY) if spec.gpu_kv_element_bytes == 2 else KVCache(spec, CAPACITY)
-        hidden = self.model(torch.tensor(tokens), cache)
+        hidden = self.model(torch.tensor(tokens), KVCache(self.model.spec, CAPACITY))
         return self.model.logits(hidden[-1:])[0]
 
 

@@ -12,14 +12,14 @@ EPS, BLOCK_SIZE = 1e-6, 4
 NONE = np.empty(0, np.float32)
 
 
-def make(heads, kv_heads, head_dim, rotated=True, normed=False):
+def make(heads, kv_heads, head_dim, rotated=True, normed=False, dtype=np.float32):
     """The arguments of `rope` up to the position; the sequence's blocks are not in the cache's order."""
     rng = np.random.default_rng(heads * head_dim + kv_heads)
     qkv = rng.standard_normal((heads + 2 * kv_heads, head_dim)).astype(np.float32)
     angles = rng.uniform(-7, 7, head_dim // 2)
     rotation = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if rotated else (NONE, NONE)
     norm = (*(rng.standard_normal((2, head_dim)).astype(np.float32) if normed else (NONE, NONE)), EPS)
-    cache = np.full((5, 2, kv_heads, BLOCK_SIZE, head_dim), np.nan, np.float32)
+    cache = np.full((5, 2, kv_heads, BLOCK_SIZE, head_dim), np.nan, dtype)
     return qkv, rotation, norm, cache, np.array([3, 0, 4], np.int32)
 
 
@@ -57,6 +57,28 @@ def test_odd_heads_without_rotation_and_one_place_written():
     assert (args[0] == qkv).all()
     assert (cache[4, :, :, 1] == qkv[3:].reshape(2, 1, 17)).all()
     assert np.isfinite(cache).sum() == 2 * 17
+
+
+def test_f16_keys_match_the_f32_ones_rounded():
+    exact, rounded = (make(6, 2, 10, normed=True, dtype=dtype) for dtype in (np.float32, np.float16))
+    for args in (exact, rounded):
+        rope(*args, 6, WorkerPool(1))
+    np.testing.assert_array_equal(rounded[3], exact[3].astype(np.float16))
+
+
+def test_rounding_to_f16_matches_numpys():
+    """Every f16, what lies half-way between two and beside it, and what is beyond the largest."""
+    numbers = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    beyond = np.array([65519, 65520, 1e5, np.inf], np.float32)
+    values = np.concatenate([numbers, halves, np.nextafter(halves, 0), np.nextafter(halves, np.float32(1e9)), beyond])
+    values = np.concatenate([values, -values, [np.nan, 0]]).astype(np.float32)
+    qkv, rotation, norm, cache, table = make(1, 1, len(values), rotated=False, dtype=np.float16)
+    qkv[2] = values
+    rope(qkv, rotation, norm, cache, table, 0, WorkerPool(1))
+    expected = values.clip(-65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(cache[3, 1, 0, 0].view(np.int16)[:-2], expected.view(np.int16)[:-2])
+    np.testing.assert_array_equal(cache[3, 1, 0, 0, -2:], expected[-2:])
 
 
 def test_same_bits_for_any_number_of_workers():
