@@ -252,9 +252,9 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
         return False
     if worker == workers - 1:
         _tally(row, n, shape, shared)
-    parts = shared.sums.shape[0]
-    down_parts(
-        state, workers, weights, shared.ids, n, shared.hidden, skip, parts, own.down, shared.sums, shared.offsets
+    most = shared.sums.shape[0]
+    _, parts = down_parts(
+        state, workers, weights, shared.ids, n, shared.hidden, skip, most, own.down, shared.sums, shared.offsets
     )
     if not barrier.wait(state, workers):
         return False

@@ -15,7 +15,7 @@ from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, sum_rows
 
 LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
-MAX_PARTS = 8  # in which the rows of down are summed
+MAX_PARTS, LEAST_ROWS = 8, 16  # parts in which the rows of down are summed, and rows of one where there are several
 
 
 class FFNWeights(NamedTuple):
@@ -163,7 +163,7 @@ def sum_parts(f):  # type: ignore[no-untyped-def]
 @subroutine
 def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type: ignore[no-untyped-def]
     """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
-    `starts`; returns how many values of hidden are not 0.
+    `starts`; returns how many values of hidden are not 0 and into how many parts, at most `parts`, the rows went.
 
     Each part has an equal share of the rows that have something to add, in order, so that parts are equally long and
     neighbours in memory stay so; those that add nothing come last in each: whether they are skipped changes no sum.
@@ -179,11 +179,12 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
             fires |= value != 0
         live += fires
     idle = np.int64(0) if skip else n - live
+    parts = max(1, min(parts, live // LEAST_ROWS))
     for part in range(parts + 1):
         starts[part] = live * part // parts + idle * part // parts
     if idle:
         _put_idle_rows(ids, n, hidden, parts, live, idle, picked, scales)
-    return fired
+    return fired, parts
 
 
 @subroutine
@@ -221,14 +222,15 @@ def _piece_of_down(piece, parts, slices):  # type: ignore[no-untyped-def]
 
 @subroutine
 def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
-    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0.
+    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0, and into
+    how many parts, at most `parts`, the rows went.
 
     A piece is one part of the rows and a slice of the columns, of which there are enough to give every worker some.
     own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
     """
     starts, picked, scales, steps = own
     tokens, like = hidden.shape[0], ffn.like
-    fired = _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales)
+    fired, parts = _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales)
     unit = columns_unit(like)
     units = (ffn.d + unit - 1) // unit
     slices = max(1, min((2 * workers + parts - 1) // parts, units // 4))
@@ -249,7 +251,7 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
             sums[rows], offsets[rows], steps,
         )  # fmt: skip
         piece = after
-    return fired
+    return fired, parts
 
 
 @subroutine

@@ -165,11 +165,11 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     )
     if not barrier.wait(state, workers):
         return False
-    parts = batch.sums.shape[0] // MAX_BATCH
+    most = batch.sums.shape[0] // MAX_BATCH
     starts, picked, scales, steps = own.down
     scratch = starts, picked, scales[:tokens], steps
-    sums, offsets = batch.sums[: parts * tokens], batch.offsets[: parts * tokens]
-    down_parts(state, workers, weights, ids, n, hidden, skip, parts, scratch, sums, offsets)
+    sums, offsets = batch.sums[: most * tokens], batch.offsets[: most * tokens]
+    _, parts = down_parts(state, workers, weights, ids, n, hidden, skip, most, scratch, sums, offsets)
     if not barrier.wait(state, workers):
         return False
     merge_parts(worker, workers, like, d, parts, sums, offsets, box.out[:tokens])

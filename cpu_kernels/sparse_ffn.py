@@ -11,8 +11,8 @@ at the pool's barrier, take pieces of down, which are a part of its rows and a s
 each adds the parts of its columns. Who takes what depends on who is faster: on 16 cores of a shared host fixed shares
 waited 40% longer for the slowest. A slice of all rows for each worker, without parts, took twice as long there: pieces
 of rows of 256 bytes. More than 8 tokens are shared out whole. A value of `hidden` is one worker's, the parts depend on
-a neuron's number alone and are added in order: the answer is the same, bit for bit, for any number of workers, whether
-a token comes alone or among others, and with or without `skip_zeros`.
+which rows have something to add and are added in order: the answer is the same, bit for bit, for any number of workers
+and with or without `skip_zeros`. Beside other tokens, whose rows are in the parts too, it may be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def _together(  # type: ignore[no-untyped-def]
     gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
-    fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+    fired[worker], used = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
     if barrier.wait(state, workers):
-        merge_parts(worker, workers, ffn.like, d, parts, sums, offsets, out)
+        merge_parts(worker, workers, ffn.like, d, used, sums, offsets, out)
 
 
 @kernel
@@ -121,10 +121,9 @@ def _apart(  # type: ignore[no-untyped-def]
         likely = not skip or n < len(places)
         gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
-        fired[worker] += down_parts(
-            state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets
-        )  # fmt: skip
-        merge_parts(alone, one, ffn.like, d, parts, sums, offsets, out[t : t + 1])
+        count, used = down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+        fired[worker] += count
+        merge_parts(alone, one, ffn.like, d, used, sums, offsets, out[t : t + 1])
 
 
 class SparseFFNScratch:

@@ -26,6 +26,14 @@ def _weight(q_norm, k_norm, at, mask, is_query, is_key):  # type: ignore[no-unty
 
 
 @triton.jit
+def _kept(x, cache):  # type: ignore[no-untyped-def]
+    """x in the cache's type; f16 ends at 65504, beyond which it would be infinite."""
+    if cache.dtype.element_ty == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit
 def _rope_kernel(  # type: ignore[no-untyped-def]
     qkv,
     cos,
@@ -73,8 +81,8 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     tl.store(x + HALF + j, b, mask=in_b & is_query)
     row = (block * (2 * KV_HEADS) + (h - HEADS)) * BLOCK_SIZE + position % BLOCK_SIZE
     place = cache + row * HEAD_DIM
-    tl.store(place + j, a.to(cache.dtype.element_ty), mask=in_a & (is_key | is_value))
-    tl.store(place + HALF + j, b.to(cache.dtype.element_ty), mask=in_b & (is_key | is_value))
+    tl.store(place + j, _kept(a, cache), mask=in_a & (is_key | is_value))
+    tl.store(place + HALF + j, _kept(b, cache), mask=in_b & (is_key | is_value))
 
 
 def rope(

@@ -1,5 +1,7 @@
 """RoPE, QK norm and the write into the KV cache on the GPU: against the reference and the CPU's kernel."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,15 @@ def test_narrow_cache(kind):
     found, truth = both(2, 2, 1, 64, normed=True, kind=kind)
     assert_close(found[0], truth[0])
     assert_same_cache(found[1], truth[1], TOLERANCE[kind])
+
+
+def test_what_f16_cannot_hold_is_kept_as_its_largest():
+    args = make(1, 1, 1, 24, rotated=False, kind="f16")
+    qkv, cache = args[0], args[8]
+    qkv[0, -3:] = torch.tensor([1e5, -torch.inf, torch.nan])
+    rope(*args)
+    kept = cache[~cache.isnan().all(-1)][-1, -3:].tolist()
+    assert kept[:2] == [65504, -65504] and math.isnan(kept[2])
 
 
 def test_values_and_keys_in_qkv_stay_and_odd_heads_without_rotation():

@@ -100,6 +100,7 @@ def test_every_activation_gated_and_not(activation, gated, biased, skip):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_threads_and_alone_or_among_others(dtype, monkeypatch):
+    """Among others where the rows of down are one part."""
     monkeypatch.setattr("cpu_kernels.worker_pool.BYTES_PER_WORKER", 1)
     view, x = make(500, 333, dtype), random_input(11, 333)
     rows, offsets = active("third", 500, 11)
