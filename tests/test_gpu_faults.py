@@ -44,9 +44,10 @@ def engine(folder):
 
 
 def serving():
-    """Whether the mailbox's thread is alive; it may take a moment to end."""
+    """Whether the mailbox's thread is alive; it may take a moment to end. One whose start was interrupted never lived,
+    but is listed for ever."""
     end = time.monotonic() + 1
-    while any(thread.name == "hybrid-mailbox" for thread in threading.enumerate()):
+    while any(thread.name == "hybrid-mailbox" and thread.is_alive() for thread in threading.enumerate()):
         if time.monotonic() > end:
             return True
         time.sleep(1e-3)
