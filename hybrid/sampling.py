@@ -60,6 +60,11 @@ class Sampler:
         return min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)
 
 
+def load_kernels() -> None:
+    """Compile what drawing a token takes, or read it from its cache: 0.7 s that a first answer waited."""
+    _largest(torch.zeros(1), 1, WorkerPool(1))
+
+
 def most_likely(logits: torch.Tensor) -> int:
     """The id of the largest of logits f32 [vocab], the lowest among equals. Raises `RuntimeError` as `pick` does."""
     if not np.isfinite(logits.numpy().max()):

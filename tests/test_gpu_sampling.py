@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE, assert_close, random_input
 from model_cases import make_model
+from step_cases import use_references
 
 from cpu_kernels import top_k as on_cpu
 from cpu_kernels.worker_pool import WorkerPool
@@ -233,7 +234,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head_on_gpu", [True, False])
-def test_the_step_takes_the_largest_of_its_logits(folder, head_on_gpu):
+def test_the_step_takes_the_largest_of_its_logits(folder, head_on_gpu, monkeypatch):
+    use_references(monkeypatch)
+    monkeypatch.setattr("hybrid.gpu_step.greedy", greedy)
     opened = ModelFolder.open(folder)
     spec, pool = opened.spec, WorkerPool(1)
     placement = replace(Placement.all_hot(spec), head_on_gpu=head_on_gpu)
