@@ -11,7 +11,7 @@ from profiler.errors import InputError
 
 FIRING = np.array([[0.25, 1.0, 0.5]])  # order of the neurons: 1, 2, 0
 HANDOFF = 1e-3 + 32 / 1e6  # two vectors of 4 f32
-ON_CPU = 0.75 * 1e6  # bytes/s at which dense parts on the CPU are read
+ON_CPU = 0.88 * 1e6  # bytes/s at which dense parts on the CPU are read
 BETWEEN = 80e-6  # two tokens, on the GPU
 # Dense weights: 4 x 4 x 4 + 2 norms of 4, in f32; keys and values of 8 tokens.
 ATTENTION_BYTES = 288 + 256
