@@ -169,7 +169,7 @@ def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type:
     neighbours in memory stay so; those that add nothing come last in each: whether they are skipped changes no sum.
     """
     tokens, live, fired = hidden.shape[0], np.int64(0), np.int64(0)
-    for k in range(n):  # without a branch, which would often be foreseen wrongly: 12 us for 800 rows, now 1
+    for k in range(n):  # without a branch, which would often be foreseen wrongly: 12 us for 800 rows, now 2
         picked[live] = ids[k]
         fires = False
         for t in range(tokens):
