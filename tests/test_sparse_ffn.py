@@ -125,15 +125,13 @@ def test_skipping_zeros_changes_no_bit(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_in_several_parts_match_the_reference(dtype, monkeypatch):
-    """Up to 8 parts of down, of which half the rows add nothing, and fewer for few rows: the same bits for any number of
-    workers, and whether those that add nothing are skipped."""
+    """Up to 8 parts of down, half of whose rows add nothing, and fewer parts for few rows: the same bits for any number
+    of workers, and whether those that add nothing are skipped."""
     monkeypatch.setattr("cpu_kernels.worker_pool.BYTES_PER_WORKER", 1)
     view, x = make(9000, 65, dtype), random_input(3, 65)
     for tokens, step in ((1, 1), (1, 7), (1, 60), (1, 200), (3, 7)):
-        rows, offsets = (
-            np.tile(np.arange(0, 9000, step, dtype=np.int32), tokens),
-            np.arange(tokens + 1) * -(-9000 // step),
-        )
+        each = np.arange(0, 9000, step, dtype=np.int32)
+        rows, offsets = np.tile(each, tokens), np.arange(tokens + 1) * len(each)
         ours, fired = run(view, x[:tokens], rows, offsets)
         truth = np.ones_like(ours)
         assert fired == sparse_ffn_ref(in_f32(view), x[:tokens], rows, offsets, truth)
