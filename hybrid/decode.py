@@ -82,6 +82,7 @@ class DecodeStep:
         matrices = (attention, ffn, model.head.matrix, model.embedding)
         keys, codes = stored_view(cache.data[0, 0, 0, 0, 0]), np.empty((1, GROUP), np.int8)
         self._likes = (*(matrix.like for matrix in matrices), keys, codes)
+        self._logits = torch.from_numpy(self._shared.logits[0])
         self._rotation = self._angles(cache.capacity)
         self._numbers = new_numbers(self._shape, float(spec.norm_eps))
         self._shared_table = address_table((self._rotation, cache.table, self._shared))
@@ -97,7 +98,7 @@ class DecodeStep:
         self._run(self._table, self._shape._replace(strategy=_STRATEGIES[strategy]), token, self._cache.length)
         self._count(perf_counter() - start, strategy)
         self._cache.advance(1)
-        return torch.from_numpy(self._shared.logits[0])
+        return self._logits
 
     def load_kernels(self) -> None:
         """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""
@@ -118,17 +119,17 @@ class DecodeStep:
 
     def _count(self, seconds: float, strategy: Strategy) -> None:
         counters, spec = self._runtime.counters, self._model.spec
-        tallies, ticks = self._shared.tallies, self._shared.ticks
-        hot, cold = int(tallies[Count.FIRED_HOT]), int(tallies[Count.FIRED_COLD])
+        tallies, ticks = self._shared.tallies.tolist(), self._shared.ticks.tolist()
+        hot, cold = tallies[Count.FIRED_HOT], tallies[Count.FIRED_COLD]
         counters.neurons += spec.n_layers * spec.d_ff
-        counters.computed += hot + cold if strategy == "exact" else int(tallies[Count.COMPUTED])
+        counters.computed += hot + cold if strategy == "exact" else tallies[Count.COMPUTED]
         counters.fired += hot + cold
         counters.fired_hot += hot
-        each = seconds / max(1, int(ticks.sum()))
-        counters.attention_seconds += each * int(ticks[Phase.ATTENTION])
-        counters.predictor_seconds += each * int(ticks[Phase.PREDICTOR])
-        counters.ffn_seconds += each * int(ticks[Phase.FFN])
-        counters.head_seconds += each * int(ticks[Phase.HEAD])
+        each = seconds / max(1, sum(ticks))
+        counters.attention_seconds += each * ticks[Phase.ATTENTION]
+        counters.predictor_seconds += each * ticks[Phase.PREDICTOR]
+        counters.ffn_seconds += each * ticks[Phase.FFN]
+        counters.head_seconds += each * ticks[Phase.HEAD]
 
     def _layer(self, number: int, block: Block) -> np.ndarray:
         """The table's row of one layer."""

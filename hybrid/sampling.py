@@ -6,6 +6,7 @@ A vocabulary is never sorted where a few tokens decide: at 32000 tokens the sort
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,9 +68,11 @@ def load_kernels() -> None:
 
 def most_likely(logits: torch.Tensor) -> int:
     """The id of the largest of logits f32 [vocab], the lowest among equals. Raises `RuntimeError` as `pick` does."""
-    if not np.isfinite(logits.numpy().max()):
+    numbers = logits.numpy()
+    largest = int(numbers.argmax())  # a NaN, where there is one
+    if not math.isfinite(numbers[largest]):
         raise not_numbers()
-    return int(np.argmax(logits.numpy()))
+    return largest
 
 
 def not_numbers() -> RuntimeError:
