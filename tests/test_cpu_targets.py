@@ -13,6 +13,8 @@ from llvmlite import binding
 
 TESTS = Path(__file__).parent
 PARTS = "blocks matrix row_dot row_sum widen gemv sparse_ffn low_rank norm rope attention top_k"
+# Of those whose answers are held against the reference; the sparse FFN's in parts go through all that it has.
+CHOSEN = "matches or several_parts or four_rows_match or widen_equals or errs_by_half or errs_less"
 V1 = "64bit cmov cx8 fxsr mmx sse sse2"
 HASWELL = f"{V1} sse3 ssse3 sse4.1 sse4.2 avx avx2 fma f16c bmi bmi2 lzcnt movbe popcnt cx16 sahf xsave xsaveopt"
 TARGETS = {"haswell": HASWELL.split(), "x86-64": V1.split()}
@@ -54,9 +56,10 @@ def run(name, *command):
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_match_their_references(name):
     files = [str(path) for path in (TESTS / f"test_{part}.py" for part in PARTS.split()) if path.exists()]
-    result = run(name, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "matches", *files)
+    result = run(name, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", CHOSEN, *files)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 100
+    passed = set(re.findall(r"test_(\w+)\.py::\S+ PASSED", result.stdout))
+    assert passed == {Path(file).stem.removeprefix("test_") for file in files}
 
 
 @pytest.mark.parametrize("name", TARGETS)
