@@ -156,7 +156,7 @@ def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no
 
 @kernel
 def sum_parts(f):  # type: ignore[no-untyped-def]
-    """Parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
+    """Most parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
     return max(1, min(MAX_PARTS, f // 1024))
 
 

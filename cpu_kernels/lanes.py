@@ -49,17 +49,15 @@ def kernel_view(weight: torch.Tensor) -> np.ndarray:
     """
     if not weight.is_contiguous():
         raise ValueError(f"kernel weights must be contiguous, got strides {weight.stride()} for {tuple(weight.shape)}")
-    if weight.dtype in (torch.float32, torch.int8):
-        return weight.numpy()
+    if weight.dtype in (torch.float32, torch.float16, torch.int8):
+        return stored_view(weight.numpy())
     if weight.dtype == torch.bfloat16:
         return weight.view(torch.int16).numpy().view(np.uint16)
-    if weight.dtype == torch.float16:
-        return weight.view(torch.int16).numpy()
     raise TypeError(f"kernel weights are bf16, f16, f32 or int8, got {weight.dtype}")
 
 
 def stored_view(values: np.ndarray) -> np.ndarray:
-    """f32 as they are, f16 as the int16 that kernels know them by."""
+    """f16 as the int16 that kernels know it by, other types as they are."""
     return values.view(np.int16) if values.dtype == np.float16 else values
 
 

@@ -25,7 +25,7 @@ from hybrid.loader import ModelFolder
 from hybrid.model import Transformer
 from hybrid.packed import PackedModel
 from hybrid.runner import CpuRunner, Runner
-from hybrid.sampling import Sampler, load_kernels
+from hybrid.sampling import Sampler, load_sampling_kernels
 from hybrid.text import Message, StreamDecoder, TextCodec, generation_defaults
 from placement.placement import Placement
 from predictor.bank import PredictorBank
@@ -133,7 +133,7 @@ class Engine:
         engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
         engine.notices = tuple(notices)
         runner.load_kernels()
-        load_kernels()
+        load_sampling_kernels()
         return engine
 
     @property

@@ -50,13 +50,16 @@ class KVCache:
         if end > self.capacity:
             raise ContextError(f"{end} tokens do not fit a context of {self.capacity}; shorten the prompt")
         cache = torch.from_numpy(self.data[layer])
-        at, largest = self.length, torch.finfo(cache.dtype).max
+        if cache.dtype == torch.float16:
+            largest = torch.finfo(torch.float16).max
+            keys, values = keys.clamp(-largest, largest), values.clamp(-largest, largest)
+        at = self.length
         while at < end:
             block, first = divmod(at, self.block_size)
             count = min(end - at, self.block_size - first)
             new = slice(at - self.length, at - self.length + count)
             for side, source in enumerate((keys, values)):
-                cache[block, side, :, first : first + count] = source[new].clamp(-largest, largest).transpose(0, 1)
+                cache[block, side, :, first : first + count] = source[new].transpose(0, 1)
             at += count
         used = cache[: -(-end // self.block_size)].transpose(0, 2)  # [heads, 2, blocks, block, head_dim]
         return used[:, 0].flatten(1, 2)[:, :end].float(), used[:, 1].flatten(1, 2)[:, :end].float()

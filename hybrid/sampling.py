@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from cpu_kernels.top_k import top_k
@@ -45,12 +44,12 @@ class Sampler:
         Raises `RuntimeError` for logits that are not numbers.
         """
         settings = self._settings
-        if not np.isfinite(logits.numpy().max()):
-            raise not_numbers()
         if settings.repetition_penalty != 1 and seen:
             logits = _penalise(logits, seen, settings.repetition_penalty)
         if settings.greedy:
-            return int(np.argmax(logits.numpy()))
+            return most_likely(logits)
+        if not math.isfinite(logits.numpy().max()):
+            raise not_numbers()
         ids, probabilities = candidates(logits, settings, self._pool)
         return int(ids[self._draw(probabilities)])
 
@@ -61,7 +60,7 @@ class Sampler:
         return min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)
 
 
-def load_kernels() -> None:
+def load_sampling_kernels() -> None:
     """Compile what drawing a token takes, or read it from its cache: 0.7 s that a first answer waited."""
     _largest(torch.zeros(1), 1, WorkerPool(1))
 

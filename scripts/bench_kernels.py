@@ -141,7 +141,7 @@ def thread_counts(text: str | None) -> list[int]:
 
 def run_all(only: str, threads: Sequence[int], passes: int, quick: bool, size: int) -> list[Timing]:
     """Time the cases whose name contains `only`, one after another, each with every count of threads."""
-    sizes = Sizes(total=size, one_pass=size, workers=threads[-1])
+    sizes = Sizes(total=size, workers=threads[-1])
     chosen = [(name, make) for name, make in all_cases(quick, sizes) if only in name]
     if not chosen:
         known = sorted({name.split()[0] for name, _ in all_cases(quick, sizes)})

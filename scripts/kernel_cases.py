@@ -58,13 +58,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Sizes:
-    """total: bytes of the weights that a case goes through. one_pass: bytes that a pass reads at least.
-
-    workers: the most that a case will be run with.
-    """
+    """total: bytes of a case's weights, which a pass goes through. workers: the most that a case will be run with."""
 
     total: int
-    one_pass: int
     workers: int
 
 
@@ -164,7 +160,7 @@ class SparseLayers:
             for _ in range(max(1, sizes.total // (f * row_bytes)))
         ]
         self.active = max(1, round(share * f))
-        steps = max(len(self.views), sizes.one_pass // (self.active * row_bytes))
+        steps = max(len(self.views), sizes.total // (self.active * row_bytes))
         self.order = [self.views[number % len(self.views)] for number in range(steps)]
         self.nbytes = steps * self.active * row_bytes
         rng = np.random.default_rng(0)
@@ -227,7 +223,7 @@ def predictor_case(d: int, sizes: Sizes) -> Case:
         return PredictorView.of(codes(r, d), vector(r), vector(r), codes(f, r), vector(f), vector(f), 1.0)
 
     first = view()
-    views = [first, *(view() for _ in range(sizes.one_pass // first.nbytes))]
+    views = [first, *(view() for _ in range(sizes.total // first.nbytes))]
     x, rows = _vector(d), np.empty(f, np.int32)
 
     def run(pool: WorkerPool) -> None:
@@ -244,7 +240,7 @@ def attention_case(d: int, length: int, sizes: Sizes) -> Case:
     heads, block = max(1, d // HEAD_DIM), min(256, length)
     shape = (-(-length // block), 2, heads, block, HEAD_DIM)
     one = 2 * length * heads * HEAD_DIM * 4
-    caches = [_vector(*shape) for _ in range(max(1, sizes.one_pass // one))]
+    caches = [_vector(*shape) for _ in range(max(1, sizes.total // one))]
     q, out = _vector(heads, HEAD_DIM), np.empty((heads, HEAD_DIM), np.float32)
     table = np.arange(shape[0], dtype=np.int32)
     flat = [torch.from_numpy(_vector(2, 1, heads, length, HEAD_DIM)) for _ in caches]

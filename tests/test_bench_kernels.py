@@ -45,7 +45,7 @@ def test_random_matrices_have_the_shape_and_rows_asked_for(scripts, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_in_one_call_add_up_to_the_reference(scripts, pool, dtype):
     _, cases = scripts
-    layers = cases.SparseLayers(dtype, 96, 0.1, cases.Sizes(total=2**20, one_pass=2**19, workers=2))
+    layers = cases.SparseLayers(dtype, 96, 0.1, cases.Sizes(total=2**20, workers=2))
     rows = next(layers.rows)
     layers.rows = iter([rows])
     layers.run(pool)
@@ -60,19 +60,19 @@ def test_layers_in_one_call_add_up_to_the_reference(scripts, pool, dtype):
 
 def test_a_pass_reads_other_rows_than_the_one_before(scripts):
     _, cases = scripts
-    layers = cases.SparseLayers("f32", 96, 0.1, cases.Sizes(2**20, 2**19, 1))
+    layers = cases.SparseLayers("f32", 96, 0.1, cases.Sizes(2**20, 1))
     assert not np.array_equal(next(layers.rows), next(layers.rows))
 
 
 def test_bytes_of_a_pass(scripts):
     _, cases = scripts
-    sizes = cases.Sizes(total=2**21, one_pass=2**19, workers=1)
+    sizes = cases.Sizes(total=2**21, workers=1)
     found = cases.gemv_case("bf16", 128, sizes)
     assert found.nbytes == 2**21 and found.calls == 1
     assert (
         cases.attention_case(256, 100, sizes).nbytes == cases.attention_case(256, 100, sizes).calls * 2 * 100 * 256 * 4
     )
-    assert cases.predictor_case(64, sizes).nbytes >= sizes.one_pass
+    assert cases.predictor_case(64, sizes).nbytes >= sizes.total
 
 
 def test_every_case_runs_and_is_reported(scripts, tmp_path, capsys, monkeypatch):

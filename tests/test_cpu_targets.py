@@ -55,11 +55,11 @@ def run(name, *command):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_match_their_references(name):
-    files = [str(path) for path in (TESTS / f"test_{part}.py" for part in PARTS.split()) if path.exists()]
+    files = [str(TESTS / f"test_{part}.py") for part in PARTS.split()]
     result = run(name, "-m", "pytest", "-x", "-vv", "-p", "no:cacheprovider", "-k", CHOSEN, *files)
     assert result.returncode == 0, result.stdout[-4000:]
     passed = set(re.findall(r"test_(\w+)\.py::\S+ PASSED", result.stdout))
-    assert passed == {Path(file).stem.removeprefix("test_") for file in files}
+    assert passed == set(PARTS.split())
 
 
 @pytest.mark.parametrize("name", TARGETS)
