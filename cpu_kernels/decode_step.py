@@ -32,7 +32,7 @@ from cpu_kernels.addresses import floats, pointer
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.blocks import GROUP, padded
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.decode_state import (
+from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,
     LEARNED,

@@ -21,7 +21,7 @@ import numpy as np
 from cpu_kernels import barrier
 from cpu_kernels.barrier import fetch_add, load_acquire, nap, pause, store_release
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.decode_state import DENSE, Column, Shape
+from cpu_kernels.decode_buffers import DENSE, Column, Shape
 from cpu_kernels.decode_step import attention, ffn, floats, head, row_bytes
 from cpu_kernels.ffn_phases import (
     DownScratch,

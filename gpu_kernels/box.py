@@ -21,7 +21,7 @@ class State(IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Near:
+class ZeroCopy:
     """Cold neurons, from the last hot one up to number `stop`, that the GPU reads from host memory itself.
 
     ids: int32, counted from the first of them, and masks: uint8, of at least so many; count: int32 [1]; all on the
@@ -39,7 +39,7 @@ class Mailbox:
     """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
 
     request: int64 [8]; flags: int64, of which the first is the last answer's number; x, out: f32 [8, d]; ids: int32
-    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [3] (neurons hot, sent, and near), on the device.
+    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [3] (neurons hot, sent, zero-copy), on the device.
     """
 
     request: torch.Tensor

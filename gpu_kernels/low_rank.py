@@ -38,7 +38,7 @@ TILING = PredictorTiling(Tiling(4, 1, 8), Tiling(4, 1, 2))
 
 
 @dataclass(frozen=True, eq=False)
-class PredictorView:
+class DevicePredictorView:
     """One layer's predictor as the kernels see it; contiguous tensors of one device. Raises `ValueError`.
 
     fc1: int8 [r, padded(d)] and fc2: int8 [f, padded(r)]; s1, b1: [r] and s2, b2: [f] f32.
@@ -79,7 +79,7 @@ class PredictorView:
         b2: torch.Tensor,
         threshold: float,
         device: torch.device | str,
-    ) -> PredictorView:
+    ) -> DevicePredictorView:
         """On `device`, from fc1 int8 [r, d] and fc2 int8 [f, r], which are padded here, and floats s1, b1, s2, b2.
 
         Raises `ValueError` when shapes do not fit.
@@ -129,7 +129,11 @@ def _firing_kernel(  # type: ignore[no-untyped-def]
 
 
 def predict(
-    view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor, tiling: PredictorTiling = TILING
+    view: DevicePredictorView,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    masks: torch.Tensor,
+    tiling: PredictorTiling = TILING,
 ) -> None:
     """Write which neurons are predicted to fire: bit t of masks[i] is set where neuron i fires for token t.
 
@@ -153,7 +157,7 @@ def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, Any]:
     return {"K": columns, "T": tokens, "R": rows, "C": width, **options(warps)}
 
 
-def _check(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
+def _check(view: DevicePredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
     if x.ndim != 2 or not 1 <= len(x) <= MAX_TOKENS:
         raise ValueError(f"predict wants x of 1 to {MAX_TOKENS} tokens, got {tuple(x.shape)}")
     wanted = (
@@ -168,7 +172,7 @@ def _check(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: to
             )
 
 
-def predict_ref(view: PredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
+def predict_ref(view: DevicePredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
     """`predict` in torch."""
     hidden.copy_(torch.relu(x @ view.fc1[:, : view.d].float().T * view.s1 + view.b1))
     fires = hidden @ view.fc2[:, : hidden.shape[1]].float().T * view.s2 + view.b2 >= view.threshold

@@ -19,12 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.box import STATE_WORDS, Mailbox, Near, State
+from gpu_kernels.box import STATE_WORDS, Mailbox, State, ZeroCopy
 from gpu_kernels.compact import compact, compact_indices_ref, count_fired
 from gpu_kernels.launch import begin, is_native, options
 from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref, row_sizes
 
-__all__ = ["STATE_WORDS", "Mailbox", "Near", "State", "ask", "post", "receive", "send"]
+__all__ = ["STATE_WORDS", "Mailbox", "State", "ZeroCopy", "ask", "post", "receive", "send"]
 
 _COMPACT_BLOCK, _COUNT_BLOCK = 4096, 16384
 _PIECE = 1024  # of the neurons listed here; those for the host are one program's, whose writes one fence orders
@@ -124,9 +124,9 @@ def _list_piece(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["layer", "hot", "far", "f", "tokens", "pieces"])
 def _send_kernel(  # type: ignore[no-untyped-def]
-    masks, hot, far, f, hot_ids, hot_masks, hot_count, near_ids, near_masks, near_count, cold_ids, cold_masks, request,
-    state, tallies, layer, tokens, positions, pieces, BLOCK: tl.constexpr, COUNT: tl.constexpr, PIECE: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr
+    masks, hot, far, f, hot_ids, hot_masks, hot_count, zero_copy_ids, zero_copy_masks, zero_copy_count,
+    cold_ids, cold_masks, request, state, tallies, layer, tokens, positions, pieces,
+    BLOCK: tl.constexpr, COUNT: tl.constexpr, PIECE: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
     if tl.program_id(0) == 0:
@@ -141,7 +141,9 @@ def _send_kernel(  # type: ignore[no-untyped-def]
         _list_piece(masks, 0, hot, piece, pieces, hot_ids, hot_masks, hot_count, tallies, COUNT, PIECE)
     else:
         piece, last = tl.program_id(0) - 1 - pieces, tl.num_programs(0) - 1 - pieces
-        _list_piece(masks, hot, far, piece, last, near_ids, near_masks, near_count, tallies + 2, COUNT, PIECE)
+        _list_piece(
+            masks, hot, far, piece, last, zero_copy_ids, zero_copy_masks, zero_copy_count, tallies + 2, COUNT, PIECE
+        )
 
 
 @triton.jit(do_not_specialize=["op", "layer", "cold", "tokens", "values"])
@@ -228,21 +230,21 @@ def send(
     box: Mailbox,
     layer: int,
     positions: torch.Tensor,
-    near: Near | None = None,
+    zero_copy: ZeroCopy | None = None,
 ) -> None:
     """Ask the CPU for the cold neurons of `layer` that masks [f] names; list the hot ones, below number `hot`, here.
 
     masks: uint8 [f], bit t where token t needs the neuron. hot_ids, hot_masks [hot], hot_count int32 [1]. spare: uint8
-    [f] scratch. positions: int32 [t], of which the length counts here. near: cold neurons that are listed here as well,
-    rather than sent. Without a neuron to send nothing is sent.
+    [f] scratch. positions: int32 [t], of which the length counts here. zero_copy: cold neurons that are
+    listed here as well, rather than sent. Without a neuron to send nothing is sent.
     """
     tokens = positions.shape[0]
     # For one token the host reads no masks.
     cold_masks = spare if tokens == 1 else box.masks
-    listed = (hot_ids, hot_masks, hot_count) if near is None else (near.ids, near.masks, near.count)
-    far = hot if near is None else near.stop
-    pieces, near_pieces = (max(1, triton.cdiv(size, _PIECE)) for size in (hot, far - hot))
-    _send_kernel[(1 + pieces + (0 if near is None else near_pieces),)](
+    listed = (hot_ids, hot_masks, hot_count) if zero_copy is None else (zero_copy.ids, zero_copy.masks, zero_copy.count)
+    far = hot if zero_copy is None else zero_copy.stop
+    pieces, zero_copy_pieces = (max(1, triton.cdiv(size, _PIECE)) for size in (hot, far - hot))
+    _send_kernel[(1 + pieces + (0 if zero_copy is None else zero_copy_pieces),)](
         masks, hot, far, len(masks), hot_ids, hot_masks, hot_count, *listed, box.ids, cold_masks, box.request,
         box.state, box.tallies, layer, tokens, positions, pieces, BLOCK=_COMPACT_BLOCK, COUNT=_COUNT_BLOCK,
         PIECE=_PIECE, NATIVE=is_native(), **options(8),
@@ -318,19 +320,21 @@ def send_ref(
     box: Mailbox,
     layer: int,
     positions: torch.Tensor,
-    near: Near | None = None,
+    zero_copy: ZeroCopy | None = None,
 ) -> None:
     """`send` in torch."""
     cold_masks, cold = spare if len(positions) == 1 else box.masks, torch.zeros(1, dtype=torch.int32)
-    if near is not None:
+    if zero_copy is not None:
         nothing = torch.zeros(len(masks), dtype=torch.int32), torch.zeros(len(masks), dtype=torch.uint8)
         below = masks.clone()
-        below[:hot], below[near.stop :] = 0, 0
-        compact_indices_ref(below, near.stop, near.ids, near.masks, near.count, *nothing, torch.zeros_like(cold))
-        near.ids[: int(near.count[0])] -= hot
-        box.tallies[2] += int(near.count[0])
+        below[:hot], below[zero_copy.stop :] = 0, 0
+        compact_indices_ref(
+            below, zero_copy.stop, zero_copy.ids, zero_copy.masks, zero_copy.count, *nothing, torch.zeros_like(cold)
+        )
+        zero_copy.ids[: int(zero_copy.count[0])] -= hot
+        box.tallies[2] += int(zero_copy.count[0])
         masks = masks.clone()
-        masks[hot : near.stop] = 0
+        masks[hot : zero_copy.stop] = 0
     compact_indices_ref(masks, hot, hot_ids, hot_masks, hot_count, box.ids, cold_masks, cold)
     box.tallies[:2].add_(torch.stack([hot_count[0].cpu(), cold[0]]).to(box.tallies))
     _request_ref(box, 0, layer, int(cold), positions, len(positions), due=int(cold) > 0)

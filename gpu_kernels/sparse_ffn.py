@@ -55,7 +55,7 @@ TILINGS = {
 
 
 @dataclass(frozen=True, eq=False)
-class FFNView:
+class DeviceFFNView:
     """The hot neurons of one layer: rows [hot, d] of one kind, f32 [hot] biases or None. Raises `ValueError`."""
 
     gate: DeviceMatrix | None
@@ -175,7 +175,7 @@ def _down(  # type: ignore[no-untyped-def]
 
 
 def sparse_ffn(
-    ffn: FFNView,
+    ffn: DeviceFFNView,
     x: torch.Tensor,
     ids: torch.Tensor,
     count: torch.Tensor,
@@ -218,7 +218,7 @@ def sparse_ffn(
 
 
 def _check(
-    ffn: FFNView,
+    ffn: DeviceFFNView,
     x: torch.Tensor,
     ids: torch.Tensor,
     count: torch.Tensor,
@@ -245,7 +245,7 @@ def _check(
 
 
 def sparse_ffn_ref(
-    ffn: FFNView,
+    ffn: DeviceFFNView,
     x: torch.Tensor,
     ids: torch.Tensor,
     count: torch.Tensor,

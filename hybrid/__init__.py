@@ -9,17 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybrid.engine import Engine, EngineConfig
     from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
+    from hybrid.runtime.engine import Engine, EngineConfig
 
 __all__ = ["Engine", "EngineConfig", "GenerationStats", "GenerationStep", "SamplingSettings"]
 
-_HOMES = {"Engine": "engine", "EngineConfig": "engine"}
+_HOMES = {"Engine": "runtime.engine", "EngineConfig": "runtime.engine"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return import_module("profiler.artifact").package_version()
+        return import_module("profiler.common.artifact").package_version()
     if name in __all__:
         return getattr(import_module(f"hybrid.{_HOMES.get(name, 'generation')}"), name)
     raise AttributeError(f"module 'hybrid' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import click
 
 from hybrid.errors import HybridError
-from profiler.artifact import package_version
+from profiler.common.artifact import package_version
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -247,8 +247,8 @@ def bench(model: Path | None, ablation: bool, **options: Any) -> None:
 
     On a GPU and the CPU together, bandwidths, bytes and memory are those of both.
     """
-    from hybrid import ablation as ablations
-    from hybrid import bench
+    from hybrid.bench import ablation as ablations
+    from hybrid.bench import bench
 
     _run(ablations.ablation if ablation else bench.bench, model, options)
 
@@ -267,7 +267,7 @@ def inspect(model: Path | None, bundle: Path | None) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write, JSON.")
 def hardware(output: Path) -> None:
     """Measure this machine for `place --hardware`, in under a minute: memory, GPU kernels, PCIe, hand-off."""
-    from hybrid import hardware_report
+    from hybrid.bench import hardware as hardware_report
 
     _run(hardware_report.hardware, output)
 

@@ -12,29 +12,29 @@ from typing import Any
 import click
 import torch
 
-from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
+from hybrid.bench.hardware import hardware_progress
+from hybrid.chat.repl import run_repl
+from hybrid.chat.terminal import open_terminal
 from hybrid.console import counted, percent, progress, size, table
-from hybrid.engine import Engine, EngineConfig
 from hybrid.errors import InputError
-from hybrid.evaluate import StrategyQuality
-from hybrid.evaluate import evaluate as evaluate_strategies
+from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
+from hybrid.formats.packed import PackedModel
+from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
-from hybrid.hardware_report import hardware_progress
-from hybrid.loader import ModelFolder
-from hybrid.pack import Packer
-from hybrid.packed import PackedModel
-from hybrid.repl import run_repl
-from hybrid.steps import ProfileRequest, Project
-from hybrid.terminal import open_terminal
-from hybrid.text import TextCodec
+from hybrid.model.loader import ModelFolder
+from hybrid.offline.evaluate import StrategyQuality
+from hybrid.offline.evaluate import evaluate as evaluate_strategies
+from hybrid.offline.pack import Packer
+from hybrid.offline.project import ProfileRequest, Project
+from hybrid.runtime.engine import Engine, EngineConfig
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
 from predictor.sizing import PredictorTarget
+from profiler.common.hardware import HardwareProfile
 from profiler.corpus import TokenWindows
-from profiler.hardware import HardwareProfile
-from profiler.measure_hardware import measure_hardware
+from profiler.machine.measure import measure_hardware
 from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]

@@ -1,6 +1,6 @@
-"""The exceptions that a user can meet, in one place to import from (see `profiler.errors` for why they live there)."""
+"""The exceptions that a user can meet, to import from one place; `profiler.common.errors` says why they live there."""
 
-from profiler.errors import (
+from profiler.common.errors import (
     ArtifactError,
     ArtifactMismatchError,
     BudgetError,

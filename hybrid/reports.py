@@ -14,18 +14,19 @@ import torch
 from llvmlite import binding
 
 from cpu_kernels.worker_pool import available_cpus
-from hybrid.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.commands import predictor_report, profile_report
 from hybrid.console import counted, details, percent, size
-from hybrid.devices import free_bytes, gpu_of
-from hybrid.engine import cpu_threads
 from hybrid.errors import ArtifactError
-from hybrid.loader import ModelFolder
+from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
+from hybrid.model.loader import ModelFolder
+from hybrid.runtime.devices import free_bytes, gpu_of
+from hybrid.runtime.engine import cpu_threads
 from placement.plan import UNLIMITED
 from predictor.sizing import PredictorTarget
-from profiler.artifact import package_version
-from profiler.hardware import HardwareProfile, measure_cpu
-from profiler.spec import ModelSpec
+from profiler.common.artifact import package_version
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import ModelSpec
+from profiler.machine.cpu import probe_cpu
 
 _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16")
 _PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "safetensors", "tokenizers", "triton")
@@ -125,7 +126,7 @@ def _file_line(path: Path) -> str:
 def _cpu_rows() -> list[tuple[str, str]]:
     features = binding.get_host_cpu_features()
     found = [name for name in _CPU_FEATURES if features.get(name)]
-    measured = measure_cpu()
+    measured = probe_cpu()
     return [
         ("CPU", f"{platform.machine()}, {binding.get_host_cpu_name()}"),
         ("vector features", ", ".join(found) or "none of those used"),

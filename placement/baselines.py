@@ -9,7 +9,7 @@ import numpy as np
 
 from placement.placement import Placement
 from placement.plan import Choice, VramPlan
-from profiler.errors import BudgetError
+from profiler.common.errors import BudgetError
 
 
 def whole_layers(plan: VramPlan, budget: int) -> Placement:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 
 from placement.plan import Choice, VramPlan
-from profiler.errors import InputError
-from profiler.hardware import HardwareProfile
-
-Strategy = Literal["dense", "exact", "learned"]
+from profiler.common.errors import InputError
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import STRATEGIES, Strategy
 
 # Small kernels beside those that come one with each that reads weights. FFN: the sum with the residual and the next
 # norm, where no hot neurons are; where neurons are predicted, compaction of their ids. The hand-off has both, as it
@@ -86,8 +84,8 @@ class CostModel:
             raise InputError(f"frequencies are {self.firing.shape}, this model has {(spec.n_layers, spec.d_ff)}")
         if not ((self.firing >= 0) & (self.firing <= 1)).all():
             raise InputError("activation frequencies must lie in 0..1; run: hybrid profile")
-        if self.strategy not in get_args(Strategy):
-            raise InputError(f"strategy is {self.strategy!r}, expected one of {', '.join(get_args(Strategy))}")
+        if self.strategy not in STRATEGIES:
+            raise InputError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if not self.predicted_ratio > 0 or self.group_size < 1:
             raise InputError("predicted_ratio must be above 0 and group_size at least 1")
 
@@ -187,19 +185,19 @@ class CostModel:
         ahead = on_cpu + self.handoff_seconds - on_gpu - self._zero_copy_fixed
         wanted = ahead / (1 / self._ffn_beside_pcie + 1 / rate)
         cold = self._read_bytes[:, -1:] - self._read_by_first(hot)
-        copied = np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
+        zero_copy = np.where(hot > 0, np.clip(wanted, 0, _MOST_ZERO_COPY * cold), 0.0)
         alone = self._cold_seconds(hot)
-        with_copies = np.maximum(*self._with_copies(hot, copied, on_gpu, alone, self.handoff_seconds))
-        return np.where(with_copies < np.maximum(on_gpu, alone + self.handoff_seconds), copied, 0.0)
+        with_zero_copy = np.maximum(*self._with_zero_copy(hot, zero_copy, on_gpu, alone, self.handoff_seconds))
+        return np.where(with_zero_copy < np.maximum(on_gpu, alone + self.handoff_seconds), zero_copy, 0.0)
 
-    def _with_copies(
-        self, hot: np.ndarray, copied: np.ndarray, on_gpu: np.ndarray, on_cpu: np.ndarray, handoff: float = 0.0
+    def _with_zero_copy(
+        self, hot: np.ndarray, zero_copy: np.ndarray, on_gpu: np.ndarray, on_cpu: np.ndarray, handoff: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """GPU and CPU time [n_layers, n] where `copied` bytes go over PCIe; `handoff` is added to the CPU's."""
+        """GPU and CPU time [n_layers, n] where `zero_copy` bytes go over PCIe; `handoff` is added to the CPU's."""
         beside = self._ffn_beside_pcie
-        gpu = on_gpu + self._zero_copy_fixed + copied / max(self._zero_copy_bandwidth, 1.0)
-        cpu = self._cold_seconds(hot, beside) - copied / beside
-        return np.where(copied > 0, gpu, on_gpu), np.where(copied > 0, cpu, on_cpu) + handoff
+        gpu = on_gpu + self._zero_copy_fixed + zero_copy / max(self._zero_copy_bandwidth, 1.0)
+        cpu = self._cold_seconds(hot, beside) - zero_copy / beside
+        return np.where(zero_copy > 0, gpu, on_gpu), np.where(zero_copy > 0, cpu, on_cpu) + handoff
 
     @property
     def _zero_copy_bandwidth(self) -> float:
@@ -231,8 +229,8 @@ class CostModel:
         hardware, sizes = self.hardware, np.array(self.plan.predictor_bytes)
         predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
         on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
-        copied = self._zero_copy_bytes(hot, on_gpu)
-        on_gpu, on_cpu = self._with_copies(hot, copied, on_gpu, on_cpu)
+        zero_copy = self._zero_copy_bytes(hot, on_gpu)
+        on_gpu, on_cpu = self._with_zero_copy(hot, zero_copy, on_gpu, on_cpu)
         handed = on_cpu + np.where(hot < self.plan.spec.d_ff, self.handoff_seconds, 0.0)
         ffn = np.maximum(on_gpu, on_cpu)
         handoff = np.maximum(on_gpu, handed) - ffn

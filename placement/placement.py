@@ -10,15 +10,15 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from placement.cost import CostModel, Strategy
+from placement.cost import CostModel
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
 from placement.workspace import PREFILL_CHUNK, predictor_bytes
 from predictor.bank import PredictorBank
-from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
-from profiler.errors import ArtifactError, BudgetError, InputError
-from profiler.hardware import HardwareProfile
-from profiler.spec import ModelSpec
+from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.common.errors import ArtifactError, BudgetError, InputError
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import ModelSpec, Strategy
 
 KIND = "placement"
 REPAIR = "hybrid place"

@@ -23,8 +23,8 @@ from placement.workspace import (
     neurons_bytes,
     runtime_reserve,
 )
-from profiler.errors import BudgetError, ContextError, InputError
-from profiler.spec import ModelSpec
+from profiler.common.errors import BudgetError, ContextError, InputError
+from profiler.common.spec import ModelSpec
 
 __all__ = ["ALIGNMENT", "UNLIMITED", "Choice", "VramPlan", "aligned", "parse_size"]
 

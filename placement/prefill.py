@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from profiler.hardware import HardwareProfile
-from profiler.spec import ModelSpec
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import ModelSpec
 
 KERNEL_TOKENS = 8  # that the CPU's kernels take at once, for which they read the weights
 # Bytes of host memory for each weight of a GEMM: it is widened to f32, written and read again.

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from profiler.spec import ModelSpec
+from profiler.common.spec import ModelSpec
 
 ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
 BATCHES = (1, 2, 4, 8)  # tokens of a decode step: there is a CUDA graph for each up to the batch that is planned for

@@ -12,9 +12,9 @@ import torch
 
 from predictor.low_rank import LowRankPredictor
 from predictor.report import PredictorReport
-from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
-from profiler.errors import ArtifactError
-from profiler.spec import ModelSpec
+from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.common.errors import ArtifactError
+from profiler.common.spec import ModelSpec
 
 KIND = "predictors"
 REPAIR = "hybrid train"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from predictor.quality import Counts
-from profiler.errors import ArtifactError
+from profiler.common.errors import ArtifactError
 
 
 @dataclass(frozen=True)

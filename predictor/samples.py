@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
-from profiler.errors import CorpusError, InputError
+from profiler.common.errors import CorpusError, InputError
 
 MIN_TOKENS = 256  # below this a layer's second moments say nothing about it
 VALIDATION_SHARE = 0.125

@@ -11,8 +11,8 @@ from predictor.linear_start import LinearStart
 from predictor.low_rank import predictor_bytes
 from predictor.quality import LogitHistogram
 from predictor.samples import FFNWeights, batches
-from profiler.errors import InputError
-from profiler.spec import ModelSpec
+from profiler.common.errors import InputError
+from profiler.common.spec import ModelSpec
 
 SIZING_LEVEL = 0.01  # missed output mass at which ranks are compared
 SIZING_TOKENS = 2048

@@ -30,8 +30,8 @@ from predictor.sizing import (
     rank_budget,
     shares_by_rank,
 )
-from profiler.errors import InputError
-from profiler.spec import ModelSpec
+from profiler.common.errors import InputError
+from profiler.common.spec import ModelSpec
 
 CURVE_LEVELS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.04, 0.08)
 

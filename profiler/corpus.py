@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.errors import CorpusError
+from profiler.common.errors import CorpusError
 
 _TEXT_DOCUMENT_CHARACTERS = 4000
 _TEXT_SUFFIXES = (".txt", ".md", ".text", ".jsonl", ".ndjson")

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
-from profiler.errors import ArtifactError
-from profiler.spec import ModelSpec
+from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.common.errors import ArtifactError
+from profiler.common.spec import ModelSpec
 
 KIND = "neuron profile"
 REPAIR = "hybrid profile"

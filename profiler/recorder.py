@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from profiler.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
+from profiler.common.errors import ArtifactError, CorpusError
+from profiler.common.spec import ModelSpec
 from profiler.corpus import TokenWindows
-from profiler.errors import ArtifactError, CorpusError
 from profiler.profile import REPAIR, NeuronProfile
-from profiler.spec import ModelSpec
 
 _PARTIAL_KIND = "partial neuron profile"
 # Predictors of the embedded model overfit 16,384 samples and no longer 49,152 (LOG.md); a 7B model keeps 2,000 in this.

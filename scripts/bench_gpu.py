@@ -27,8 +27,8 @@ import torch
 from bench_gpu_report import read_results, write_report
 
 from cpu_kernels.worker_pool import available_cpus
+from hybrid.bench.measurements import origin
 from hybrid.console import size
-from hybrid.measurements import origin
 from placement.plan import UNLIMITED
 
 SCRIPTS = Path(__file__).parent

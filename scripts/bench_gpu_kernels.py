@@ -42,9 +42,9 @@ from gpu_kernels.gemv import Tiling, gemv
 from gpu_kernels.low_rank import TILING as PREDICTOR
 from gpu_kernels.low_rank import PredictorTiling
 from gpu_kernels.matrix import KINDS
-from gpu_kernels.sparse_ffn import TILINGS, FFNTiling, FFNView, down_parts, sparse_ffn
+from gpu_kernels.sparse_ffn import TILINGS, DeviceFFNView, FFNTiling, down_parts, sparse_ffn
+from hybrid.bench.measurements import origin
 from hybrid.console import percent
-from hybrid.measurements import origin
 
 WRONG = 1e-4  # relative error from which an answer is wrong
 PROBE_BYTES = 2 * 2**30
@@ -171,7 +171,7 @@ def compile_one(kind: str, tiling: AnyTiling) -> None:
                 torch.zeros(64, dtype=torch.int32, device="cuda"),
                 torch.ones(1, dtype=torch.int32, device="cuda"),
             )
-            view = FFNView(one, one, one, random_values(64), None, "relu")
+            view = DeviceFFNView(one, one, one, random_values(64), None, "relu")
             out = random_values(down_parts(D), 1, D)
             sparse_ffn(view, x, ids, count, None, random_values(1, 64), out, tiling=tiling)
         torch.cuda.synchronize()

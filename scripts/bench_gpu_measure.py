@@ -21,23 +21,24 @@ import torch
 
 from cpu_kernels.bandwidth import BandwidthProbe
 from cpu_kernels.worker_pool import available_cpus
-from hybrid.bench_devices import GpuFacts, gpu_facts, gpu_result, gpu_runner
-from hybrid.bundle import EMBEDDED_MODEL, Bundle
-from hybrid.ceiling import bytes_per_token
-from hybrid.devices import hardware_of
-from hybrid.engine import Engine, EngineConfig
-from hybrid.ffn import FFNCounters, Strategy
+from hybrid.bench.ceiling import bytes_per_token
+from hybrid.bench.devices import GpuFacts, gpu_facts, gpu_result, gpu_runner
+from hybrid.bench.measurements import Spread
+from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
+from hybrid.formats.packed import PackedModel
 from hybrid.generation import SamplingSettings
-from hybrid.loader import ModelFolder
-from hybrid.measurements import Spread
-from hybrid.packed import PackedModel
+from hybrid.model.ffn import FFNCounters
+from hybrid.model.loader import ModelFolder
+from hybrid.runtime.devices import hardware_of
+from hybrid.runtime.engine import Engine, EngineConfig
 from placement.baselines import random_split
 from placement.cost import CostModel
 from placement.placement import Placement, PlacementSettings, place
 from placement.plan import VramPlan
 from predictor.bank import PredictorBank
-from profiler.handoff import Handoff
-from profiler.hardware import HardwareProfile
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import Strategy
+from profiler.machine.handoff import Handoff
 
 Result = dict[str, Any]
 

@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hybrid.bench.measurements import append_csv
 from hybrid.console import percent
 from hybrid.errors import InputError
-from hybrid.measurements import append_csv
 
 Found = Mapping[str, Any]
 Results = dict[tuple[str, str], dict[str, Any]]

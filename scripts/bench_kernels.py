@@ -23,9 +23,9 @@ from kernel_cases import Case, Sizes, all_cases
 
 from cpu_kernels.bandwidth import BandwidthProbe
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
+from hybrid.bench.measurements import Spread, append_csv, origin
 from hybrid.console import percent, progress, table
 from hybrid.errors import HybridError, InputError
-from hybrid.measurements import Spread, append_csv, origin
 
 _REFERENCE_PASSES = 3  # it is there for the size of the gap only
 

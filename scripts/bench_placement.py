@@ -14,8 +14,8 @@ import time
 import numpy as np
 
 from placement import CostModel, Solution, VramPlan, solve_greedy, solve_milp
-from profiler.hardware import HardwareProfile
-from profiler.spec import ModelSpec
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import ModelSpec
 
 
 def power_law_firing(n_layers: int, d_ff: int, equal: bool, seed: int) -> np.ndarray:

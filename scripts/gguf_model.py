@@ -31,9 +31,9 @@ from tokenizers import Tokenizer
 
 from hybrid.console import progress
 from hybrid.errors import HybridError, InputError
-from hybrid.loader import ModelFolder
-from hybrid.model import rope_frequencies
-from profiler.spec import ModelSpec, RopeSpec
+from hybrid.model.loader import ModelFolder
+from hybrid.model.transformer import rope_frequencies
+from profiler.common.spec import ModelSpec, RopeSpec
 
 KINDS = ("f16", "f32", "q4_0")
 _ARRAY_TYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}

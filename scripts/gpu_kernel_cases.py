@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from gpu_kernels.attention import attention_scratch, attention_splits, decode_attention, decode_attention_ref
 from gpu_kernels.compact import compact_indices, compact_indices_ref
 from gpu_kernels.gemv import Tiling, gemv, gemv_ref
-from gpu_kernels.low_rank import TILING, PredictorTiling, PredictorView, predict, predict_ref
+from gpu_kernels.low_rank import TILING, DevicePredictorView, PredictorTiling, predict, predict_ref
 from gpu_kernels.matrix import KINDS, DeviceMatrix, padded, row_width
 from gpu_kernels.norm import residual_norm, residual_norm_ref
 from gpu_kernels.rope import rope, rope_ref
 from gpu_kernels.sampling import blocks_of, greedy, greedy_ref, top_k, top_k_ref, top_k_scratch
-from gpu_kernels.sparse_ffn import FFNTiling, FFNView, down_parts, sparse_ffn, sparse_ffn_ref
+from gpu_kernels.sparse_ffn import DeviceFFNView, FFNTiling, down_parts, sparse_ffn, sparse_ffn_ref
 
 D, FF, VOCAB, HEADS, HEAD_DIM, RANK = 4096, 11008, 32000, 32, 128, 1024
 DISTINCT_BYTES = 256 * 2**20  # that the calls of a case read together: five times an H100's L2
@@ -111,9 +111,9 @@ def sparse_ffn_case(
     count = torch.tensor([len(ids)], dtype=torch.int32, device="cuda")
     x, hidden = random_values(tokens, D), random_values(tokens, hot)
     parts = random_values(down_parts(D, tiling.columns) if tiling else down_parts(D), tokens, D)
-    views = [FFNView(*one, bias, None, "relu")]
+    views = [DeviceFFNView(*one, bias, None, "relu")]
     for _ in range(copies(nbytes) - 1):
-        views.append(FFNView(*(DeviceMatrix(m.rows.clone(), D, kind) for m in one), bias, None, "relu"))
+        views.append(DeviceFFNView(*(DeviceMatrix(m.rows.clone(), D, kind) for m in one), bias, None, "relu"))
     calls: list[Call] = [
         partial(sparse_ffn, view, x, listed, count, None, hidden, parts, tiling=tiling) for view in views
     ]
@@ -135,10 +135,11 @@ def predict_case(tokens: int = 1, tiling: PredictorTiling = TILING) -> Case:
     ends = [(torch.full((n,), 1 / 127 / 64, device="cuda"), random_values(n) / 10) for n in (RANK, FF)]
     x, hidden = random_values(tokens, D), random_values(tokens, RANK)
     masks = torch.zeros(FF, dtype=torch.uint8, device="cuda")
-    one = PredictorView.of(codes[0], *ends[0], codes[1], *ends[1], 0.1, "cuda")
+    one = DevicePredictorView.of(codes[0], *ends[0], codes[1], *ends[1], 0.1, "cuda")
     count = copies(one.nbytes)
     views = [one] + [
-        PredictorView.of(codes[0].clone(), *ends[0], codes[1].clone(), *ends[1], 0.1, "cuda") for _ in range(count - 1)
+        DevicePredictorView.of(codes[0].clone(), *ends[0], codes[1].clone(), *ends[1], 0.1, "cuda")
+        for _ in range(count - 1)
     ]
     calls: list[Call] = [partial(predict, view, x, hidden, masks, tiling) for view in views]
 

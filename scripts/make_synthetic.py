@@ -32,20 +32,20 @@ from synthetic_model import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from train_tiny import new_folder
 
-from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.commands import predictor_report, profile_report
 from hybrid.console import progress
-from hybrid.steps import Project
+from hybrid.formats.bundle import EMBEDDED_MODEL
+from hybrid.offline.project import Project
 from placement.placement import PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
 from predictor.report import PredictorReport, Quality, overall_counts
 from predictor.sizing import PredictorTarget
-from profiler.artifact import atomic_write
-from profiler.errors import HybridError, InputError
-from profiler.hardware import HardwareProfile
+from profiler.common.artifact import atomic_write
+from profiler.common.errors import HybridError, InputError
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import RopeSpec
 from profiler.profile import NeuronProfile
-from profiler.spec import RopeSpec
 
 
 def write_json(path: Path, content: Any) -> None:

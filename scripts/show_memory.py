@@ -23,9 +23,9 @@ from pathlib import Path
 import click
 
 from hybrid.console import details, percent, size
-from hybrid.packed import PACKED_FILE, PackedModel
+from hybrid.formats.packed import PACKED_FILE, PackedModel
 from placement.plan import parse_size
-from profiler.errors import HybridError, InputError
+from profiler.common.errors import HybridError, InputError
 
 _ROOT = Path("/sys/fs/cgroup")
 _VERSION_1, _VERSION_2 = "memory.limit_in_bytes", "memory.max"

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, rms_norm, scaled_dot_product_attention
 
 from cpu_kernels.blocks import BLOCK, LARGEST
-from hybrid.model import rope_frequencies
+from hybrid.model.transformer import rope_frequencies
 from predictor.low_rank import LowRankPredictor
 from predictor.quality import Counts
-from profiler.errors import InputError
-from profiler.spec import DTYPE_BYTES, RopeSpec
+from profiler.common.errors import InputError
+from profiler.common.spec import DTYPE_BYTES, RopeSpec
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 NORM_EPS = 1e-5

@@ -31,8 +31,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from hybrid.new_folder import new_folder
-from profiler.errors import CorpusError, HybridError, InputError, ModelError
+from hybrid.formats.new_folder import new_folder
+from profiler.common.errors import CorpusError, HybridError, InputError, ModelError
 
 STREAMS = ("stories", "chat", "books")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -10,10 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 
+from hybrid.chat.repl import Style, run_repl
+from hybrid.chat.terminal import open_terminal
 from hybrid.errors import HybridError
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
-from hybrid.repl import Style, run_repl
-from hybrid.terminal import open_terminal
 
 Messages = list[dict[str, str]]
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from hybrid.bundle import Bundle
-from hybrid.loader import ModelFolder
-from hybrid.pack import Packer
+from hybrid.formats.bundle import Bundle
+from hybrid.model.loader import ModelFolder
+from hybrid.offline.pack import Packer
 from placement.placement import Placement
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from placement import CostModel, VramPlan
-from profiler.hardware import HardwareProfile
-from profiler.spec import ModelSpec
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import ModelSpec
 
 SMALL_SPEC = ModelSpec(
     family="llama",

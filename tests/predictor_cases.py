@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from predictor import FFNWeights
-from profiler.spec import ModelSpec
+from profiler.common.spec import ModelSpec
 
 SPEC = ModelSpec(
     family="llama",

@@ -16,16 +16,20 @@ from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn
-from hybrid import Engine, EngineConfig, SamplingSettings, gpu_gemm, gpu_prefill, gpu_step
-from hybrid.arena import DeviceArena
-from hybrid.decode import DecodeStep
-from hybrid.ffn import FFNRuntime, HybridFFN, Strategy
-from hybrid.gpu_step import GpuStep
-from hybrid.kv_cache import KVCache
-from hybrid.loader import ModelFolder
-from hybrid.zero_copy import NearNeurons
+from hybrid import Engine, EngineConfig, SamplingSettings
+from hybrid.model.ffn import FFNRuntime, HybridFFN
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.loader import ModelFolder
+from hybrid.runtime.cpu_step import CpuStep
+from hybrid.runtime.gpu import gemm as gpu_gemm
+from hybrid.runtime.gpu import prefill as gpu_prefill
+from hybrid.runtime.gpu import step as gpu_step
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.step import GpuStep
+from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
+from profiler.common.spec import Strategy
 
 VOCAB, CAPACITY = 131, 24
 GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
@@ -62,10 +66,10 @@ def some_tokens(count: int, seed: int = 1) -> list[int]:
 
 
 class StepCase:
-    """A model's `GpuStep` and `DecodeStep`, each with a cache of its own, under one placement.
+    """A model's `GpuStep` and `CpuStep`, each with a cache of its own, under one placement.
 
-    share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU. near:
-    cold neurons that the GPU reads in host memory.
+    share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU.
+    zero_copy: cold neurons that the GPU reads in host memory.
     """
 
     def __init__(
@@ -76,13 +80,13 @@ class StepCase:
         head: bool = True,
         threads: int = 2,
         predictors: bool = False,
-        near: int = 0,
+        zero_copy: int = 0,
     ) -> None:
         opened = ModelFolder.open(folder)
         spec = opened.spec
         self.placement = replace(Placement.all_hot(spec), head_on_gpu=head)
         self.placement.hot[:] = round(share * spec.d_ff)
-        self.placement.made_from["zero_copy"] = [0 if n in on_cpu else near for n in range(spec.n_layers)]
+        self.placement.made_from["zero_copy"] = [0 if n in on_cpu else zero_copy for n in range(spec.n_layers)]
         self.placement.hot[list(on_cpu)], self.placement.layer_on_gpu[list(on_cpu)] = 0, False
         self.runtime = FFNRuntime("exact", WorkerPool(threads), spec.d_model, spec.d_ff)
         self.model = opened.build(self.runtime, self.placement, None)
@@ -90,15 +94,15 @@ class StepCase:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
         self.cache, self.own_cache = KVCache(spec, CAPACITY), KVCache(spec, CAPACITY)
-        self.near = NearNeurons(self.model, self.placement, torch.device(DEVICE))
+        self.zero_copy = ZeroCopyNeurons(self.model, self.placement, torch.device(DEVICE))
         counting = DeviceArena(torch.device(DEVICE))
         self._take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
         self.step = self._take(self.arena)
-        self._cpu = DecodeStep(self.model, self.own_cache, self.runtime)
+        self._cpu = CpuStep(self.model, self.own_cache, self.runtime)
 
     def _take(self, arena: DeviceArena) -> GpuStep:
-        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.near)
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.zero_copy)
 
     def expected(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits after `tokens` from the CPU's step, which must be called while the workers are at rest."""
@@ -121,7 +125,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     The workers have a minute to answer, as the CPU of a test may be shared by many.
     """
     if DEVICE == "cpu":
-        monkeypatch.setattr("hybrid.cold_workers.Mailbox", partial(mailbox.Mailbox, timeout=60.0))
+        monkeypatch.setattr("hybrid.runtime.gpu.cold_workers.Mailbox", partial(mailbox.Mailbox, timeout=60.0))
         for module, user in product(
             (attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn), _USERS
         ):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from model_cases import make_model
 
+from hybrid.bench.hardware import hardware_report
 from hybrid.cli import main, repeat_corpus
-from hybrid.hardware_report import hardware_report
-from profiler import measure_hardware
-from profiler.hardware import HardwareProfile
+from profiler.common.hardware import HardwareProfile
+from profiler.machine import measure as measure_hardware
 
 pytest.importorskip("transformers")
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}<a>"

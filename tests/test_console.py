@@ -3,10 +3,10 @@
 import numba
 import pytest
 
-from hybrid.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL
 from hybrid.commands import _corpus
 from hybrid.console import compile_notice, counted, progress
-from hybrid.steps import Project
+from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL
+from hybrid.offline.project import Project
 
 
 def test_counted():

@@ -5,17 +5,17 @@ import pytest
 import torch
 from few_threads import THREADS
 
-from hybrid.bundle import EMBEDDED_MODEL
 from hybrid.console import progress
-from hybrid.engine import Engine, EngineConfig
-from hybrid.evaluate import evaluate, perplexity
+from hybrid.formats.bundle import EMBEDDED_MODEL
+from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
-from hybrid.loader import ModelFolder
-from hybrid.steps import ProfileRequest, Project
-from hybrid.text import TextCodec
+from hybrid.model.loader import ModelFolder
+from hybrid.offline.evaluate import evaluate, perplexity
+from hybrid.offline.project import ProfileRequest, Project
+from hybrid.runtime.engine import Engine, EngineConfig
 from placement import Placement, PlacementSettings
 from predictor import PredictorTarget
-from profiler.hardware import HardwareProfile
+from profiler.common.hardware import HardwareProfile
 
 CORPUS = EMBEDDED_MODEL.parent / "corpus"
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=64)

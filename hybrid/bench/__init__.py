@@ -1,0 +1,1 @@
+"""Measuring speed against the ceiling that memory sets, and beside peers."""

@@ -1,0 +1,1 @@
+"""What lies on disk: config.json, weights, packed folders, artefacts, tokenizer and templates."""

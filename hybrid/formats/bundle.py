@@ -1,0 +1,104 @@
+"""A model's artefacts on disk: where they are, how to remake them, and whether they fit together.
+
+Each artefact names what it was made from by the key of that artefact's header: predictors their profile, a placement
+its profile and predictors.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid.errors import ArtifactError
+from placement import placement as placement_file
+from placement.placement import Placement
+from predictor import bank as predictor_bank
+from predictor.bank import PredictorBank
+from profiler import profile as neuron_profile
+from profiler.common.artifact import ArtifactHeader, read_header
+from profiler.common.spec import ModelSpec
+from profiler.profile import NeuronProfile
+
+# The embedded model needs no path on the command line, and brings its own corpus.
+EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
+EMBEDDED_CORPUS = EMBEDDED_MODEL.parent / "corpus"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The folder that holds one model's artefacts; `repair` is the command that makes what is missing or stale."""
+
+    path: Path
+    repair: str = "hybrid prepare"
+
+    @classmethod
+    def of(cls, model: Path, spec: ModelSpec, chosen: Path | None = None) -> Bundle:
+        """`chosen`, or `<model>/hybrid`, or a folder in the user's cache where the model's cannot be written."""
+        command = "hybrid prepare"
+        if model.resolve() != EMBEDDED_MODEL.resolve():
+            command += f" {model} --corpus FILE..."
+        if chosen is not None:
+            return cls(chosen, f"{command} --bundle {chosen}")
+        inside = model / "hybrid"
+        if inside.is_dir() or os.access(model, os.W_OK):
+            return cls(inside, command)
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cls(cache / "hybrid" / spec.fingerprint, command)
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile.safetensors"
+
+    @property
+    def partial_profile(self) -> Path:
+        return self.path / "profile.partial.safetensors"
+
+    @property
+    def predictors(self) -> Path:
+        return self.path / "predictors.safetensors"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "predictors.json"
+
+    @property
+    def hardware(self) -> Path:
+        return self.path / "hardware.json"
+
+    @property
+    def placement(self) -> Path:
+        return self.path / "placement.safetensors"
+
+    def load_profile(self, spec: ModelSpec) -> NeuronProfile:
+        """Raises `ArtifactError` or `ArtifactMismatchError`, naming the command that repairs it; so do the others."""
+        return NeuronProfile.load(self.profile, spec, self.repair)
+
+    def load_predictors(self, spec: ModelSpec) -> PredictorBank:
+        return PredictorBank.load(self.predictors, spec, self.repair)
+
+    def load_placement(self, spec: ModelSpec) -> Placement:
+        return Placement.load(self.placement, spec, self.repair)
+
+    def current(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
+        """The header of the artefact at `path` if it is whole and of this model."""
+        try:
+            return read_header(path, kind, spec.fingerprint, self.repair)
+        except ArtifactError:
+            return None
+
+    def stale(self, spec: ModelSpec) -> list[str]:
+        """One line for each artefact that was made from another than the one that now lies beside it."""
+        profile = self.current(self.profile, neuron_profile.KIND, spec)
+        predictors = self.current(self.predictors, predictor_bank.KIND, spec)
+        placement = self.current(self.placement, placement_file.KIND, spec)
+        lines = []
+        for name, made, source, origin in (
+            ("predictors", predictors, "profile", profile),
+            ("placement", placement, "profile", profile),
+            ("placement", placement, "predictors", predictors),
+        ):
+            used = made.made_from.get(source) if made else None
+            if used and origin and used != origin.key:
+                lines.append(f"the {name} were made from other {source} than the present; run: {self.repair}")
+        return lines

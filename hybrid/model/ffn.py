@@ -1,0 +1,171 @@
+"""`HybridFFN`: one layer's FFN for many tokens at once: prefill, profiling, evaluation.
+
+Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`):
+  dense    every neuron is computed: the truth that the others are held against;
+  exact    every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
+  learned  a low-rank predictor names the neurons that will fire, and only those are computed.
+
+Prefill is dense whatever the strategy, as nearly every neuron fires for some token of a prompt. The strategy is used
+where `FFNRuntime.as_decode` is set, by evaluation for every token; an answer's tokens take the compiled step, which
+computes the same (`hybrid.runtime.cpu_step`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from cpu_kernels.activations import activate_ref
+from cpu_kernels.low_rank import PredictorView, predict_tokens
+from cpu_kernels.matrix import Matrix
+from cpu_kernels.sparse_ffn import MAX_BATCH, FFNView, SparseFFNScratch, sparse_ffn
+from cpu_kernels.worker_pool import WorkerPool
+from hybrid.model.gemm import blocks, widened
+from predictor.low_rank import LowRankPredictor
+from profiler.common.spec import Strategy
+
+
+@dataclass
+class FFNCounters:
+    """Sums over layers and decode steps since they were reset: neurons, and seconds of wall clock."""
+
+    neurons: int = 0
+    computed: int = 0
+    fired: int = 0
+    fired_hot: int = 0  # of `fired`; counted in decode only
+    predictor_seconds: float = 0.0
+    attention_seconds: float = 0.0
+    ffn_seconds: float = 0.0
+    head_seconds: float = 0.0
+
+
+@dataclass
+class FFNRuntime:
+    """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters.
+
+    as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does, all of it.
+    few: up to so many tokens of a prompt at once go through the kernels, which the profiler does not see, rather than
+    GEMMs on widened weights.
+    """
+
+    strategy: Strategy
+    pool: WorkerPool
+    d_model: int
+    d_ff: int
+    as_decode: bool = False
+    few: int = 0
+    counters: FFNCounters = field(default_factory=FFNCounters)
+
+    def __post_init__(self) -> None:
+        self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
+
+
+@dataclass(frozen=True, eq=False)
+class FFNMatrices:
+    """One layer's neurons as the runtime has them: gate, up and down (transposed) [f, d], biases f32; neuron-major."""
+
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+
+class Activation(nn.Module):
+    """The activation as a module of its own, so that a profiler can hook what comes out of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return activate_ref(self.name, z)
+
+
+class HybridFFN(nn.Module):
+    """FFN of one layer. Neurons lie in the placement's order, the first `hot` of them owned by the hot device."""
+
+    def __init__(
+        self,
+        matrices: FFNMatrices,
+        activation: str,
+        hot: int,
+        predictor: LowRankPredictor | PredictorView | None,
+        runtime: FFNRuntime,
+    ) -> None:
+        super().__init__()
+        self.matrices, self.hot, self.runtime = matrices, hot, runtime
+        self.gate, self.up, self.down = matrices.gate, matrices.up, matrices.down
+        self.act = Activation(activation)
+        self.view = FFNView.of(self.gate, self.up, self.down, matrices.gate_bias, matrices.up_bias, activation)
+        neurons = self.up.shape[0]
+        self._all = np.arange(neurons, dtype=np.int32)
+        self.set_predictor(predictor)
+
+    def set_predictor(self, predictor: LowRankPredictor | PredictorView | None) -> None:
+        """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
+        if isinstance(predictor, LowRankPredictor):
+            p = predictor
+            predictor = PredictorView.of(p.fc1, p.fc1_scale, p.b1, p.fc2, p.fc2_scale, p.b2, p.threshold)
+        self.predictor = predictor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [t, d] f32 after the norm; returns [t, d] f32."""
+        if not self.runtime.as_decode:
+            return self._biased(self.every(x))
+        return self._biased(self._sparse(x, *self._select(x)))
+
+    def every(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """All neurons from `first` on for x [t, d], as prefill computes them, without the bias of down: [t, d] f32."""
+        return self._all_of_few(x, first) if x.shape[0] <= self.runtime.few else self._gemm(x, first)
+
+    def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
+        tokens = x.shape[0]
+        if self.runtime.strategy != "learned":
+            rows = self._all if tokens == 1 else np.tile(self._all, tokens)
+            return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size
+        if self.predictor is None:
+            raise RuntimeError("strategy learned needs a predictor; the engine checks this when it loads")
+        return predict_tokens(self.predictor, x.numpy(), self.runtime.pool)
+
+    def _sparse(self, x: torch.Tensor, rows: np.ndarray, offsets: np.ndarray) -> torch.Tensor:
+        """Each token's chosen neurons, by the kernels of decode."""
+        counters, runtime, out = self.runtime.counters, self.runtime, np.zeros(tuple(x.shape), np.float32)
+        skip = runtime.strategy != "dense"
+        fired = sparse_ffn(self.view, x.numpy(), rows, offsets, out, runtime.scratch, runtime.pool, skip)
+        counters.neurons += x.shape[0] * self._all.size
+        counters.fired += fired
+        counters.computed += fired if runtime.strategy == "exact" else rows.size
+        return torch.from_numpy(out)
+
+    def _all_of_few(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The neurons from `first` on for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
+        out, tokens, neurons = np.zeros(tuple(x.shape), np.float32), np.ascontiguousarray(x.numpy()), self._all[first:]
+        for start in range(0, len(out), MAX_BATCH):
+            few = slice(start, start + MAX_BATCH)
+            count = len(out[few])
+            offsets = np.arange(count + 1, dtype=np.int64) * neurons.size
+            rows = neurons if count == 1 else np.tile(neurons, count)
+            sparse_ffn(self.view, tokens[few], rows, offsets, out[few], self.runtime.scratch, self.runtime.pool)
+        return torch.from_numpy(out)
+
+    def _gemm(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The neurons from `first` on for several tokens, in f32 GEMMs over blocks of neurons."""
+        out, m, pool = torch.zeros_like(x), self.matrices, self.runtime.pool
+        for block in blocks(self._all.size, first):
+
+            def project(weight: Matrix, bias: torch.Tensor | None, block: slice = block) -> torch.Tensor:
+                return nn.functional.linear(x, widened(weight, block, pool), None if bias is None else bias[block])
+
+            up = project(m.up, m.up_bias)
+            hidden = self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up
+            out += hidden @ widened(m.down, block, pool)
+        return out
+
+    def _biased(self, out: torch.Tensor) -> torch.Tensor:
+        return out if self.matrices.down_bias is None else out + self.matrices.down_bias

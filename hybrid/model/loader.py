@@ -1,0 +1,107 @@
+"""From a model folder to a built `Transformer`: spec, checkpoint, and weights laid out as the placement asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cpu_kernels.low_rank import PredictorView
+from hybrid.errors import InputError, ModelError
+from hybrid.formats.checkpoint import Checkpoint, TensorNames
+from hybrid.formats.config import FAMILIES, parse_config, read_json
+from hybrid.formats.packed import PackedModel
+from hybrid.formats.packed_predictors import open_predictors
+from hybrid.model.ffn import FFNRuntime, HybridFFN
+from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
+from hybrid.model.transformer import Attention, Block, Linear, Transformer
+from placement.placement import Placement
+from predictor.bank import PredictorBank
+from profiler.common.spec import DType, ModelSpec
+
+_DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFolder:
+    """A Hugging Face or packed model folder: its spec and its weights, opened but none read."""
+
+    path: Path
+    spec: ModelSpec
+    weights: Checkpoint | PackedModel
+
+    @classmethod
+    def open(cls, path: Path) -> ModelFolder:
+        """Read config and tensor tables. Raises `ModelError` when anything is missing, truncated or unknown."""
+        path = path.absolute()
+        if not path.is_dir():
+            problem = "is not a folder" if path.exists() else "does not exist"
+            raise ModelError(f"model folder {path} {problem}; give a Hugging Face model folder (nothing is downloaded)")
+        if PackedModel.is_packed(path):
+            packed = PackedModel.open(path)
+            return cls(path, packed.spec, packed)
+        config = read_json(path / "config.json")
+        spec = parse_config(config, str(path / "config.json"))
+        checkpoint = Checkpoint(path)
+        names = TensorNames(FAMILIES[spec.family], checkpoint)
+        up = checkpoint.infos.get(names.of("up", 0) + ".weight")
+        if up is None:
+            raise ModelError(f"{path} has no tensor '{names.of('up', 0)}.weight'; config.json and weights do not match")
+        if up.dtype not in _DTYPE_NAMES:
+            raise ModelError(f"{path}: weights are {up.dtype}; supported are bf16, f16 and f32")
+        spec = replace(spec, dtype=_DTYPE_NAMES[up.dtype], fingerprint=checkpoint.fingerprint(config))
+        return cls(path, spec, checkpoint)
+
+    @property
+    def is_packed(self) -> bool:
+        return isinstance(self.weights, PackedModel)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The Hugging Face weights. Raises `InputError` for a packed folder, which has none."""
+        if isinstance(self.weights, PackedModel):
+            raise InputError(f"{self.path} is packed; profile and train the model that it was packed from")
+        return self.weights
+
+    def ffn_tensors(self, layer: int) -> FFNTensors:
+        """One layer's neurons in the checkpoint's order; `down` is a transposed view. Raises as `checkpoint` does."""
+        return CheckpointReader(self.spec, self.checkpoint).ffn(layer)
+
+    def build(self, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None) -> Transformer:
+        """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
+
+        A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
+        `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
+        """
+        reader: Reader
+        mapped: list[PredictorView] = []
+        if isinstance(self.weights, PackedModel):
+            if placement is not None:
+                self.weights.check_order(placement.order)
+            self.weights.advise(runtime.strategy != "dense")
+            reader = PackedReader(self.weights, runtime)
+            if runtime.strategy == "learned" and bank is None:
+                mapped = open_predictors(self.path, self.spec, self.weights.order)
+        else:
+            reader = MatrixReader(self.spec, self.weights, placement, runtime)
+        blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
+        for block, predictor in zip(blocks, mapped, strict=False):
+            block.ffn.set_predictor(predictor)
+        embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
+        head = embedding if self.spec.tied else reader.head()
+        reader.finish()
+        return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
+
+    def _block(
+        self, reader: Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None
+    ) -> Block:
+        predictor = bank.predictors[layer] if bank is not None else None
+        hot = 0
+        if placement is not None:
+            hot = int(placement.hot[layer])
+            order = torch.from_numpy(placement.order[layer]).long()
+            predictor = predictor.reordered(order) if predictor is not None else None
+        ffn = HybridFFN(reader.ffn(layer), self.spec.activation, hot, predictor, runtime)
+        attention = Attention(self.spec, layer, *reader.attention(layer))
+        return Block(reader.norm("attention_norm", layer), attention, reader.norm("ffn_norm", layer), ffn)

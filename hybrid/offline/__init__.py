@@ -1,0 +1,1 @@
+"""What runs before an answer: profile, train, place, evaluate and pack."""

@@ -1,0 +1,277 @@
+"""`hybrid pack`: a model's weights, once more, as the kernels want them; `hybrid.formats.packed` says what is written.
+
+Threads: a few read blocks of rows and turn them into their run-time type; the calling thread writes them, in order. A
+block is 8 MiB of f32 and there are at most `_CODERS` + 1 of them, so memory stays at one source tensor that is mapped
+while it is read, whatever the model's size. Everything goes to a temporary folder that is renamed once all of it
+was read back and held against the source; a killed run leaves that folder, and the next run removes it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from zlib import crc32
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from cpu_kernels.blocks import dequantize, quantize
+from cpu_kernels.lanes import widen_ref
+from cpu_kernels.worker_pool import available_cpus
+from hybrid.errors import ArtifactError, InputError, ModelError
+from hybrid.formats.bundle import Bundle
+from hybrid.formats.checkpoint import TensorNames, is_redundant
+from hybrid.formats.config import FAMILIES
+from hybrid.formats.new_folder import copy_if_changed, new_folder
+from hybrid.formats.packed import (
+    ALIGNMENT,
+    KIND,
+    PACKED_FILE,
+    PackedDType,
+    PackedModel,
+    Part,
+    config_hash,
+    file_header,
+    order_hash,
+    packed_spec,
+    parts,
+)
+from hybrid.formats.packed_predictors import pack_predictors
+from hybrid.model.loader import ModelFolder
+from hybrid.offline.pack_check import within_bounds
+from hybrid.offline.pack_feedback import FFNFeedback
+from hybrid.offline.pack_source import Source, split_name
+from placement.placement import Placement
+from profiler import profile as neuron_profile
+from profiler.common.artifact import ArtifactHeader, read_header
+
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+
+_CODERS = 8
+T = TypeVar("T")
+# What a model folder may hold beside its weights: configuration, tokenizer, and what its licence asks to go along.
+_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README*")
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """The packed folder, the bytes of its weights, and whether they had to be `written`."""
+
+    folder: Path
+    nbytes: int
+    written: bool
+
+
+class Packer:
+    """One model, the type it shall have, and the neuron order of its bundle's placement."""
+
+    def __init__(self, folder: ModelFolder, bundle: Bundle, dtype: PackedDType, progress: Progress) -> None:
+        """Raises `ModelError` or `ArtifactError` when a tensor is missing or the placement is not of this model."""
+        self._folder, self._bundle, self._dtype, self._progress = folder, bundle, dtype, progress
+        placement = bundle.load_placement(folder.spec) if bundle.placement.is_file() else None
+        self._order = placement.order if placement else Placement.all_cold(folder.spec).order
+        self._spec = packed_spec(folder.spec, dtype)
+        self._parts = list(parts(self._spec))
+        names = TensorNames(FAMILIES[folder.spec.family], folder.checkpoint)
+        self._sources = {
+            part.name: Source.of(part, folder.spec, names, self._order) for part in self._parts if part.name != "order"
+        }
+        for source in self._sources.values():
+            for name, shape in source.tensors:
+                folder.checkpoint.info(name, shape)
+        folder.checkpoint.refuse_unread(is_redundant)
+        # Only int4 errs so much that error feedback pays; it needs the profile's sample of FFN inputs.
+        self.profile = bundle.current(bundle.profile, neuron_profile.KIND, folder.spec) if dtype == "int4" else None
+        self._feedback = FFNFeedback(bundle.profile, folder.spec, folder.checkpoint, self._sources)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+    def pack(self, out: Path) -> PackResult:
+        """Write and verify `out`; weights that are there already, from the same model, are not written again.
+
+        Raises `InputError` when `out` is something else or cannot be written, `ModelError` for weights that the type
+        cannot hold.
+        """
+        if written := not self._is_current(out):
+            with new_folder(out, self.nbytes) as temporary:
+                self._copy_files(temporary)
+                with (temporary / PACKED_FILE).open("wb") as file:
+                    sums = self._write(file)
+                self.verify(temporary, sums)
+                self._copy_artefacts(temporary)
+        else:
+            self._copy_artefacts(out)
+        return PackResult(out, self.nbytes, written)
+
+    def _is_current(self, out: Path) -> bool:
+        """Whether `out` holds these weights. Raises `InputError` for what must not be replaced."""
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            return False
+        try:
+            found = read_header(out / PACKED_FILE, KIND, self._folder.spec.fingerprint, "hybrid pack")
+        except ArtifactError as error:
+            raise InputError(
+                f"{out} exists and is not a packed copy of this model; remove it, or choose another folder with -o"
+            ) from error
+        try:
+            PackedModel.open(out)
+        except (ArtifactError, ModelError):
+            return False  # damaged, or of another version: written again
+        return found.key == self._header().key
+
+    def _header(self) -> ArtifactHeader:
+        made_from = {
+            "source": self._folder.spec.fingerprint,
+            "config": config_hash(self._folder.path),
+            "dtype": self._dtype,
+            "order": order_hash(self._order),
+            "profile": self.profile.key if self.profile else None,
+        }
+        return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)
+
+    def _copy_files(self, target: Path) -> None:
+        found = {path for pattern in _COPIED for path in self._folder.path.glob(pattern)}
+        for path in sorted(found):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+
+    def _copy_artefacts(self, out: Path) -> None:
+        """The source's artefacts as they are now, so that they fit the weights and each other."""
+        bundle = self._bundle
+        for path in (bundle.profile, bundle.predictors, bundle.report, bundle.placement):
+            if path.is_file():
+                copy_if_changed(path, out / "hybrid" / path.name)
+        if bundle.predictors.is_file():
+            pack_predictors(bundle.predictors, self._spec, self._order, out)
+
+    def _write(self, file: BinaryIO) -> dict[str, int]:
+        """Write the packed file; returns the CRC of each part."""
+        file.write(file_header(self._header(), self._parts))
+        sums = dict.fromkeys((part.name for part in self._parts), 0)
+        # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
+        with self._progress("pack", self.nbytes, "byte") as advance, _coders() as coders, threadpool_limits(1, "blas"):
+            for part in self._parts:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                for stored in self._stored(part, coders):
+                    file.write(stored.data)
+                    sums[part.name] = crc32(stored.data, sums[part.name])
+                    advance(stored.nbytes)
+        return sums
+
+    def _is_fed(self, part: Part) -> bool:
+        """Whether `part` is rounded with error feedback."""
+        layer, name, kind = split_name(part.name)
+        return bool(self.profile) and layer is not None and name in ("gate", "up", "down") and kind == "weight"
+
+    def _stored(self, part: Part, coders: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+        """The bytes of `part`, block after block, made by `coders` a few blocks ahead."""
+        if part.name == "order":
+            yield self._order.astype(np.int32)
+            return
+        try:
+            yield from _in_order(self._tasks(part), coders)
+        except ValueError as error:
+            raise ModelError(
+                f"weights for '{part.name}': {error}; check the model's files, or try --dtype bf16"
+            ) from error
+
+    def _tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
+        if self._is_fed(part):
+            yield from self._feedback.tasks(part)
+            return
+        for _, read in self._sources[part.name].blocks(self._folder.checkpoint):
+            yield partial(_encoded, part, read)
+
+    def verify(self, target: Path, sums: Mapping[str, int]) -> None:
+        """Read back every tensor, with the source's beside it; `sums`: CRCs of what was to be written.
+
+        Raises `ArtifactError` for a part that differs, or is not what the source says within what its type may lose.
+        """
+        packed = PackedModel.open(target)
+        with self._progress("verify", self.nbytes, "byte") as advance, _coders() as coders:
+            for part in self._parts:
+                if not self._reads_back(packed, part, sums[part.name], coders):
+                    raise ArtifactError(f"'{part.name}' did not read back as written; check the disk and pack again")
+                advance(part.nbytes)
+
+    def _reads_back(self, packed: PackedModel, part: Part, expected: int, coders: ThreadPoolExecutor) -> bool:
+        if part.name == "order":
+            return np.array_equal(packed.order, self._order)
+        found = 0
+        for stored, is_right in _in_order(self._checks(packed, part), coders):
+            if not is_right:
+                return False
+            found = crc32(stored.data, found)
+            packed.release()
+        return found == expected
+
+    def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], tuple[np.ndarray, bool]]]:
+        start = 0
+        for count, read in self._sources[part.name].blocks(self._folder.checkpoint):
+            stored = packed.stored(part.name)[start : start + count]
+            yield partial(self._checked, part, stored, read)
+            start += count
+
+    def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
+        """What was stored of a block, and whether that is the block within what its type may lose."""
+        block = read()
+        if part.dtype == "int8" or part.dtype == "int4":
+            wide = dequantize(stored, part.shape[1])
+            return stored, within_bounds(wide, block, part.dtype, self._is_fed(part))
+        return stored, np.array_equal(stored, encode(part, block))
+
+
+def _coders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(_CODERS, available_cpus()))
+
+
+def _in_order(tasks: Iterable[Callable[[], T]], coders: ThreadPoolExecutor) -> Iterator[T]:
+    """Results of tasks in their order, made by `coders` a few ahead."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(coders.submit(task))
+            if len(waiting) > min(_CODERS, available_cpus()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # after an error or Ctrl-C, what is not begun need not be
+        for future in waiting:
+            future.cancel()
+
+
+def _encoded(part: Part, read: Callable[[], np.ndarray]) -> np.ndarray:
+    return encode(part, read())
+
+
+def encode(part: Part, block: np.ndarray) -> np.ndarray:
+    """`block` f32 as the file stores it, by plain rounding. Raises `ValueError` for what the type cannot hold."""
+    if part.dtype == "int8" or part.dtype == "int4":
+        return quantize(block, part.dtype)
+    stored = _narrow(block, part.dtype)
+    if not np.isfinite(widen_ref(stored)).all():
+        raise ValueError(f"{part.dtype} cannot hold all of them, the largest is {np.abs(block).max():.3g}")
+    return stored
+
+
+def _narrow(block: np.ndarray, dtype: str) -> np.ndarray:
+    """f32 rounded to the nearest of `dtype`, as kernels see it; too large a weight becomes infinite.
+
+    In NumPy, because torch's threads and ours would wait for each other.
+    """
+    if dtype == "bf16":
+        bits = np.ascontiguousarray(block).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return block.astype(np.float16).view(np.int16)
+    return block

@@ -1,0 +1,260 @@
+"""The offline steps over one model: profile, train, place. Each writes its own artefact and nothing else.
+
+A step's result is current when its artefact says that it was made from what would be used now; `prepare` then skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cpu_kernels.worker_pool import WorkerPool
+from hybrid.errors import ContextError, InputError
+from hybrid.formats.bundle import Bundle
+from hybrid.formats.packed import PackedModel
+from hybrid.formats.text import TextCodec
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.loader import ModelFolder
+from hybrid.model.transformer import Transformer
+from hybrid.offline.evaluate import perplexity
+from placement import placement as placement_file
+from placement.placement import Placement, PlacementResult, PlacementSettings, place, predictor_sizes
+from predictor import bank as predictor_bank
+from predictor.bank import PredictorBank
+from predictor.samples import FFNWeights
+from predictor.sizing import PredictorTarget
+from predictor.train import train_predictors
+from profiler import profile as neuron_profile
+from profiler.common.artifact import ArtifactHeader, atomic_write
+from profiler.common.hardware import HardwareProfile
+from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
+from profiler.profile import NeuronProfile
+from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
+
+Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+def check_seed(seed: int) -> None:
+    """Raise `InputError` for a seed that not every generator in use takes."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}, expected 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built."""
+
+    corpus: tuple[Path, ...]
+    tokens: int = 100_000
+    window: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.corpus:
+            raise InputError("no corpus given; name text files with --corpus FILE...")
+        if self.window < 2:
+            raise InputError(f"a calibration window has {self.window} tokens, expected at least 2")
+        if self.tokens < self.window:
+            raise InputError(f"--tokens {self.tokens} is less than one window of {self.window} tokens; raise it")
+        check_seed(self.seed)
+
+
+class Project:
+    """One model folder with its bundle, and the steps that fill the bundle."""
+
+    def __init__(self, model: Path, bundle: Path | None, threads: int | None, progress: Progress) -> None:
+        """Raises `ModelError` when the folder is not a model that can be loaded."""
+        self.folder = ModelFolder.open(model)
+        self.spec = self.folder.spec
+        self.bundle = Bundle.of(self.folder.path, self.spec, bundle)
+        self._threads, self._progress = threads, progress
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        return TextCodec(self.folder.path, self.spec.vocab_size)
+
+    @cached_property
+    def runtime(self) -> FFNRuntime:
+        pool = WorkerPool(self._threads)
+        torch.set_num_threads(pool.threads)
+        return FFNRuntime("dense", pool, self.spec.d_model, self.spec.d_ff)
+
+    @cached_property
+    def model(self) -> Transformer:
+        """The model with every neuron in the checkpoint's order and no predictors: dense."""
+        return self.folder.build(self.runtime, None, None)
+
+    def encode(self, document: Document) -> list[int]:
+        """Token ids of a corpus document, as the model meets such text."""
+        if document.messages:
+            return self.codec.encode_chat(document.messages, add_generation_prompt=False) + self.codec.eos_tokens()
+        return self.codec.encode_document(document.text)
+
+    def windows(self, request: ProfileRequest) -> TokenWindows:
+        """The token windows of `request`. Raises `CorpusError` or `ContextError`."""
+        self.check_context(request.window)
+        documents = read_documents(request.corpus)
+        return token_windows(documents, self.encode, request.window, request.tokens, request.seed)
+
+    def use_predictors(self, bank: PredictorBank | None) -> None:
+        """Make the model's `learned` strategy use `bank`, or have none."""
+        packed = self.folder.weights if isinstance(self.folder.weights, PackedModel) else None
+        for layer, ffn in enumerate(self.model.ffns):
+            predictor = bank.predictors[layer] if bank else None
+            if predictor and packed:  # its rows lie in the order of a placement
+                predictor = predictor.reordered(torch.from_numpy(packed.order[layer].astype(np.int64)))
+            ffn.set_predictor(predictor)
+
+    def check_context(self, context: int) -> None:
+        """Raise `ContextError` unless the model takes `context` tokens."""
+        if not 1 <= context <= self.spec.max_context:
+            raise ContextError(
+                f"context {context} is out of range: this model takes 1 to {self.spec.max_context} tokens"
+            )
+
+    def require_sparse(self) -> None:
+        """Raise `InputError` unless neurons of this model fire sparsely."""
+        if not self.spec.fires_sparsely:
+            raise InputError(
+                f"{self.spec.activation} fires densely, so there are no hot and cold neurons to tell apart; "
+                "the model runs dense without preparation"
+            )
+
+    def require_source(self) -> None:
+        """Raise `InputError` for a packed model: its neurons have another order, its weights another type."""
+        if isinstance(self.folder.weights, PackedModel):
+            raise InputError(f"{self.folder.path} is packed; profile and train the model that it was packed from")
+
+    # Profile
+
+    def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
+        """What a profile made by `request` says of its making."""
+        settings = ProfileSettings(seed=request.seed)
+        return {
+            "corpus": corpus_hash(request.corpus),
+            "corpus_files": [path.name for path in corpus_files(request.corpus)],
+            "tokens": request.tokens,
+            "window": request.window,
+            "seed": request.seed,
+            "sample_tokens": settings.sample_tokens,
+        }
+
+    def profile(self, request: ProfileRequest) -> NeuronProfile:
+        """Run the model over the corpus, and write and return the profile."""
+        self.require_source()
+        self.require_sparse()
+        header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
+        windows = self.windows(request)
+        ffns = self.model.ffns
+        recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
+        settings = ProfileSettings(seed=request.seed)
+        with self._progress("profile", windows.tokens.size, "token") as progress:
+            partial = self.bundle.partial_profile
+            found = record_profile(self._run_dense, recorder, windows, settings, header, partial, progress)
+        found.save(self.bundle.profile)
+        self.bundle.partial_profile.unlink(missing_ok=True)
+        return found
+
+    def _run_dense(self, tokens: torch.Tensor) -> object:
+        self.runtime.as_decode = False
+        return self.model(tokens)
+
+    def current_profile(self, request: ProfileRequest) -> ArtifactHeader | None:
+        """The header of the stored profile if `request` would make the same again."""
+        return self._current(self.bundle.profile, neuron_profile.KIND, self.profile_origin(request))
+
+    def load_profile(self) -> NeuronProfile:
+        return self.bundle.load_profile(self.spec)
+
+    # Train
+
+    def train_origin(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> dict[str, Any]:
+        """What predictors trained on a profile say of their making."""
+        return {"profile": profile.key, "target": asdict(target), "seed": seed}
+
+    def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
+        """Train, write and return predictors; their report is with them."""
+        self.require_source()
+        self.require_sparse()
+        check_seed(seed)
+        layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
+        with self._progress("train", self.spec.n_layers, "layer") as progress:
+            bank, report = train_predictors(
+                self.spec,
+                layers,
+                found.inputs,
+                found.documents,
+                target,
+                seed=seed,
+                perplexity_of=(lambda bank: self._validation_perplexity(found, bank))
+                if len(found.validation)
+                else None,
+                progress=progress,
+            )
+        with atomic_write(self.bundle.report) as file:
+            file.write(report.to_json().encode())
+        bank.save(self.bundle.predictors, self.spec, self.train_origin(found.header, target, seed), report)
+        return self.load_predictors()
+
+    def current_predictors(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> ArtifactHeader | None:
+        """The header of the stored predictors if training now would make the same again."""
+        return self._current(self.bundle.predictors, predictor_bank.KIND, self.train_origin(profile, target, seed))
+
+    def load_predictors(self) -> PredictorBank:
+        return self.bundle.load_predictors(self.spec)
+
+    def _ffn_weights(self, layer: int) -> FFNWeights:
+        t = self.folder.ffn_tensors(layer)
+        return FFNWeights(t.gate, t.up, t.down, self.spec.activation, t.gate_bias, t.up_bias)
+
+    def _validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
+        """Perplexity on the profile's validation windows, with `bank` as decode would use it; None is dense."""
+        windows = TokenWindows(found.validation.astype(np.int64), np.zeros_like(found.validation))
+        self.use_predictors(bank)
+        return perplexity(self.model, self.runtime, "learned" if bank else "dense", windows)
+
+    # Place
+
+    def place_origin(
+        self, profile: ArtifactHeader, predictors: ArtifactHeader | None, hardware: HardwareProfile
+    ) -> dict[str, Any]:
+        """What a placement says of its making, beside its settings and its prediction."""
+        return {
+            "profile": profile.key,
+            "predictors": predictors.key if predictors else None,
+            "hardware_profile": hardware.to_json(),
+        }
+
+    def place(
+        self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile, settings: PlacementSettings
+    ) -> PlacementResult:
+        """Solve the placement; `write_placement` keeps it."""
+        settings, sizes = settings.with_predictors(bank), predictor_sizes(self.spec, bank)
+        origin = self.place_origin(found.header, bank.header if bank else None, hardware)
+        return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
+
+    def write_placement(self, placement: Placement) -> None:
+        placement.save(self.bundle.placement)
+
+    def placement_is_current(self, origin: dict[str, Any], settings: PlacementSettings) -> bool:
+        """Whether solving now, from `origin` with `settings`, would make the stored placement again."""
+        wanted = origin | {
+            "vram_budget": settings.vram_budget,
+            "context": settings.context,
+            "strategy": settings.strategy,
+            "solver": settings.solver,
+        }
+        return self._current(self.bundle.placement, placement_file.KIND, wanted) is not None
+
+    def _current(self, path: Path, kind: str, wanted: dict[str, Any]) -> ArtifactHeader | None:
+        """The header of the artefact at `path` if it is whole, of this model, and was made from what is `wanted`."""
+        header = self.bundle.current(path, kind, self.spec)
+        fits = header and all(header.made_from.get(name) == value for name, value in wanted.items())
+        return header if fits else None

@@ -1,0 +1,207 @@
+"""`CpuStep`: one token of a model through the compiled step, by the weights, KV cache and threads of its engine."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cpu_kernels.activations import ACTIVATION_CODES
+from cpu_kernels.addresses import address_table
+from cpu_kernels.blocks import GROUP
+from cpu_kernels.decode_buffers import (
+    DENSE,
+    EXACT,
+    LEARNED,
+    Column,
+    Count,
+    Ends,
+    Number,
+    Phase,
+    Shape,
+    Shared,
+    new_numbers,
+    new_own,
+    new_shared,
+)
+from cpu_kernels.decode_step import decode_step
+from cpu_kernels.lanes import stored_view
+from cpu_kernels.low_rank import PredictorView
+from cpu_kernels.worker_pool import Each
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import Block, Norm, Transformer
+from profiler.common.spec import Strategy
+
+_STRATEGIES: dict[Strategy, int] = {"dense": DENSE, "exact": EXACT, "learned": LEARNED}
+
+
+class StepArguments(NamedTuple):
+    """Arguments of `decode_step` and `serve` that come of the model."""
+
+    likes: tuple[np.ndarray, ...]
+    table: np.ndarray
+    shape: Shape
+    eps: float
+    rotation: tuple[np.ndarray, np.ndarray]
+    blocks: np.ndarray
+    shared: Shared
+    owns: Each
+
+
+class CpuStep:
+    """What `decode_step` needs, made once: the table of addresses and every buffer.
+
+    It holds the model and the cache, whose arrays the addresses point into; neither may be replaced while it lives.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, runtime: FFNRuntime) -> None:
+        self._model, self._cache, self._runtime = model, cache, runtime
+        self._kept: list[np.ndarray] = []  # vectors that only the table points to
+        spec, predictors = model.spec, [ffn.predictor for ffn in model.ffns]
+        rank = max((len(p.b1) for p in predictors if p is not None), default=0)
+        self._shape = Shape(
+            d=spec.d_model,
+            f=spec.d_ff,
+            heads=spec.n_heads,
+            kv_heads=spec.n_kv_heads,
+            head_dim=spec.head_dim,
+            vocab=spec.vocab_size,
+            blocks=cache.data.shape[1],
+            block_size=cache.block_size,
+            layer_norm=int(spec.norm == "layer"),
+            activation=ACTIVATION_CODES[spec.activation],
+            strategy=DENSE,
+        )
+        workers = runtime.pool.threads
+        self._shared = new_shared(self._shape, rank, workers)
+        self._owns = Each(new_own(self._shape, rank) for _ in range(workers))
+        self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
+        attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
+        matrices = (attention, ffn, model.head.matrix, model.embedding)
+        keys, codes = stored_view(cache.data[0, 0, 0, 0, 0]), np.empty((1, GROUP), np.int8)
+        self._likes = (*(matrix.like for matrix in matrices), keys, codes)
+        self._logits = torch.from_numpy(self._shared.logits[0])
+        self._rotation = self._angles(cache.capacity)
+        self._numbers = new_numbers(self._shape, float(spec.norm_eps))
+        self._shared_table = address_table((self._rotation, cache.table, self._shared))
+        self._own_tables = Each(address_table(own) for own in self._owns)
+
+    def run(self, token: int, strategy: Strategy) -> torch.Tensor:
+        """Logits [vocab] f32 after `token`, which joins the KV cache; counts and times go to the runtime's counters.
+
+        The logits are a buffer that the next call overwrites.
+        """
+        self._shared.ticks[:], self._shared.tallies[:] = 0, 0
+        start = perf_counter()
+        self._run(self._table, self._shape._replace(strategy=_STRATEGIES[strategy]), token, self._cache.length)
+        self._count(perf_counter() - start, strategy)
+        self._cache.advance(1)
+        return self._logits
+
+    def load_kernels(self) -> None:
+        """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""
+        self._run(self._table[-1:], self._shape._replace(vocab=0), 0, 0)
+
+    def arguments(self, strategy: Strategy) -> StepArguments:
+        """What compiled code needs of the model."""
+        shape, eps = self._shape._replace(strategy=_STRATEGIES[strategy]), float(self._model.spec.norm_eps)
+        return StepArguments(
+            self._likes, self._table, shape, eps, self._rotation, self._cache.table, self._shared, self._owns
+        )
+
+    def _run(self, table: np.ndarray, shape: Shape, token: int, position: int) -> None:
+        pool, numbers = self._runtime.pool, self._numbers
+        numbers[: len(shape)], numbers[Number.TOKEN], numbers[Number.POSITION] = shape, token, position
+        buffers = self._shared_table, self._own_tables
+        pool.run(decode_step, pool.threads, pool.barrier, self._likes[:5], table, numbers, *buffers)
+
+    def _count(self, seconds: float, strategy: Strategy) -> None:
+        counters, spec = self._runtime.counters, self._model.spec
+        tallies, ticks = self._shared.tallies.tolist(), self._shared.ticks.tolist()
+        hot, cold = tallies[Count.FIRED_HOT], tallies[Count.FIRED_COLD]
+        counters.neurons += spec.n_layers * spec.d_ff
+        counters.computed += hot + cold if strategy == "exact" else tallies[Count.COMPUTED]
+        counters.fired += hot + cold
+        counters.fired_hot += hot
+        each = seconds / max(1, sum(ticks))
+        counters.attention_seconds += each * ticks[Phase.ATTENTION]
+        counters.predictor_seconds += each * ticks[Phase.PREDICTOR]
+        counters.ffn_seconds += each * ticks[Phase.FFN]
+        counters.head_seconds += each * ticks[Phase.HEAD]
+
+    def _layer(self, number: int, block: Block) -> np.ndarray:
+        """The table's row of one layer."""
+        row = np.zeros(len(Column), np.int64)
+        attention, ffn = block.attention, block.ffn
+        matrices, predictor = ffn.matrices, ffn.predictor
+        for column, matrix in (
+            (Column.QKV, attention.qkv.matrix),
+            (Column.OUT, attention.out.matrix),
+            (Column.GATE, matrices.gate),
+            (Column.UP, matrices.up),
+            (Column.DOWN, matrices.down),
+        ):
+            row[column] = 0 if matrix is None else matrix.rows.ctypes.data
+        for column, vector in (
+            (Column.QKV_BIAS, attention.qkv.bias),
+            (Column.OUT_BIAS, attention.out.bias),
+            (Column.ATTENTION_NORM, block.attention_norm.weight),
+            (Column.ATTENTION_NORM_BIAS, block.attention_norm.bias),
+            (Column.FFN_NORM, block.ffn_norm.weight),
+            (Column.FFN_NORM_BIAS, block.ffn_norm.bias),
+            (Column.Q_NORM, _weight(attention.q_norm)),
+            (Column.K_NORM, _weight(attention.k_norm)),
+            (Column.GATE_BIAS, matrices.gate_bias),
+            (Column.UP_BIAS, matrices.up_bias),
+            (Column.DOWN_BIAS, matrices.down_bias),
+        ):
+            row[column] = self._vector(vector)
+        row[Column.KV] = self._cache.data[number].ctypes.data
+        row[Column.WINDOW] = attention.window or 0
+        row[Column.HOT] = ffn.hot
+        if predictor is not None:
+            self._put_predictor(row, predictor)
+        return row
+
+    def _put_predictor(self, row: np.ndarray, predictor: PredictorView) -> None:
+        row[Column.FC1], row[Column.FC2] = predictor.fc1.ctypes.data, predictor.fc2.ctypes.data
+        for column, vector in (
+            (Column.FC1_SCALE, predictor.s1),
+            (Column.FC1_BIAS, predictor.b1),
+            (Column.FC2_SCALE, predictor.s2),
+            (Column.FC2_BIAS, predictor.b2),
+        ):
+            row[column] = vector.ctypes.data
+        row[Column.RANK] = len(predictor.b1)
+        row[Column.THRESHOLD] = np.float32(predictor.threshold).view(np.int32)
+        self._kept += [predictor.fc1, predictor.fc2, predictor.s1, predictor.b1, predictor.s2, predictor.b2]
+
+    def _ends(self) -> np.ndarray:
+        row, model = np.zeros(len(Column), np.int64), self._model
+        row[Ends.EMBEDDING] = model.embedding.rows.ctypes.data
+        row[Ends.POSITIONS] = 0 if model.positions is None else model.positions.rows.ctypes.data
+        row[Ends.FINAL_NORM] = self._vector(model.final_norm.weight)
+        row[Ends.FINAL_NORM_BIAS] = self._vector(model.final_norm.bias)
+        row[Ends.HEAD] = model.head.matrix.rows.ctypes.data
+        return row
+
+    def _vector(self, vector: torch.Tensor | None) -> int:
+        """Address of an f32 copy that lives as long as this step; 0 for none."""
+        if vector is None:
+            return 0
+        self._kept.append(vector.float().contiguous().numpy())
+        return self._kept[-1].ctypes.data
+
+    def _angles(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines f32 [capacity, head_dim / 2], of no columns for a model without RoPE."""
+        found = self._model.rotation(torch.arange(capacity))
+        if found is None:
+            return np.empty((capacity, 0), np.float32), np.empty((capacity, 0), np.float32)
+        return found[0][:, 0].contiguous().numpy(), found[1][:, 0].contiguous().numpy()
+
+
+def _weight(norm: Norm | None) -> torch.Tensor | None:
+    return None if norm is None else norm.weight

@@ -1,0 +1,108 @@
+"""Which GPU an engine uses, and the placement that it runs by within a VRAM budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hybrid.errors import BudgetError
+from hybrid.formats.bundle import Bundle
+from hybrid.formats.packed import PackedModel
+from hybrid.model.loader import ModelFolder
+from placement.placement import Placement, PlacementSettings, place, predictor_sizes
+from placement.plan import UNLIMITED
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import Strategy
+
+# Left free on the GPU where no budget is given: for what other programs, and drivers, take meanwhile.
+RESERVE_BYTES = 2**30
+_SOLVE_SECONDS = 2.0  # of a start, at most, for a placement
+
+
+def gpu_of(budget: int | None) -> torch.device | None:
+    """The first GPU; None where there is none, or none may be used. Raises `BudgetError` for a budget without a GPU."""
+    if budget == 0 or not torch.cuda.is_available():
+        if budget not in (None, 0, UNLIMITED):
+            raise BudgetError("there is no GPU here that torch can use; leave --vram-budget out, or give 0")
+        return None
+    return torch.device("cuda", 0)
+
+
+def free_bytes(gpu: torch.device) -> int:
+    """What an engine may take of `gpu` at most, `RESERVE_BYTES` left."""
+    free, _ = torch.cuda.mem_get_info(gpu)
+    return max(0, free - RESERVE_BYTES)
+
+
+def taken_bytes(gpu: torch.device, free_before: int) -> int:
+    """Bytes of `gpu` taken since `free_before` of them were free; other programs' too, where one runs beside."""
+    return free_before - torch.cuda.mem_get_info(gpu)[0]
+
+
+def placement_for(
+    bundle: Bundle,
+    folder: ModelFolder,
+    strategy: Strategy,
+    context: int,
+    gpu: torch.device | None,
+    budget: int | None,
+    notices: list[str],
+) -> Placement:
+    """The stored placement, or one within what the GPU and `budget` allow, solved now from the stored profile.
+
+    Models without a profile have no order of neurons; whole layers go to the GPU as they fit. `notices` get what is to
+    be known.
+    """
+    stored = _stored(bundle, folder, strategy, notices) if gpu is None or folder.spec.fires_sparsely else None
+    if gpu is None:
+        return stored or Placement.all_cold(folder.spec)
+    if stored is None and folder.spec.fires_sparsely:
+        return Placement.all_cold(folder.spec)
+    most = free_bytes(gpu)
+    if budget is not None and most < budget < UNLIMITED:
+        raise BudgetError(
+            f"VRAM budget is {budget / 2**30:.2f} GiB, the GPU has {most / 2**30:.2f} GiB free beside a reserve of 1; "
+            "lower --vram-budget"
+        )
+    if not bundle.hardware.is_file():
+        notices.append(f"placed for a default GPU: `hybrid hardware -o {bundle.hardware}` measures this one")
+    made = {} if stored is None else stored.made_from
+    wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
+    now = {"vram_budget": wanted, "context": context, "hardware_profile": hardware_of(bundle).to_json()}
+    if stored is not None and wanted <= most and all(made.get(name) == value for name, value in now.items()):
+        return stored
+    return solve_within(bundle, folder, strategy, context, min(wanted, most))
+
+
+def hardware_of(bundle: Bundle) -> HardwareProfile:
+    """The bundle's hardware profile, or the default one where it has none."""
+    return HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else HardwareProfile.load()
+
+
+def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int) -> Placement:
+    """The placement of a model for `budget` bytes on this machine, by its stored profile."""
+    spec = folder.spec
+    hardware = hardware_of(bundle)
+    hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
+    settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS)
+    if not spec.fires_sparsely:
+        return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
+    profile = bundle.load_profile(spec)
+    bank = bundle.load_predictors(spec) if strategy == "learned" else None
+    settings, sizes = settings.with_predictors(bank), predictor_sizes(spec, bank)
+    found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement
+    if isinstance(folder.weights, PackedModel):  # the order of its rows is fixed, and was made from the same profile
+        found = replace(found, order=folder.weights.order)
+    return found
+
+
+def _stored(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement | None:
+    """The bundle's placement; `learned` needs one, the others run all-cold without, and `notices` say so."""
+    if strategy == "learned" or bundle.placement.is_file():
+        notices += bundle.stale(folder.spec)
+        return bundle.load_placement(folder.spec)
+    if folder.spec.fires_sparsely:
+        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
+    return None

@@ -1,0 +1,342 @@
+"""`GpuPrefill`: reads a prompt, many tokens at once, with dense parts and hot neurons on the GPU.
+
+A prompt passes through in chunks, so that a layer's cold neurons come to the GPU once for many tokens; within a layer,
+what is wide (QKV, hidden values, scores) is computed for fewer tokens at a time. Nearly every neuron fires for some
+token of a prompt, so all are computed: hot ones from the GPU's rows, cold ones either streamed to the GPU
+(`cold_stream`) or computed by the CPU while the GPU computes the hot ones, whichever `streams` says is cheaper.
+
+Activations are f32 and every product is as exact as f32 arithmetic, as on the CPU. Everything on the device comes out
+of the arena. Who waits: the caller, once per chunk for all of it, and where the CPU has a part in a layer for its
+input. Without a GPU, as in tests, the same code runs on the CPU, one thing after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_kernels.dense import activate_product, causal_softmax
+from gpu_kernels.gemv import gemv
+from gpu_kernels.norm import residual_norm
+from gpu_kernels.rope import rope
+from gpu_kernels.sparse_ffn import DeviceFFNView
+from hybrid.errors import ContextError
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import OPT_POSITION_OFFSET, Transformer
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.cold_stream import ColdStream
+from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, scratch_floats, some_rows
+from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
+from placement.workspace import PREFILL_CHUNK, PREFILL_ROWS, PREFILL_WIDE, Workspace
+
+PART = "workspace: prefill"
+_LEAST_QUERIES = 8  # whose scores fit the scratch
+Streams = Callable[[int, int], bool]
+
+
+@dataclass
+class PrefillCounters:
+    """Layers whose cold neurons were streamed to the GPU, were computed by the CPU, and layers wholly on the CPU; each
+    counts once per chunk."""
+
+    streamed: int = 0
+    computed: int = 0
+    on_cpu: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """f32 unless their name says otherwise; x and normed for the tokens of a chunk, the rest for those at once.
+
+    keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
+    """
+
+    x: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    keys_values: torch.Tensor
+    scratch: torch.Tensor
+    logits: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def take(
+        cls, arena: DeviceArena, model: Transformer, cache: KVCache, chunk: int, wide: int, neurons: int
+    ) -> _Buffers:
+        spec = model.spec
+        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+        blocks = cache.data.shape[1]
+        widest = max(spec.d_model, queries, neurons)
+        rows = min(PREFILL_ROWS, max(neurons, queries + both))
+        scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
+
+        def floats(*shape: int) -> torch.Tensor:
+            return arena.empty(PART, shape)
+
+        return cls(
+            x=floats(chunk, spec.d_model),
+            normed=floats(chunk, spec.d_model),
+            qkv=floats(wide, queries + both),
+            attended=floats(wide, queries),
+            first=floats(wide * neurons),
+            second=floats(wide * neurons if spec.gated else 0),
+            keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
+            scratch=floats(max(scratch_floats(wide, widest, rows), scores)),
+            logits=floats(1, spec.vocab_size),
+            positions=arena.empty(PART, (chunk,), torch.int32),
+            table=arena.put(PART, torch.from_numpy(cache.table)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _OnHost:
+    """A copy to the host that is under way."""
+
+    values: torch.Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> torch.Tensor:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.values
+
+
+class GpuPrefill:
+    """A model's prefill over two devices. It holds the model and the cache, neither of which may be replaced.
+
+    counters: what was done with cold neurons so far.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        weights: GpuWeights,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        arena: DeviceArena,
+        streams: Streams,
+        rotation: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> None:
+        """streams(tokens, layer): whether to stream the layer's cold neurons rather than compute them on the CPU.
+
+        rotation: cosines and sines [capacity, head_dim / 2] f32 on the device, None for a model without RoPE. Raises
+        `ValueError` where they are missing.
+        """
+        if (model.spec.rope is None) != (rotation[0] is None):
+            raise ValueError("prefill needs cosines and sines for a model with RoPE, and none for one without")
+        self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
+        self._streams, self._rotation, self._eps = streams, rotation, float(model.spec.norm_eps)
+        self.counters = PrefillCounters()
+        self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
+        self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
+        self._buffers = _Buffers.take(arena, model, cache, self._chunk, self._wide, self._neurons)
+        self._gemm = GpuGemm(self._buffers.scratch)
+        self._cold = [
+            0 if layer is None else ffn.up.shape[0] - ffn.hot
+            for layer, ffn in zip(weights.layers, model.ffns, strict=True)
+        ]
+        self._stream = ColdStream(model.ffns, self._neurons, arena) if any(self._cold) else None
+        pinned = arena.device.type == "cuda" and not arena.counts_only
+        self._device = arena.device
+        self._host = torch.empty(0 if arena.counts_only else self._chunk, model.spec.d_model, pin_memory=pinned)
+
+    @torch.inference_mode()
+    def read(
+        self, tokens: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> torch.Tensor:
+        """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join the KV cache chunk by chunk.
+
+        `progress(done, total)` follows the chunks. Workers of the decode step must be at rest, as the CPU's part of
+        prefill runs on their pool. Raises `ContextError` when the tokens do not fit the cache.
+        """
+        end = self._cache.length + len(tokens)
+        if end > self._cache.capacity:
+            raise ContextError(f"{end} tokens do not fit a context of {self._cache.capacity}; shorten the prompt")
+        if not len(tokens):
+            raise ValueError("prefill needs at least one token")
+        logits = torch.empty(0)
+        torch.set_num_threads(self._runtime.pool.threads)
+        self._runtime.as_decode = False
+        self._wait()  # for what an interrupted call left under way
+        for at in range(0, len(tokens), self._chunk):
+            progress(at, len(tokens))
+            some = tokens[at : at + self._chunk]
+            self._layers(some)
+            if at + len(some) == len(tokens):
+                logits = self._logits(len(some))
+            self._wait()
+            self._cache.advance(len(some))
+        progress(len(tokens), len(tokens))
+        return logits
+
+    def _layers(self, tokens: Sequence[int]) -> None:
+        """All layers for a chunk; x then holds what the final norm takes."""
+        count, start = len(tokens), self._cache.length
+        self._embed(tokens, start)
+        torch.arange(start, start + count, out=self._buffers.positions[:count])
+        streamed = [n for n, cold in enumerate(self._cold) if cold and self._streams(count, n)]
+        if self._stream is not None:
+            self._stream.begin(streamed)
+        for number, layer in enumerate(self._weights.layers):
+            if layer is None:
+                self._layer_on_cpu(number, count, start)
+                continue
+            for part in pieces(count, self._wide):
+                self._attention(number, layer, part, start)
+            self._ffn(number, layer, count, number in streamed)
+
+    def _embed(self, tokens: Sequence[int], start: int) -> None:
+        ids = np.array(tokens)
+        rows = self._model.embedding.widen(ids)
+        if self._model.positions is not None:
+            rows = rows + self._model.positions.widen(start + np.arange(len(ids)) + OPT_POSITION_OFFSET)
+        self._to_device(rows, self._buffers.x)
+
+    def _attention(self, number: int, layer: GpuLayer, part: slice, start: int) -> None:
+        """x += attention of its norm, for some tokens of the chunk."""
+        b, spec, count = self._buffers, self._model.spec, part.stop - part.start
+        x, normed, qkv, attended = b.x[part], b.normed[part], b.qkv[:count], b.attended[:count]
+        norm = self._weights.norms[number]
+        residual_norm(x, norm.weight, norm.bias, self._eps, normed)
+        self._gemm.project(normed, Projection(layer.qkv, layer.qkv_bias, qkv))
+        rope(
+            qkv, *self._rotation, layer.q_norm, layer.k_norm, self._eps, b.positions[part], b.table.expand(count, -1),
+            layer.cache, spec.n_heads,
+        )  # fmt: skip
+        self._attend(qkv, layer, start + part.start, attended)
+        self._gemm.project(attended, Projection(layer.out, layer.out_bias, normed))
+        x += normed
+
+    def _attend(self, qkv: torch.Tensor, layer: GpuLayer, start: int, out: torch.Tensor) -> None:
+        """Attention of tokens at `start` over the cache, some queries at a time: their scores fill the scratch.
+
+        Queries that share a key-value head are rows of one matrix, query by query.
+        """
+        spec, count = self._model.spec, qkv.shape[0]
+        keys, values = self._gather(layer.cache, start + count)
+        heads, dim = spec.n_kv_heads, spec.head_dim
+        group = spec.n_heads // heads
+        most = self._buffers.scratch.numel() // (spec.n_heads * (start + count + 2 * dim))
+        for some in pieces(count, most):
+            first, rows = start + some.start, (some.stop - some.start) * group
+            low = 0 if layer.window is None else max(0, first + 1 - layer.window)
+            seen = slice(low, start + some.stop)
+            q, y, scores = self._cut((heads, rows, dim), (heads, rows, dim), (heads, rows, seen.stop - low))
+            queries = qkv[some].unflatten(1, (-1, dim))[:, : spec.n_heads]
+            q.view(heads, -1, group, dim).copy_(_by_kv_head(queries, heads))
+            torch.baddbmm(scores, q, keys[:, seen].transpose(1, 2), beta=0, alpha=dim**-0.5, out=scores)
+            causal_softmax(scores, group, first, low, layer.window)
+            torch.bmm(scores, values[:, seen], out=y)
+            _by_kv_head(out[some].unflatten(1, (-1, dim)), heads).copy_(y.view(heads, -1, group, dim))
+
+    def _gather(self, cache: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [kv_heads, end, head_dim] of a layer in order; a sequence's blocks lie in order."""
+        size = cache.shape[3]
+        blocks = -(-end // size)
+        target = self._buffers.keys_values[:, :, : blocks * size]
+        target.unflatten(2, (blocks, size)).copy_(cache[:blocks].permute(1, 2, 0, 3, 4))
+        return target[0, :, :end], target[1, :, :end]
+
+    def _cut(self, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+        """Tensors of these shapes, one after another in the scratch."""
+        cut, at = [], 0
+        for shape in shapes:
+            size = int(np.prod(shape))
+            cut.append(self._buffers.scratch[at : at + size].view(shape))
+            at += size
+        return cut
+
+    def _ffn(self, number: int, layer: GpuLayer, count: int, streamed: bool) -> None:
+        """x += FFN of its norm."""
+        b, norm, cold = self._buffers, layer.ffn_norm, self._cold[number]
+        x, normed = b.x[:count], b.normed[:count]
+        residual_norm(x, norm.weight, norm.bias, self._eps, normed)
+        given = self._to_host(normed) if cold and not streamed else None
+        if layer.ffn is not None:
+            self._neurons_of(layer.ffn, x, normed)
+        if layer.down_bias is not None:
+            x += layer.down_bias
+        if given is not None:
+            self.counters.computed += 1
+            ffn = self._model.ffns[number]
+            self._to_device(ffn.every(given.wait(), ffn.hot), normed)  # which the GPU has read by then
+            x += normed
+        elif cold and self._stream is not None:
+            self.counters.streamed += 1
+            for view in self._stream.layer(number):
+                self._neurons_of(view, x, normed)
+
+    def _neurons_of(self, view: DeviceFFNView, x: torch.Tensor, normed: torch.Tensor) -> None:
+        """x += all these neurons for normed."""
+        hot = view.up.shape[0]
+        for some in pieces(hot, self._neurons):
+            gate = None if view.gate is None else some_rows(view.gate, some)
+            up, down = some_rows(view.up, some), some_rows(view.down, some)
+            biases = [None if bias is None else bias[some] for bias in (view.gate_bias, view.up_bias)]
+            for part in pieces(x.shape[0], self._wide):
+                shape = (part.stop - part.start, some.stop - some.start)
+                size = shape[0] * shape[1]
+                first = self._buffers.first[:size].view(shape)
+                second = None if gate is None else self._buffers.second[:size].view(shape)
+                if gate is None or second is None:
+                    self._gemm.project(normed[part], Projection(up, biases[1], first))
+                else:
+                    both = Projection(gate, biases[0], first), Projection(up, biases[1], second)
+                    self._gemm.project(normed[part], *both)
+                activate_product(first, second, view.activation)
+                self._gemm.add_product(first, down, x[part])
+
+    def _layer_on_cpu(self, number: int, count: int, start: int) -> None:
+        """The whole layer by the CPU's own block and its KV cache, for some tokens at a time."""
+        self.counters.on_cpu += 1
+        x = self._to_host(self._buffers.x[:count]).wait()
+        for part in pieces(count, self._wide):
+            cache = copy(self._cache)  # the same keys and values, of which this part's follow
+            cache.length = start + part.start
+            rotation = self._model.rotation(torch.arange(cache.length, start + part.stop))
+            x[part] = self._model.blocks[number](x[part], rotation, cache)
+        self._buffers.x[:count].copy_(x, non_blocking=True)
+
+    def _logits(self, count: int) -> torch.Tensor:
+        """Logits [vocab] after the last of the chunk's tokens."""
+        b, norm, head = self._buffers, self._weights.norms[-1], self._weights.head
+        last = b.normed[:1]
+        residual_norm(b.x[count - 1 : count], norm.weight, norm.bias, self._eps, last)
+        if head is None:
+            return self._model.logits(self._to_host(last).wait())[0]
+        gemv(head, last, None, b.logits)
+        return b.logits[0].to("cpu", copy=True)
+
+    def _to_device(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy rows to the first ones of `target`. The last copy from or to the host must be over."""
+        host = self._host[: values.shape[0]]
+        host.copy_(values)
+        target[: values.shape[0]].copy_(host, non_blocking=True)
+
+    def _to_host(self, values: torch.Tensor) -> _OnHost:
+        """Start to copy rows to the host; a buffer that the next copy overwrites."""
+        host = self._host[: values.shape[0]]
+        host.copy_(values, non_blocking=True)
+        if not values.is_cuda:
+            return _OnHost(host, None)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        return _OnHost(host, done)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+
+def _by_kv_head(heads: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """A view [kv_heads, t, group, dim] of [t, n_heads, dim]."""
+    return heads.unflatten(1, (kv_heads, -1)).transpose(0, 1)

@@ -1,0 +1,110 @@
+"""`GpuRunner`: prompts and tokens with dense parts and hot neurons on the GPU, cold neurons on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import Transformer
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.prefill import GpuPrefill
+from hybrid.runtime.gpu.step import GpuStep
+from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
+from placement.placement import Placement
+from placement.prefill import ColdPrefill
+from placement.workspace import PREFILL_CHUNK
+from profiler.common.hardware import HardwareProfile
+from profiler.common.spec import Strategy
+
+# Up to so many tokens of a prompt go through the decode step, 8 at a time; more through prefill's GEMMs.
+FEW_TOKENS = 8
+
+
+class GpuRunner:
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
+
+    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
+    """
+
+    chunk = PREFILL_CHUNK
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        placement: Placement,
+        device: torch.device,
+        hardware: HardwareProfile,
+        expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
+    ) -> None:
+        """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed;
+        `expect_scattered_reads` is as for `CpuRunner`."""
+        self._expect_scattered_reads = expect_scattered_reads
+        self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
+        self._cold = ColdPrefill(hardware, model.spec)
+        self.streams: bool | None = None
+        self._owner = os.getpid() if device.type == "cuda" else None
+        # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
+        self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
+        self._zero_copy = ZeroCopyNeurons(model, placement, device, runtime.strategy == "learned")
+        counting = DeviceArena(device)
+        self._take(counting)
+        self.arena = DeviceArena(device, counting.used)
+        self.step, self.prefill = self._take(self.arena)
+
+    def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy)
+        given = (self._model, step.weights, self._cache, self._runtime, arena)
+        return step, GpuPrefill(*given, self._streams, step.rotation)
+
+    def _streams(self, tokens: int, layer: int) -> bool:
+        if self.streams is not None:
+            return self.streams
+        hot = int(self._placement.hot[layer])
+        return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
+
+    @property
+    def notice(self) -> str | None:
+        """What a user should know of how it runs."""
+        refused = self._zero_copy.refused
+        return f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe" if refused else None
+
+    def load_kernels(self) -> None:
+        torch.set_num_threads(1)
+        self.step.load_kernels(self._runtime.strategy)
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        self._check_process()
+        if len(tokens) <= FEW_TOKENS:
+            return self.step.few(tokens, self._reading)
+        self.rest()
+        self._expect_scattered_reads(False)
+        logits = self.prefill.read(tokens)
+        self._expect_scattered_reads(self._runtime.strategy != "dense")
+        return logits
+
+    def decode(self, token: int) -> torch.Tensor:
+        self._check_process()
+        torch.set_num_threads(1)
+        return self.step.run(token, self._runtime.strategy)
+
+    def greedy(self, token: int) -> int:
+        self._check_process()
+        torch.set_num_threads(1)
+        return self.step.greedy(token, self._runtime.strategy)
+
+    def rest(self) -> None:
+        self.step.rest()
+
+    def _check_process(self) -> None:
+        """Raise in a child of `fork`, where CUDA calls fail one by one with messages that do not say why."""
+        if self._owner not in (None, os.getpid()):
+            raise RuntimeError(
+                "this engine's GPU belongs to the process that loaded it; CUDA does not survive fork, so start the "
+                "child by multiprocessing's `spawn` and load an engine there"
+            )

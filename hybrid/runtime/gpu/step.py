@@ -1,0 +1,397 @@
+"""`GpuStep`: one decode step with its dense parts and hot neurons on the GPU, its cold neurons on the CPU meanwhile.
+
+    norm QKV rope attention output | post predict send | hot FFN              | receive, norm of the next layer
+                                               CPU: cold FFN of the active rows
+
+The step is captured once for each strategy and batch size (1, 2, 4 or 8 tokens of one sequence) as a CUDA graph and
+replayed; token, position and sequence length are device data. Who waits: the caller for the end of a replay, `receive`
+on the GPU for the CPU's workers, those for `send` (`gpu_kernels/mailbox.py`, `cold_workers.py` here). Layers without
+cold neurons send nothing, layers without hot ones compute none here; a whole layer, or the head, on the CPU is a
+request of its own. Without a GPU, as in tests, the same kernels run one after another in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from cpu_kernels.decode_buffers import Count
+from cpu_kernels.mailbox import MAX_BATCH, Op
+from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits, decode_attention
+from gpu_kernels.gemv import gemv
+from gpu_kernels.low_rank import predict
+from gpu_kernels.mailbox import State, ZeroCopy, ask, post, receive, send
+from gpu_kernels.norm import residual_norm
+from gpu_kernels.rope import rope
+from gpu_kernels.sampling import blocks_of, greedy
+from gpu_kernels.sparse_ffn import down_parts, sparse_ffn
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import OPT_POSITION_OFFSET, Transformer
+from hybrid.runtime.cpu_step import CpuStep
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.cold_workers import ColdWorkers
+from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
+from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
+from hybrid.runtime.sampling import most_likely, not_numbers
+from placement.placement import Placement
+from profiler.common.spec import Strategy
+
+BATCHES = (8, 4, 2, 1)
+WORKSPACE, ROPE = "workspace: decode", "workspace: RoPE tables"
+
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """Scratch of all layers for up to `MAX_BATCH` tokens; f32 unless their name says otherwise."""
+
+    x: torch.Tensor
+    normed: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    units: torch.Tensor
+    masks: torch.Tensor
+    spare: torch.Tensor
+    hot_ids: torch.Tensor
+    hot_masks: torch.Tensor
+    hot_count: torch.Tensor
+    zero_copy_ids: torch.Tensor
+    zero_copy_masks: torch.Tensor
+    zero_copy_count: torch.Tensor
+    every: torch.Tensor
+    counts: torch.Tensor
+    hidden: torch.Tensor
+    parts: torch.Tensor
+    logits: torch.Tensor
+    best: torch.Tensor
+    best_ids: torch.Tensor
+    token: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    attention: dict[int, AttentionScratch]
+
+    @classmethod
+    def take(
+        cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, zero_copy: int, cache: KVCache
+    ) -> _Buffers:
+        spec, part = model.spec, WORKSPACE
+        heads = spec.n_heads + 2 * spec.n_kv_heads
+        most_hot, f = max(1, int(hot.max())), spec.d_ff
+        rank = max((len(ffn.predictor.b1) for ffn in model.ffns if ffn.predictor is not None), default=1)
+        rotation = model.rotation(torch.arange(cache.capacity))
+        angles: list[torch.Tensor | None] = [None, None]
+        if rotation is not None:
+            angles = [arena.put(ROPE, angle[:, 0].contiguous()) for angle in rotation]
+
+        def floats(*shape: int) -> torch.Tensor:
+            return arena.zeros(part, shape)
+
+        def scratch(tokens: int) -> AttentionScratch:
+            splits = attention_splits(tokens, spec.n_kv_heads, cache.capacity)
+            shaped = attention_scratch(tokens, spec.n_heads, spec.head_dim, splits, "meta")
+            return AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals)))
+
+        return cls(
+            x=floats(MAX_BATCH, spec.d_model),
+            normed=floats(MAX_BATCH, spec.d_model),
+            qkv=floats(MAX_BATCH, heads * spec.head_dim),
+            attended=floats(MAX_BATCH, spec.n_heads * spec.head_dim),
+            units=floats(MAX_BATCH * rank),
+            masks=arena.zeros(part, (f,), torch.uint8),
+            spare=arena.zeros(part, (f,), torch.uint8),
+            hot_ids=arena.zeros(part, (most_hot,), torch.int32),
+            hot_masks=arena.zeros(part, (most_hot,), torch.uint8),
+            hot_count=arena.zeros(part, (1,), torch.int32),
+            zero_copy_ids=arena.zeros(part, (max(1, zero_copy),), torch.int32),
+            zero_copy_masks=arena.zeros(part, (max(1, zero_copy),), torch.uint8),
+            zero_copy_count=arena.zeros(part, (1,), torch.int32),
+            every=arena.put(part, torch.arange(most_hot, dtype=torch.int32)),
+            counts=arena.put(part, hot.to(torch.int32)),
+            hidden=floats(MAX_BATCH * max(most_hot, zero_copy)),
+            parts=floats(2 * down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
+            logits=floats(MAX_BATCH, spec.vocab_size),
+            best=floats(1, blocks_of(spec.vocab_size)),
+            best_ids=arena.zeros(part, (1, blocks_of(spec.vocab_size)), torch.int32),
+            token=arena.zeros(part, (1,), torch.int32),
+            positions=arena.zeros(part, (MAX_BATCH,), torch.int32),
+            table=arena.put(part, torch.from_numpy(cache.table)),
+            cos=angles[0],
+            sin=angles[1],
+            attention={tokens: scratch(tokens) for tokens in BATCHES},
+        )
+
+
+class GpuStep:
+    """A model's step over two devices. It holds the model and the cache, neither of which may be replaced."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        placement: Placement,
+        arena: DeviceArena,
+        zero_copy: ZeroCopyNeurons | None = None,
+    ) -> None:
+        """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`.
+
+        zero_copy: cold neurons that the GPU reads in host memory, by default none.
+        """
+        layers, most_zero_copy = ({}, 0) if zero_copy is None else (zero_copy.layers, zero_copy.most)
+        self._zero_copy = zero_copy  # whose rows the kernels read
+        self._model, self._cache, self._runtime = model, cache, runtime
+        self._native = arena.device.type == "cuda"
+        self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}
+        self._step = CpuStep(model, cache, runtime)
+        self.weights = GpuWeights.take(arena, model, placement, cache, layers)
+        views = [None if layer is None else layer.ffn for layer in self.weights.layers]
+        self._hot = [0 if view is None else view.up.shape[0] for view in views]
+        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), most_zero_copy, cache)
+        self._workers = ColdWorkers(self._step, runtime.pool, arena)
+        self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
+        spec, pinned = model.spec, self._native and not arena.counts_only
+        self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
+        self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
+        self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=pinned)
+        self._token = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+        self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
+
+    @property
+    def rotation(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Cosines and sines f32 [capacity, head_dim / 2] on the device; None for a model without RoPE."""
+        return self._buffers.cos, self._buffers.sin
+
+    def run(self, token: int, strategy: Strategy) -> torch.Tensor:
+        """Logits [vocab] f32 after `token`, which joins the KV cache; a buffer that the next call overwrites."""
+        return self._tokens((token,), strategy)[0]
+
+    def greedy(self, token: int, strategy: Strategy) -> int:
+        """The id of the largest logit after `token`, found on the GPU where the head is there.
+
+        Raises `RuntimeError` for logits that are not numbers.
+        """
+        if self.weights.head is None:
+            return most_likely(self.run(token, strategy))
+        self._step_over((token,), strategy, self._take_token)
+        if int(self._token) < 0:
+            raise not_numbers()
+        return int(self._token)
+
+    def few(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
+        """Logits [vocab] after some tokens, which go through in batches of up to 8."""
+        at = 0
+        while at < len(tokens):
+            batch = next(size for size in BATCHES if size <= len(tokens) - at)
+            logits = self._tokens(tokens[at : at + batch], strategy)
+            at += batch
+        return logits[-1]
+
+    def load_kernels(self, strategy: Strategy) -> None:
+        """Compile and capture the step for one token; the cache stays as it is."""
+        self.rest()  # the CPU's step runs on the same pool
+        self._step.load_kernels()
+        if self._native:
+            self._capture(strategy, 1)
+        if self.weights.head is not None:
+            self._take_token(1)
+        self.rest()
+
+    def rest(self) -> None:
+        """Let the workers sleep until the next token."""
+        self._workers.stop()
+
+    def _tokens(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
+        """Logits [t, vocab] of t tokens, of which a head on the CPU computes the last only."""
+        self._step_over(tokens, strategy, self._take_logits)
+        return self._logits[: len(tokens)]
+
+    def _step_over(self, tokens: Sequence[int], strategy: Strategy, take: Callable[[int], None]) -> None:
+        """The step for t tokens; `take` of t, queued while it runs, copies what is asked of its logits to the host."""
+        count, start = len(tokens), self._cache.length
+        if self._native and (strategy, count) not in self._graphs:
+            self._capture(strategy, count)
+            self.rest()  # so that what the capture sent is not counted
+        begun = perf_counter()
+        self._workers.start(strategy)
+        self._layer_tallies[:] = 0
+        self._embed(tokens, start)
+        if self._native:
+            self._graphs[strategy, count].replay()
+        else:
+            self._launch(strategy, count)
+        take(count)
+        if self._native:
+            torch.cuda.current_stream().synchronize()
+        self._check()
+        self._count(strategy, perf_counter() - begun, count)
+        self._cache.advance(count)
+
+    def _take_logits(self, count: int) -> None:
+        if self.weights.head is not None:
+            self._logits[:count].copy_(self._buffers.logits[:count], non_blocking=True)
+
+    def _take_token(self, count: int) -> None:
+        """The most likely token after the one token of a step: 4 bytes to the host in place of all logits."""
+        b = self._buffers
+        greedy(b.logits[:1], b.best, b.best_ids, b.token)
+        self._token.copy_(b.token, non_blocking=True)
+
+    def _embed(self, tokens: Sequence[int], start: int) -> None:
+        positions = self._model.positions
+        for at, token in enumerate(tokens):  # mostly one; slices, as lists of rows take several times as long
+            row, place = self._embedded[at : at + 1], start + at + OPT_POSITION_OFFSET
+            row.copy_(self._model.embedding.widen(slice(token, token + 1)))
+            if positions is not None:
+                row += positions.widen(slice(place, place + 1))
+            self._positions[at] = start + at
+
+    def _capture(self, strategy: Strategy, count: int) -> None:
+        """Run the step once, which compiles its kernels, then capture it. Position 0 of an empty cache is scratch."""
+        kept = self._positions.clone()
+        self._positions[:] = torch.arange(self._cache.length, self._cache.length + MAX_BATCH).clamp(
+            max=self._cache.capacity - 1
+        )
+        self._workers.start(strategy)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._launch(strategy, count)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._launch(strategy, count)
+        self._graphs[strategy, count] = graph
+        self._positions[:] = kept
+
+    def _launch(self, strategy: Strategy, count: int) -> None:
+        """All kernels of a step for `count` tokens."""
+        b, norms, eps = self._buffers, self.weights.norms, float(self._model.spec.norm_eps)
+        x, normed, positions = b.x[:count], b.normed[:count], b.positions[:count]
+        x.copy_(self._embedded[:count], non_blocking=True)
+        positions.copy_(self._positions[:count], non_blocking=True)
+        residual_norm(x, norms[0].weight, norms[0].bias, eps, normed)
+        for number, layer in enumerate(self.weights.layers):
+            following = norms[number + 1]
+            if layer is None:
+                box = self._workers.mailbox
+                ask(Op.LAYER, number, x, box, positions, count)
+                receive(x, None, None, following.weight, following.bias, eps, normed, box, asked=True, replace=True)
+            else:
+                self._attention(layer, x, normed, positions, eps)
+                self._ffn(number, layer, strategy, x, normed, positions, eps)
+        self._head(x, normed, positions, eps)
+        self._report.copy_(self._workers.report, non_blocking=True)
+
+    def _attention(
+        self, layer: GpuLayer, x: torch.Tensor, normed: torch.Tensor, positions: torch.Tensor, eps: float
+    ) -> None:
+        """x += attention of `normed`."""
+        b, spec, count = self._buffers, self._model.spec, x.shape[0]
+        qkv, attended = b.qkv[:count], b.attended[:count]
+        table = b.table.expand(count, -1)
+        gemv(layer.qkv, normed, layer.qkv_bias, qkv)
+        rope(qkv, b.cos, b.sin, layer.q_norm, layer.k_norm, eps, positions, table, layer.cache, spec.n_heads)
+        q = qkv.view(count, -1, spec.head_dim)[:, : spec.n_heads]
+        decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention[count])
+        gemv(layer.out, attended, layer.out_bias, x, add=True)
+
+    def _ffn(
+        self,
+        number: int,
+        layer: GpuLayer,
+        strategy: Strategy,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """x += FFN of its norm; `normed` is then what the next layer begins with."""
+        b, spec, count, hot, box = self._buffers, self._model.spec, x.shape[0], self._hot[number], self._workers.mailbox
+        norm, following = layer.ffn_norm, self.weights.norms[number + 1]
+        cold = spec.d_ff - hot
+        if cold:
+            post(x, norm.weight, norm.bias, eps, normed, box)
+        else:
+            residual_norm(x, norm.weight, norm.bias, eps, normed)
+        ids, masks, total = b.every[:hot], None, b.counts[number : number + 1]
+        zero_copy = None
+        if strategy == "learned":
+            assert layer.predictor is not None
+            predict(layer.predictor, normed, b.units[: count * len(layer.predictor.b1)].view(count, -1), b.masks)
+            ids, masks, total = b.hot_ids[:hot], b.hot_masks[:hot] if count > 1 else None, b.hot_count
+            if layer.zero_copy is not None:
+                zero_copy = ZeroCopy(
+                    hot + layer.zero_copy.up.shape[0], b.zero_copy_ids, b.zero_copy_masks, b.zero_copy_count
+                )
+            send(b.masks, hot, b.hot_ids, b.hot_masks, b.hot_count, b.spare, box, number, positions, zero_copy)
+        elif cold:
+            ask(Op.FFN, number, None, box, positions, count, cold)
+        skip = strategy != "dense"
+        ways = []
+        if layer.ffn is not None:
+            ways.append((layer.ffn, ids, total, masks))
+        if zero_copy is not None and layer.zero_copy is not None:
+            listed = zero_copy.stop - hot
+            ways.append(
+                (
+                    layer.zero_copy,
+                    zero_copy.ids[:listed],
+                    zero_copy.count,
+                    zero_copy.masks[:listed] if count > 1 else None,
+                )
+            )
+        parts = self._parts(len(ways), count)
+        for (ffn, its_ids, its_count, its_masks), its_parts in zip(ways, parts, strict=True):
+            hidden = b.hidden[: count * len(its_ids)].view(count, len(its_ids))
+            # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
+            eager = strategy == "learned" and ffn is layer.ffn
+            sparse_ffn(ffn, normed, its_ids, its_count, its_masks, hidden, its_parts, skip, eager)
+        sums = parts.flatten(0, 1) if ways else None
+        receive(x, sums, layer.down_bias, following.weight, following.bias, eps, normed, box, asked=bool(cold))
+
+    def _parts(self, ways: int, count: int) -> torch.Tensor:
+        """Room for the parts of down, [ways, s, t, d], of the hot and of the zero-copy neurons."""
+        d = self._model.spec.d_model
+        return self._buffers.parts[: ways * down_parts(d) * count * d].view(ways, down_parts(d), count, d)
+
+    def _head(self, x: torch.Tensor, normed: torch.Tensor, positions: torch.Tensor, eps: float) -> None:
+        """Logits of the final norm's output; a head on the CPU leaves them there."""
+        b, count, norm = self._buffers, x.shape[0], self.weights.norms[-1]
+        if self.weights.head is not None:
+            gemv(self.weights.head, normed, None, b.logits[:count])
+            return
+        box, ends = self._workers.mailbox, len(self.weights.layers)
+        ask(Op.HEAD, ends, x, box, positions, count)
+        receive(x, None, None, norm.weight, norm.bias, eps, normed, box, asked=True)
+
+    def _check(self) -> None:
+        """Raise what went wrong in a step. The workers start anew with the next one."""
+        try:
+            self._workers.check()
+            if int(self._report[State.FAILED]):
+                raise self._workers.late()
+        except BaseException:
+            self.rest()
+            raise
+        if self.weights.head is None:
+            self._logits[:] = torch.from_numpy(self._workers.logits)
+
+    def _count(self, strategy: Strategy, seconds: float, tokens: int) -> None:
+        """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to; without a
+        prediction every neuron of the two sides is computed, and which of them fired is not known."""
+        counters, spec = self._runtime.counters, self._model.spec
+        hot, cold = self._workers.sent(self._report)
+        counters.neurons += spec.n_layers * spec.d_ff * tokens
+        counters.ffn_seconds += seconds
+        if strategy != "learned":
+            counters.computed += spec.n_layers * spec.d_ff * tokens
+            return
+        cold += int(self._layer_tallies[Count.COMPUTED])
+        counters.computed += hot + cold
+        counters.fired += hot + cold
+        counters.fired_hot += hot

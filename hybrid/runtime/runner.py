@@ -1,0 +1,92 @@
+"""`Runner`: what an engine lets read prompts and decode tokens. One for the CPU alone, one for GPU and CPU together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import Transformer
+from hybrid.runtime.cpu_step import CpuStep
+from hybrid.runtime.sampling import most_likely
+from profiler.common.spec import Strategy
+
+
+class Runner(Protocol):
+    """Appends tokens to the engine's KV cache. All logits are f32 [vocab] on the CPU, valid until the next call.
+
+    chunk: tokens of a prompt to read at once.
+    """
+
+    chunk: int
+
+    def load_kernels(self) -> None:
+        """Compile what the first token will need, or read it from its cache."""
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        """Logits after some more tokens of a prompt, dense."""
+
+    def decode(self, token: int) -> torch.Tensor:
+        """Logits after one more token of an answer, by the runtime's strategy."""
+
+    def greedy(self, token: int) -> int:
+        """The id of the largest logit after one more token, the lowest among equals, by the runtime's strategy.
+
+        Raises `RuntimeError` for logits that are not numbers.
+        """
+
+    def rest(self) -> None:
+        """Nothing will come for a while: use no CPU until it does."""
+
+
+class CpuRunner:
+    """Everything on the CPU."""
+
+    chunk = 256
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        runtime: FFNRuntime,
+        expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
+    ) -> None:
+        """`expect_scattered_reads` is told before many rows of a mapped file are read one after another, and after."""
+        self._model, self._cache, self._runtime = model, cache, runtime
+        self._step = CpuStep(model, cache, runtime)
+        self._expect_scattered_reads = expect_scattered_reads
+        self._owner = os.getpid()
+
+    def load_kernels(self) -> None:
+        self._step.load_kernels()
+        self._model.load_kernels()
+
+    def read(self, tokens: list[int]) -> torch.Tensor:
+        if len(tokens) == 1:
+            return self._run(tokens[0], "dense")
+        # A child of fork waits for ever for torch's threads, which stayed with its parent.
+        torch.set_num_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1)
+        self._runtime.as_decode = False
+        if len(tokens) > self._runtime.few:
+            self._expect_scattered_reads(False)
+        hidden = self._model(torch.tensor(tokens), self._cache)
+        self._expect_scattered_reads(self._runtime.strategy != "dense")
+        return self._model.logits(hidden[-1:])[0]
+
+    def decode(self, token: int) -> torch.Tensor:
+        return self._run(token, self._runtime.strategy)
+
+    def greedy(self, token: int) -> int:
+        return most_likely(self.decode(token))
+
+    def rest(self) -> None:
+        """Its threads sleep between tokens."""
+
+    def _run(self, token: int, strategy: Strategy) -> torch.Tensor:
+        # What is left to torch for one token, sampling, is too small to share out (8 ms on busy cores for a wait).
+        torch.set_num_threads(1)
+        return self._step.run(token, strategy)

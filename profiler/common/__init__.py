@@ -1,0 +1,1 @@
+"""What every package above shares: errors, artefact files, the model's shape, the hardware profile."""

@@ -1,0 +1,141 @@
+"""`ModelSpec`: the shape and arithmetic of a model, as every step from the profiler to the engine sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cpu_kernels.blocks import row_bytes
+from cpu_kernels.matrix import DType
+
+Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh"]
+# Which neurons of an FFN are computed in decode: `hybrid.model.ffn` says what each does.
+Strategy = Literal["dense", "exact", "learned"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+SPARSE_ACTIVATIONS = frozenset({"relu", "relu2"})
+DTYPE_BYTES: dict[str, int] = {"bf16": 2, "f16": 2, "f32": 4}
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding. `linear` divides positions by `factor`; `llama3` rescales low frequencies only."""
+
+    theta: float = 10000.0
+    kind: Literal["plain", "linear", "llama3"] = "plain"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape and arithmetic of a decoder-only transformer. Sizes are counts of elements; `*_bytes` are bytes.
+
+    `rope=None` means learned positions. `sliding_window` applies to the layers marked in `sliding_layers`.
+    `dtype` is that of the matrices, but for `embedding_dtype` of embedding, positions and head where it is given;
+    norms and biases have it too, or are f32 beside int8 and int4 blocks.
+    `fingerprint` identifies the weights; artefacts carry it and are refused against any other model.
+    """
+
+    family: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    activation: Activation
+    dtype: DType
+    fingerprint: str
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    rope: RopeSpec | None = RopeSpec()
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    embedding_dtype: DType | None = None
+
+    @property
+    def fires_sparsely(self) -> bool:
+        """True when the activation is exactly zero for many inputs, so that neurons can be skipped without loss."""
+        return self.activation in SPARSE_ACTIVATIONS
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a matrix row of `columns` weights; in blocks this counts scales and padding."""
+        return _row_bytes(self.dtype, columns)
+
+    @property
+    def embedding_row_bytes(self) -> int:
+        """Bytes of a row of the embedding, of positions or of the head."""
+        return _row_bytes(self.embedding_dtype or self.dtype, self.d_model)
+
+    @property
+    def vector_element_bytes(self) -> int:
+        """Bytes of one element of a norm or a bias."""
+        return DTYPE_BYTES.get(self.dtype, 4)
+
+    @property
+    def kv_element_bytes(self) -> int:
+        """Bytes of a key's or value's element: f16 holds what bf16, f16 and smaller weights give; f32 keep all."""
+        return 4 if self.dtype == "f32" else 2
+
+    @property
+    def rows_per_neuron(self) -> int:
+        """Vectors of length d_model that one neuron owns: gate, up and down, or up and down."""
+        return 3 if self.gated else 2
+
+    @property
+    def neuron_bytes(self) -> int:
+        bias = self.rows_per_neuron - 1 if self.ffn_bias else 0
+        return self.rows_per_neuron * self.row_bytes(self.d_model) + bias * self.vector_element_bytes
+
+    @property
+    def layer_ffn_bytes(self) -> int:
+        """Bytes of all neurons of a layer; the down projection's own bias is counted with the dense weights."""
+        return self.d_ff * self.neuron_bytes
+
+    @property
+    def layer_dense_bytes(self) -> int:
+        """Bytes of a layer outside its neurons: attention projections, norms and the down projection's bias."""
+        d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        vectors = (q + 2 * kv) * self.qkv_bias + d * self.out_bias + d * self.ffn_bias
+        vectors += 2 * d * (1 if self.norm == "rms" else 2) + 2 * self.head_dim * self.qk_norm
+        matrices = (q + 2 * kv) * self.row_bytes(d) + d * self.row_bytes(q)
+        return matrices + vectors * self.vector_element_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the output projection and the final norm."""
+        norm = (1 if self.norm == "rms" else 2) * self.d_model * self.vector_element_bytes
+        return self.vocab_size * self.embedding_row_bytes + norm
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the input embedding that the head does not share, and of learned positions."""
+        rows = 0 if self.tied else self.vocab_size
+        rows += 0 if self.rope else self.max_context + 2
+        return rows * self.embedding_row_bytes
+
+    @property
+    def model_bytes(self) -> int:
+        per_layer = self.layer_dense_bytes + self.layer_ffn_bytes
+        return self.n_layers * per_layer + self.head_bytes + self.embedding_bytes
+
+    def kv_bytes_per_layer(self, context: int) -> int:
+        """Bytes of keys and values of one layer for `context` tokens."""
+        return 2 * context * self.n_kv_heads * self.head_dim * self.kv_element_bytes
+
+
+def _row_bytes(dtype: DType, columns: int) -> int:
+    if dtype == "int8" or dtype == "int4":
+        return row_bytes(dtype, columns)
+    return columns * DTYPE_BYTES[dtype]

@@ -1,0 +1,116 @@
+"""RoPE, QK norm and the write into the KV cache: against the reference and the model's own rotation."""
+
+import numpy as np
+import pytest
+import torch
+
+from cpu_kernels.rope import rope, rope_heads, rope_ref
+from cpu_kernels.worker_pool import WorkerPool
+from hybrid.model.transformer import Norm, _rotate
+
+EPS, BLOCK_SIZE = 1e-6, 4
+NONE = np.empty(0, np.float32)
+
+
+def make(heads, kv_heads, head_dim, rotated=True, normed=False, dtype=np.float32):
+    """The arguments of `rope` up to the position; the sequence's blocks are not in the cache's order."""
+    rng = np.random.default_rng(heads * head_dim + kv_heads)
+    qkv = rng.standard_normal((heads + 2 * kv_heads, head_dim)).astype(np.float32)
+    angles = rng.uniform(-7, 7, head_dim // 2)
+    rotation = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if rotated else (NONE, NONE)
+    norm = (*(rng.standard_normal((2, head_dim)).astype(np.float32) if normed else (NONE, NONE)), EPS)
+    cache = np.full((5, 2, kv_heads, BLOCK_SIZE, head_dim), np.nan, dtype)
+    return qkv, rotation, norm, cache, np.array([3, 0, 4], np.int32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (17, 1), (8, 8)])
+@pytest.mark.parametrize("head_dim", [2, 10, 64, 128])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
+    ours, truth = (make(heads, kv_heads, head_dim, rotated, normed) for _ in range(2))
+    for position in (0, 3, 4, 11):
+        rope(*ours, position, WorkerPool(1))
+        rope_ref(*truth, position, None)
+        np.testing.assert_allclose(ours[0], truth[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours[3], truth[3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_is_what_the_model_does(normed):
+    args = make(6, 2, 10, normed=normed)
+    heads, (cos, sin), (q_norm, k_norm, _) = torch.from_numpy(args[0].copy()), args[1], args[2]
+    q, k, v = heads.split([6, 2, 2])
+    if normed:
+        q, k = (Norm(torch.from_numpy(weight), None, EPS)(x) for weight, x in ((q_norm, q), (k_norm, k)))
+    turned_q, turned_k = (_rotate(x, torch.from_numpy(cos), torch.from_numpy(sin)) for x in (q, k))
+    rope(*args, 6, WorkerPool(1))
+    np.testing.assert_allclose(args[0][:6], turned_q, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(args[3][0, 0, :, 2], turned_k, rtol=1e-5, atol=1e-6)
+    assert (args[3][0, 1, :, 2] == v.numpy()).all()
+
+
+def test_odd_heads_without_rotation_and_one_place_written():
+    args = make(3, 1, 17, rotated=False)
+    qkv, cache = args[0].copy(), args[3]
+    rope(*args, 9, WorkerPool(1))
+    assert (args[0] == qkv).all()
+    assert (cache[4, :, :, 1] == qkv[3:].reshape(2, 1, 17)).all()
+    assert np.isfinite(cache).sum() == 2 * 17
+
+
+def test_f16_keys_match_the_f32_ones_rounded():
+    exact, rounded = (make(6, 2, 10, normed=True, dtype=dtype) for dtype in (np.float32, np.float16))
+    for args in (exact, rounded):
+        rope(*args, 6, WorkerPool(1))
+    np.testing.assert_array_equal(rounded[3], exact[3].astype(np.float16))
+
+
+def test_rounding_to_f16_matches_numpys():
+    """Every f16, what lies half-way between two and beside it, and what is beyond the largest."""
+    numbers = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = (numbers[1:] + numbers[:-1]) / 2
+    beyond = np.array([65519, 65520, 1e5, np.inf], np.float32)
+    values = np.concatenate([numbers, halves, np.nextafter(halves, 0), np.nextafter(halves, np.float32(1e9)), beyond])
+    values = np.concatenate([values, -values, [np.nan, 0]]).astype(np.float32)
+    qkv, rotation, norm, cache, table = make(1, 1, len(values), rotated=False, dtype=np.float16)
+    qkv[2] = values
+    rope(qkv, rotation, norm, cache, table, 0, WorkerPool(1))
+    expected = values.clip(-65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(cache[3, 1, 0, 0].view(np.int16)[:-2], expected.view(np.int16)[:-2])
+    np.testing.assert_array_equal(cache[3, 1, 0, 0, -2:], expected[-2:])
+
+
+def test_same_bits_for_any_number_of_workers():
+    pool, answers = WorkerPool(7), []
+    for workers in (1, 2, 3, 7):
+        args = make(5, 1, 64, normed=True)
+        pool.run(rope_heads, workers, *args, 5)
+        answers.append(np.concatenate([args[0].ravel(), args[3].ravel()]))
+    pool.close()
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
+
+
+def test_misfits_are_refused():
+    qkv, rotation, norm, cache, table = make(2, 1, 10)
+    pool = WorkerPool(1)
+    for bad in (
+        (qkv[:2], rotation, norm, cache, table),
+        (qkv[:, :8].copy(), rotation, norm, cache, table),
+        (qkv, (rotation[0], rotation[1][:4]), norm, cache, table),
+        (qkv, rotation, (NONE, np.ones(10, np.float32), EPS), cache, table),
+        (qkv, rotation, norm, cache[:, :1].copy(), table),
+    ):
+        with pytest.raises(ValueError, match="rope shapes do not fit"):
+            rope(*bad, 0, pool)
+    with pytest.raises(ValueError, match="f32"):
+        rope(qkv.astype(np.float64), rotation, norm, cache, table, 0, pool)
+    with pytest.raises(ValueError, match="int32 block table"):
+        rope(qkv, rotation, norm, cache, table.astype(np.int64), 0, pool)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        odd = make(2, 1, 17)
+        rope(*odd, 0, pool)
+    for position, ids in ((-1, table), (12, table), (0, table + np.int32(2)), (0, table - np.int32(4))):
+        with pytest.raises(ValueError, match=f"position {position} has no place"):
+            rope(qkv, rotation, norm, cache, ids, position, pool)

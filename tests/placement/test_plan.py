@@ -1,0 +1,116 @@
+"""Sizes as people write them, and the byte-exact plan of GPU memory."""
+
+import numpy as np
+import pytest
+from placement_cases import small_spec
+
+from placement.plan import UNLIMITED, Choice, VramPlan, aligned, parse_size
+from profiler.common.errors import BudgetError, ContextError, InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 0),
+        ("0.0", 0),
+        ("0GiB", 0),
+        ("1B", 1),
+        ("8GiB", 8 * 2**30),
+        ("8gib", 8 * 2**30),
+        (" 8 GiB ", 8 * 2**30),
+        ("8GB", 8_000_000_000),
+        ("512MiB", 512 * 2**20),
+        ("1.5KiB", 1536),
+        ("0.3KB", 300),
+        ("1024TiB", 2**50),
+        ("unlimited", UNLIMITED),
+        ("Unlimited", UNLIMITED),
+    ],
+)
+def test_sizes(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not a size"),
+        ("  ", "not a size"),
+        ("GiB", "not a size"),
+        ("nan", "not a size"),
+        ("inf", "not a size"),
+        ("nanGiB", "not a size"),
+        ("1e3GiB", "not a size"),
+        ("8XiB", "not a size"),
+        ("8G", "not a size"),
+        ("8GiB4", "not a size"),
+        ("٨GiB", "not a size"),
+        ("-1GiB", "negative"),
+        ("8", "GiB"),
+        ("1025TiB", "beyond 1 PiB"),
+        ("9" * 400 + "B", "beyond 1 PiB"),
+    ],
+)
+def test_what_is_not_a_size(text, reason):
+    with pytest.raises(BudgetError, match=reason) as caught:
+        parse_size(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 0), (1, 512), (512, 512), (513, 1024), (2**40 + 1, 2**40 + 512)])
+def test_alignment(size, expected):
+    assert aligned(size) == expected
+    np.testing.assert_array_equal(aligned(np.array([size])), [expected])
+
+
+def test_rows_by_hand():
+    # d_model 32, f32: a row is 128 bytes; QKV 96 rows, output 32, a norm of 128 bytes, each tensor aligned.
+    spec = small_spec(n_layers=3, d_model=32, d_ff=10, n_heads=4, n_kv_heads=4, head_dim=8, vocab_size=100)
+    plan = VramPlan(spec, context=7, predictor_bytes=(0, 100, 513), reserve=5, batch=1)
+    choice = Choice(np.array([0, 0, 5]), np.array([False, True, True]), True)
+    expected = {
+        "dense weights": 2 * (12288 + 4096 + 512),
+        "predictors": 512 + 1024,
+        "KV cache": 2 * 2048,  # 2 x 7 x 32 x 4 = 1792
+        "hot neurons": 3 * 1024,  # 5 x 128 = 640
+        "head": 12800,  # 100 x 128
+        "workspace: decode": sum(plan.workspace.decode.values()),
+        "workspace: norms": 4 * 512,
+        "workspace: RoPE tables": 2 * 512,  # 7 x 4 x 4 = 112
+        "workspace: prefill": sum(plan.workspace.prefill.values()),
+        "workspace: staging": 2 * 3 * 512,  # 3 rows of 128 bytes of each matrix
+        "reserve: kernels, graphs, cuBLAS": 5,
+    }
+    assert dict(plan.rows(choice)) == expected
+    assert plan.total_bytes(choice) == sum(expected.values())
+    np.testing.assert_array_equal(plan.layer_bytes, [18944, 19456, 19968])
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("f32", 2048), ("bf16", 1024), ("f16", 1024), ("int4", 1024)])
+def test_keys_and_values_are_f16_but_of_f32_weights(dtype, expected):
+    spec = small_spec(n_layers=1, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, dtype=dtype)
+    assert VramPlan(spec, context=7, predictor_bytes=(0,)).kv_bytes == expected
+
+
+def test_nothing_on_the_gpu_takes_nothing_there():
+    plan = VramPlan(small_spec(n_layers=2), 8, (9, 9))
+    assert plan.total_bytes(Choice.all_cpu(2)) == 0
+    assert {size for _, size in plan.rows(Choice.all_cpu(2))} == {0}
+
+
+@pytest.mark.parametrize("context", [0, -1, 65])
+def test_context_out_of_range(context):
+    with pytest.raises(ContextError, match="1 to 64"):
+        VramPlan(small_spec(), context, (0,))
+
+
+@pytest.mark.parametrize(("name", "value"), [("prefill_chunk", 0), ("reserve", -1), ("batch", 3)])
+def test_plan_of_what_makes_no_sense(name, value):
+    with pytest.raises(InputError, match=name):
+        VramPlan(small_spec(), 8, (0,), **{name: value})
+
+
+@pytest.mark.parametrize("predictor_bytes", [(), (0, 0), (-1,)])
+def test_predictor_bytes_must_fit_the_layers(predictor_bytes):
+    with pytest.raises(InputError, match="1 layers"):
+        VramPlan(small_spec(), 8, predictor_bytes)

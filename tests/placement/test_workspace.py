@@ -1,0 +1,128 @@
+"""Scratch on the GPU: sizes by hand, and that they are those that kernels and weights ask for."""
+
+import pytest
+import torch
+from placement_cases import small_spec
+
+from gpu_kernels import attention, low_rank, sampling, sparse_ffn
+from gpu_kernels.matrix import row_width
+from hybrid.model.kv_cache import BLOCK_SIZE, KVCache
+from placement.workspace import (
+    BATCHES,
+    KV_BLOCK,
+    STAGING_LIMIT,
+    Workspace,
+    aligned,
+    attention_splits,
+    cached_tokens,
+    down_parts,
+    layer_bytes,
+    neurons_bytes,
+    predictor_bytes,
+)
+
+SEVEN = small_spec(
+    n_layers=32, d_model=4096, d_ff=11008, n_heads=32, n_kv_heads=8, head_dim=128, vocab_size=32000, max_context=4096
+)
+
+
+def test_decode_by_hand():
+    spec = small_spec(d_model=256, d_ff=1000, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=300)
+    found = Workspace(spec, context=300, rank=100, prefill_chunk=7, batch=2).decode
+    assert found == {
+        "x": 2048,
+        "normed": 2048,
+        "qkv": 4096,  # 2 x (256 + 256) x 4
+        "attended": 2048,
+        "predictor hidden": 1024,  # 800
+        "hidden": 8192,  # 8000
+        "parts": 2 * 64 * 2 * 256 * 4,
+        "logits": 2560,  # 2400
+        "attention splits": (4 * 4 * 64 * 4 + 2 * 512) + (2 * 4 * 4 * 64 * 4 + 2 * 512),  # 4 splits
+        "masks": 4 * 1024,
+        "ids": 3 * 4096,
+        "sampling": 8 * 2 * 4 * 300 + 256,  # 19200 -> 19456
+        "control": 18 * 512,
+    }
+
+
+def test_prefill_by_hand():
+    spec = small_spec(d_model=256, d_ff=4000, n_heads=4, n_kv_heads=2, head_dim=64, vocab_size=300)
+    found = Workspace(spec, context=700, rank=0, prefill_chunk=600, batch=1).prefill
+    assert found == {
+        **dict.fromkeys(("x", "normed"), 600 * 256 * 4),
+        "positions": 2560,  # 2400
+        "qkv": 512 * 512 * 4,
+        "attended": 512 * 256 * 4,
+        **dict.fromkeys(("first", "second"), 512 * 1000 * 4),
+        "keys and values": 768 * 256 * 4,
+        "scratch": (768_000 + 64 + 3 * 512 * 1000) * 4 + 256,  # three bf16 terms of 512 x 1000 and their products
+        "logits": 1536,  # 1200
+        "table": 512,
+    }
+    wide_rows = Workspace(small_spec(d_model=4096, d_ff=4000), 64, 0, 2048, 1).prefill
+    assert wide_rows["scratch"] == 1000 * 4096 * 4 and wide_rows["x"] == 64 * 4096 * 4
+    assert Workspace(small_spec(gated=False), 8, 0, 7, 1).prefill["second"] == 0
+    scores = Workspace(small_spec(n_heads=100, max_context=10**5), 10**5, 0, 64, 1).prefill["scratch"]
+    assert scores == aligned(4 * 100 * 8 * (cached_tokens(10**5) + 8))
+
+
+@pytest.mark.parametrize("tokens", BATCHES)
+@pytest.mark.parametrize("kv_heads", [1, 8, 32, 300])
+@pytest.mark.parametrize("capacity", [1, 64, 1000, 100_000])
+def test_there_is_room_for_the_splits_of_attention(tokens, kv_heads, capacity):
+    assert attention_splits(tokens, kv_heads, capacity) >= attention.attention_splits(tokens, kv_heads, capacity)
+
+
+@pytest.mark.parametrize("d", [1, 256, 257, 4096, 5120, 100_000])
+def test_there_is_room_for_the_parts_of_the_sparse_ffn(d):
+    assert down_parts(d) >= sparse_ffn.down_parts(d)
+
+
+@pytest.mark.parametrize("vocab", [1, 10, 300, 3000, 32000, 152_000])
+@pytest.mark.parametrize("k", [1, 40, 1024])
+def test_sampling_has_room(vocab, k):
+    room = Workspace(small_spec(vocab_size=vocab), 8, 0, 1, 8).decode["sampling"]
+    assert 8 * sampling.top_k_scratch(8, vocab, min(k, vocab)) <= room
+    assert 8 * 8 * sampling.blocks_of(vocab) <= room
+
+
+@pytest.mark.parametrize("context", [1, 7, 256, 257, 4096])
+def test_cached_tokens_are_those_of_the_cache(context):
+    cache = KVCache(SEVEN, context)
+    assert KV_BLOCK == BLOCK_SIZE
+    assert cached_tokens(context) == cache.data.shape[1] * cache.block_size
+
+
+@pytest.mark.parametrize("rank", [1, 128, 200])
+def test_predictors_are_as_the_kernel_keeps_them(rank):
+    d, f, floats = 300, 1000, torch.zeros
+    codes = torch.zeros(rank, d, dtype=torch.int8), torch.zeros(f, rank, dtype=torch.int8)
+    view = low_rank.DevicePredictorView.of(
+        codes[0], floats(rank), floats(rank), codes[1], floats(f), floats(f), 0.0, "cpu"
+    )
+    tensors = (view.fc1, view.s1, view.b1, view.fc2, view.s2, view.b2)
+    assert predictor_bytes(d, f, rank) == sum(aligned(tensor.nbytes) for tensor in tensors)
+    assert predictor_bytes(d, f, 0) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_neurons_and_layers_are_tensors_of_their_own(dtype):
+    spec = small_spec(
+        d_model=300, d_ff=50, n_heads=3, head_dim=100, dtype=dtype, ffn_bias=True, qkv_bias=True, norm="layer"
+    )
+    row = row_width(dtype, 300) * (2 if dtype == "bf16" else 1)
+    assert neurons_bytes(spec, 7) == 3 * aligned(7 * row) + 2 * 512
+    vectors = 2 * aligned(1200) + aligned(1200) + aligned(4 * 500)  # the FFN's norm, bias of down, biases of QKV
+    assert layer_bytes(spec) == aligned(500 * row) + aligned(300 * row) + vectors
+
+
+def test_staging_holds_a_quarter_of_a_layer_or_64_mib():
+    small = Workspace(small_spec(d_ff=10, d_model=32), 8, 0, 1, 1)
+    assert small.staging_neurons == 3 and small.staging_bytes == 3 * 512
+    one = Workspace(small_spec(d_ff=1), 8, 0, 1, 1)
+    assert one.staging_neurons == 1
+    large = Workspace(SEVEN, 2048, 0, 256, 8)
+    assert large.staging_neurons < SEVEN.d_ff / 4
+    assert STAGING_LIMIT - SEVEN.neuron_bytes - 5 * 512 <= large.staging_bytes <= STAGING_LIMIT
+    assert dict(large.rows())["workspace: staging"] == 2 * large.staging_bytes

@@ -1,0 +1,236 @@
+"""Prefill on the GPU against the CPU's, for families, weights, placements and both ways of the cold neurons."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpu_cases import DEVICE
+from model_cases import make_model
+from packed_cases import pack
+
+from cpu_kernels.worker_pool import WorkerPool
+from gpu_kernels import dense, gemv, norm, rope
+from hybrid.errors import ContextError
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.loader import ModelFolder
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.prefill import GpuPrefill
+from hybrid.runtime.gpu.step import GpuStep
+from hybrid.runtime.gpu.weights import GpuWeights
+from placement import workspace
+from placement.placement import Placement
+
+pytest.importorskip("transformers")
+VOCAB, CAPACITY = 131, 28
+TOLERANCE = 2e-5
+KERNELS = {
+    "split": dense,
+    "widen": dense,
+    "activate_product": dense,
+    "causal_softmax": dense,
+    "residual_norm": norm,
+    "rope": rope,
+    "gemv": gemv,
+}
+FAMILIES = ("llama-relu", "llama-tied-mha-bias", "mistral-window", "qwen2-window", "qwen3", "opt", "opt-gelu-untied")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """A prompt fills several chunks, pieces of them, and blocks of the KV cache."""
+    monkeypatch.setattr("hybrid.model.kv_cache.BLOCK_SIZE", 8)
+    monkeypatch.setattr("hybrid.runtime.gpu.prefill.PREFILL_CHUNK", 11)
+    monkeypatch.setattr("hybrid.runtime.gpu.prefill.PREFILL_WIDE", 5)
+
+
+@pytest.fixture
+def _references(monkeypatch):
+    """Without a GPU, references in the place of kernels: Triton's interpreter takes up to 20 s for a prompt."""
+    if DEVICE == "cpu":
+        for kernel, module in KERNELS.items():
+            user = "gpu_gemm" if kernel in ("split", "widen") else "gpu_prefill"
+            monkeypatch.setattr(f"hybrid.{user}.{kernel}", getattr(module, f"{kernel}_ref"))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Folder of a case in a stored type, made once."""
+    made = {}
+
+    def get(name, dtype):
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp("models") / f"{name}-{dtype}"
+            if dtype == "f32":
+                make_model(name, made[name, dtype])
+            else:
+                pack(get(name, "f32"), made[name, dtype], dtype)
+        return made[name, dtype]
+
+    return get
+
+
+class Case:
+    """A model placed by `share` of hot neurons, with `on_cpu` layers on the CPU, and its prefill."""
+
+    def __init__(self, folder, share=0.4, on_cpu=(), head=True, streams=lambda tokens, layer: True, few=0):
+        opened = ModelFolder.open(folder)
+        spec = opened.spec
+        placed = replace(Placement.all_hot(spec), head_on_gpu=head)  # packed models have their neurons in this order
+        placed.hot[:] = round(share * spec.d_ff)
+        placed.hot[list(on_cpu)], placed.layer_on_gpu[list(on_cpu)] = 0, False
+        self.runtime = FFNRuntime("dense", WorkerPool(2), spec.d_model, spec.d_ff, few=few)
+        self.model = opened.build(self.runtime, placed, None)
+        self.cache, self.placed, self.streams = KVCache(spec, CAPACITY), placed, streams
+        counting = DeviceArena(torch.device(DEVICE))
+        self.take(counting)
+        self.arena = DeviceArena(torch.device(DEVICE), counting.used)
+        self.prefill = self.take(self.arena)
+
+    def take(self, arena):
+        weights = GpuWeights.take(arena, self.model, self.placed, self.cache)
+        found = self.model.rotation(torch.arange(CAPACITY)) or (None, None)
+        angles = [None if angle is None else arena.put("angles", angle[:, 0].contiguous()) for angle in found]
+        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, tuple(angles))
+
+    def expected(self, tokens):
+        hidden = self.model(torch.tensor(tokens), KVCache(self.model.spec, CAPACITY))
+        return self.model.logits(hidden[-1:])[0]
+
+
+def some_tokens(count, seed=1):
+    return torch.randint(0, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def check(case, tokens, tolerance=TOLERANCE):
+    """Read in two calls, the second of which goes on in the middle of a block."""
+    case.prefill.read(tokens[:3])
+    found, expected = case.prefill.read(tokens[3:]), case.expected(tokens)
+    assert case.cache.length == len(tokens)
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+def test_kernels(stored):
+    """The kernels themselves, in the interpreter where there is no GPU, on one short prompt."""
+    check(Case(stored("mistral-window", "bf16")), some_tokens(9))
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, stored):
+    check(Case(stored(name, "f32")), some_tokens(25))
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "int8", "int4"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_stored_types(dtype, streamed, stored):
+    case = Case(stored("llama-relu", dtype), streams=lambda tokens, layer: streamed)
+    assert case.model.ffns[0].up.dtype == dtype
+    check(case, some_tokens(20))
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("name", ["llama-tied-mha-bias", "opt"])
+@pytest.mark.parametrize("on_cpu", [(), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_placements(share, on_cpu, name, stored):
+    """Counts are of three chunks: one of the first call, two of the second; layer 0 is streamed, layer 2 is not."""
+    case = Case(stored(name, "f32"), share, on_cpu, head=share == 1, streams=lambda tokens, layer: layer == 0)
+    check(case, some_tokens(20))
+    counters, cold = case.prefill.counters, share < 1
+    assert counters.on_cpu == 3 * len(on_cpu)
+    assert counters.streamed == 3 * (cold and 0 not in on_cpu)
+    assert counters.computed == 3 * cold * len({1, 2} - set(on_cpu))
+
+
+@pytest.mark.usefixtures("_references")
+def test_the_choice_is_asked_for_each_chunk_and_layer_with_cold_neurons(stored):
+    asked = []
+
+    def streams(tokens, layer):
+        asked.append((tokens, layer))
+        return tokens > 5
+
+    check(Case(stored("llama-relu", "f32"), on_cpu=(1,), streams=streams, few=5), some_tokens(18), 1e-4)
+    assert asked == [(count, layer) for count in (3, 11, 4) for layer in (0, 2)]
+
+
+@pytest.mark.usefixtures("_references")
+def test_tokens_one_by_one_and_their_progress(stored):
+    case, tokens, seen = Case(stored("qwen3", "f32")), some_tokens(24), []
+    for token in tokens[:2]:
+        case.prefill.read([token])
+    found = case.prefill.read(tokens[2:], lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 22), (11, 22), (22, 22)]
+    assert float((found - case.expected(tokens)).abs().max()) < TOLERANCE * float(found.abs().max())
+
+
+@pytest.mark.usefixtures("_references")
+def test_what_does_not_fit_is_refused(stored):
+    case = Case(stored("llama-relu", "f32"))
+    case.prefill.read(some_tokens(3))
+    with pytest.raises(ContextError, match="29 tokens do not fit a context of 28"):
+        case.prefill.read(some_tokens(26))
+    with pytest.raises(ValueError, match="at least one token"):
+        case.prefill.read([])
+    assert case.cache.length == 3
+    arena = DeviceArena(torch.device(DEVICE))
+    weights = GpuWeights.take(arena, case.model, case.placed, case.cache)
+    with pytest.raises(ValueError, match="cosines and sines"):
+        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, (None, None))
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize(
+    "failing", ["hybrid.runtime.gpu.cold_stream._sources", "hybrid.runtime.gpu.prefill.activate_product"]
+)
+def test_a_call_that_fails_leaves_the_cache_and_the_next_goes_on(failing, stored, monkeypatch):
+    case, tokens = Case(stored("llama-relu", "f32")), some_tokens(20)
+    case.prefill.read(tokens[:3])
+
+    def fail(*args):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            case.prefill.read(tokens[3:])
+    assert case.cache.length == 3
+    found, expected = case.prefill.read(tokens[3:]), case.expected(tokens)
+    assert float((found - expected).abs().max()) < TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "int4"])
+@pytest.mark.parametrize("name", ["llama-tied-mha-bias", "opt"])
+def test_takes_what_the_plan_says(name, dtype, stored, monkeypatch):
+    for size in ("PREFILL_CHUNK", "PREFILL_WIDE"):
+        monkeypatch.setattr(f"hybrid.runtime.gpu.prefill.{size}", getattr(workspace, size))
+    monkeypatch.setattr("hybrid.model.kv_cache.BLOCK_SIZE", workspace.KV_BLOCK)
+    case = Case(stored(name, dtype))
+    spent = case.arena.spent
+    plan = workspace.Workspace(case.model.spec, CAPACITY, 0, workspace.PREFILL_CHUNK, 1)
+    assert spent["workspace: staging"] == 2 * plan.staging_bytes
+    assert spent["workspace: prefill"] == sum(plan.prefill.values())
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("on_cpu", [(), (1,)])
+def test_decoding_goes_on_from_its_cache(on_cpu, stored):
+    case, tokens = Case(stored("llama-relu", "f32"), on_cpu=on_cpu), some_tokens(13)
+
+    def both(arena):
+        step = GpuStep(case.model, case.cache, case.runtime, case.placed, arena)
+        return step, GpuPrefill(case.model, step.weights, case.cache, case.runtime, arena, case.streams, step.rotation)
+
+    counting = DeviceArena(torch.device(DEVICE))
+    both(counting)
+    step, prefill = both(DeviceArena(torch.device(DEVICE), counting.used))
+    prefill.read(tokens[:12])
+    try:
+        found = step.run(tokens[12], "exact").clone()
+    finally:
+        step.rest()
+    expected = case.expected(tokens)
+    assert float((found - expected).abs().max()) < TOLERANCE * float(expected.abs().max())

@@ -1,0 +1,140 @@
+"""Engines whose model is on two devices: the CPU's tokens, whatever is where, and the bytes of the plan."""
+
+import pytest
+import torch
+from gpu_cases import DEVICE
+from step_cases import VOCAB, random_predictor, some_tokens, tiny_model, use_references
+
+from hybrid import Engine, EngineConfig, SamplingSettings
+from hybrid.errors import InputError
+from hybrid.model.loader import ModelFolder
+from hybrid.runtime.gpu.runner import GpuRunner
+from hybrid.runtime.runner import CpuRunner
+from placement.placement import Placement
+from placement.plan import VramPlan
+from placement.workspace import predictor_bytes
+from predictor.bank import PredictorBank
+
+pytest.importorskip("transformers")
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=6)
+SHORT, LONG = some_tokens(5, 2), some_tokens(15, 3)  # the decode step's, and prefill's
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr("hybrid.model.kv_cache.BLOCK_SIZE", 8)
+    use_references(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def placed(folder, share=0.4, on_cpu=(), head=True):
+    placement = Placement.random(ModelFolder.open(folder).spec, share, 0)
+    placement.hot[list(on_cpu)], placement.layer_on_gpu[list(on_cpu)] = 0, False
+    return Placement(placement.order, placement.hot, placement.layer_on_gpu, head, placement.model_fingerprint)
+
+
+def load(folder, placement, strategy="exact", device=DEVICE, bank=None):
+    config = EngineConfig(strategy, context=40, threads=2, vram_budget=None if device else 0)
+    return Engine.load(folder, config, placement, bank, torch.device(device) if device else None)
+
+
+def bank_of(folder):
+    with load(folder, placed(folder), device=None) as engine:
+        return PredictorBank(tuple(random_predictor(ffn) for ffn in engine.model.ffns))
+
+
+def conversation(engine):
+    """Tokens of answers to a short prompt, to a longer one that goes on from it, to another, and to that again."""
+    answers = []
+    first = engine.generate(SHORT, GREEDY)
+    answers.append([step.token for step in first])
+    for prompt in ([*SHORT, *answers[0], *LONG[:9]], LONG, LONG):
+        steps = list(engine.generate(prompt, GREEDY))
+        answers.append([step.token for step in steps])
+        cached = steps[-1].stats.cached_tokens
+        assert cached == {len(SHORT) + 15: len(SHORT) + 5}.get(len(prompt), 0 if len(answers) == 3 else len(LONG) - 1)
+    return answers
+
+
+CASES = [
+    ("llama-relu", "exact", {}),
+    ("llama-relu", "dense", {"share": 0.0}),
+    ("llama-relu", "exact", {"share": 1.0}),
+    ("opt", "exact", {"share": 0.4, "on_cpu": (0,), "head": False}),
+    ("mistral-window", "learned", {"share": 0.4}),
+    ("qwen3", "dense", {"share": 1.0, "on_cpu": (1,)}),
+]
+
+
+@pytest.mark.parametrize(("name", "strategy", "where"), CASES)
+def test_the_cpus_tokens_for_any_placement(models, name, strategy, where):
+    """With prompts that are reused, and the same once more after `reset`."""
+    folder = tiny_model(name, models)
+    placement, bank = placed(folder, **where), bank_of(folder) if strategy == "learned" else None
+    with load(folder, placement, strategy, device=None, bank=bank) as engine:
+        assert isinstance(engine.runner, CpuRunner)
+        expected = conversation(engine)
+    with load(folder, placement, strategy, bank=bank) as engine:
+        assert isinstance(engine.runner, GpuRunner)
+        assert conversation(engine) == expected
+        engine.reset()
+        assert conversation(engine) == expected
+        assert "hot neurons are on the GPU" in engine.describe_placement()
+
+
+def test_sampling_takes_the_same_logits(models):
+    folder, settings = tiny_model("llama-relu", models), SamplingSettings(temperature=0.9, seed=4, max_new_tokens=8)
+    answers = []
+    for device in (None, DEVICE):
+        with load(folder, placed(folder), device=device) as engine:
+            answers.append([step.token for step in engine.generate(SHORT, settings)])
+    assert answers[0] == answers[1] and len(set(answers[0])) > 2
+
+
+def test_statistics(models):
+    folder = tiny_model("llama-relu", models)
+    with load(folder, placed(folder), "learned", bank=bank_of(folder)) as engine:
+        *_, last = engine.generate(SHORT, GREEDY)
+    assert 0 < last.stats.active_share < 1 and 0 < last.stats.hot_share < 1 and last.stats.ffn_seconds > 0
+
+
+def test_the_last_token_of_the_context(models):
+    folder, answers = tiny_model("llama-relu", models), []
+    for device in (None, DEVICE):
+        with load(folder, placed(folder, on_cpu=(1,)), device=device) as engine:
+            steps = list(engine.generate(some_tokens(35), SamplingSettings(temperature=0, max_new_tokens=50)))
+            answers.append([step.token for step in steps])
+            assert steps[-1].finish == "context"
+    assert answers[0] == answers[1] and len(answers[0]) == 5
+
+
+def test_a_placement_without_a_gpu_part_runs_on_the_cpu(models):
+    folder = tiny_model("llama-relu", models)
+    with load(folder, Placement.all_cold(ModelFolder.open(folder).spec)) as engine:
+        assert isinstance(engine.runner, CpuRunner) and "no GPU is used" in engine.describe_placement()
+
+
+@pytest.mark.parametrize(("name", "strategy", "where"), CASES)
+def test_what_is_taken_is_within_the_plan(models, name, strategy, where):
+    """All in one allocation, of which no byte is left over."""
+    folder = tiny_model(name, models)
+    placement, bank = placed(folder, **where), bank_of(folder) if strategy == "learned" else None
+    with load(folder, placement, strategy, bank=bank) as engine:
+        spec, arena = engine.model.spec, engine.runner.arena
+        sizes = predictor_bytes(spec.d_model, spec.d_ff, 5) if bank is not None else 0
+        plan = VramPlan(spec, 40, (sizes,) * spec.n_layers, reserve=0)
+        assert arena.used == len(arena._slab)
+        planned, spent = dict(plan.rows(placement.choice)), dict(arena.spent)
+        assert spent["hot neurons"] == planned["hot neurons"] if planned["hot neurons"] else "hot neurons" not in spent
+        assert spent["KV cache"] == planned["KV cache"]
+        assert arena.used <= plan.total_bytes(placement.choice), f"{spent} of {planned}"
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(models):
+    folder = tiny_model("llama-relu", models)
+    with load(folder, placed(folder)) as engine, pytest.raises(InputError, match=f"0 to {VOCAB - 1}"):
+        engine.generate([VOCAB], GREEDY)

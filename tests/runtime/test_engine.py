@@ -1,0 +1,237 @@
+"""The engine: prompts, cache reuse, stop conditions, statistics, refusals. On a small random model."""
+
+import json
+import shutil
+
+import numba
+import pytest
+import torch
+from model_cases import make_model
+
+from cpu_kernels.worker_pool import Each, WorkerPool
+from hybrid import Engine, EngineConfig, SamplingSettings
+from hybrid.chat.interrupts import InterruptGuard
+from hybrid.errors import ArtifactError, ContextError, InputError
+from placement import Placement
+
+pytest.importorskip("transformers")
+GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
+TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}<a>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model("llama-relu", path)
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (path / "generation_config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def engine(folder):
+    made = Engine.load(folder, EngineConfig("exact", threads=1))
+    yield made
+    made.close()
+
+
+def tokens(steps):
+    return [step.token for step in steps]
+
+
+def test_the_documented_way_to_use_it(folder):
+    text = "".join(step.text for step in Engine.load(folder, EngineConfig("dense")).generate("abc", GREEDY))
+    assert text
+
+
+def test_text_and_token_prompts_are_the_same(engine):
+    first = tokens(engine.generate("abc", GREEDY))
+    assert tokens(engine.generate(engine.codec.encode("abc"), GREEDY)) == first
+
+
+def test_answers_need_no_kernels_but_those_that_were_loaded(folder, monkeypatch):
+    needed, run = set(), WorkerPool.run
+
+    def note(pool, kernel, workers, *args):
+        types = tuple(numba.typeof(value[0] if isinstance(value, Each) else value) for value in args)
+        needed.add((kernel, types))
+        run(pool, kernel, workers, *args)
+
+    monkeypatch.setattr(WorkerPool, "run", note)
+    engine = Engine.load(folder, EngineConfig("exact", threads=2))
+    loaded = set(needed)
+    for prompt_tokens in (1, 2, 40):
+        list(engine.generate([5] * prompt_tokens, GREEDY))
+    engine.close()
+    assert needed == loaded
+
+
+def test_statistics_of_the_last_step(engine):
+    *_, last = engine.generate("abcdef", GREEDY)
+    stats = last.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (6, 0, 12)
+    assert last.finish == "length" and stats.ttft_seconds > 0 and stats.decode_seconds > 0
+    assert 0 < stats.active_share < 1 and stats.hot_share == 0
+    assert stats.ffn_seconds > 0 and stats.attention_seconds > 0
+
+
+def test_hot_share_follows_the_placement(folder):
+    spec = Engine.load(folder, EngineConfig("exact")).model.spec
+    for placement, bounds in ((Placement.all_hot(spec), (1, 1)), (Placement.random(spec, 0.5, 0), (0.2, 0.8))):
+        engine = Engine.load(folder, EngineConfig("exact"), placement)
+        *_, last = engine.generate("abc", GREEDY)
+        assert bounds[0] <= last.stats.hot_share <= bounds[1]
+
+
+def test_a_conversation_reuses_the_cache_and_answers_the_same(engine):
+    chat = [{"role": "user", "content": "hello there"}]
+    *_, last = engine.reply(chat, GREEDY)
+    answer = engine.codec.decode(tokens(engine.reply(chat, GREEDY)))
+    longer = [*chat, {"role": "assistant", "content": answer}, {"role": "user", "content": "more"}]
+    again = list(engine.reply(longer, GREEDY))
+    assert again[-1].stats.cached_tokens >= last.stats.prompt_tokens
+    engine.reset()
+    fresh = list(engine.reply(longer, GREEDY))
+    assert fresh[-1].stats.cached_tokens == 0
+    assert tokens(fresh) == tokens(again)
+    assert engine.count_tokens(longer) == fresh[-1].stats.prompt_tokens
+
+
+def test_the_same_prompt_twice_recomputes_one_token_only(engine):
+    *_, first = engine.generate("abcdefgh", GREEDY)
+    *_, second = engine.generate("abcdefgh", GREEDY)
+    assert second.stats.cached_tokens == 7 and first.token == second.token
+
+
+def test_closing_an_answer_early_leaves_the_engine_ready(engine):
+    whole = tokens(engine.generate("abcd", GREEDY))
+    engine.reset()
+    steps = engine.generate("abcd", GREEDY)
+    partial = [next(steps).token for _ in range(5)]
+    steps.close()
+    assert partial == whole[:5]
+    assert tokens(engine.generate("abcd", GREEDY)) == whole
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_an_interrupt_inside_a_step_leaves_the_engine_ready(engine, at, computed, monkeypatch):
+    whole = tokens(engine.generate("abcd", GREEDY))
+    engine.reset()
+    calls = []
+    real = WorkerPool.run
+
+    def interrupted(pool, *args):
+        calls.append(pool)
+        if len(calls) == at:
+            if computed:
+                real(pool, *args)
+            raise KeyboardInterrupt
+        return real(pool, *args)
+
+    monkeypatch.setattr(WorkerPool, "run", interrupted)
+    with InterruptGuard(), pytest.raises(KeyboardInterrupt):
+        tokens(engine.generate("abcd", GREEDY))
+    monkeypatch.undo()
+    assert tokens(engine.generate("abcd", GREEDY)) == whole
+
+
+def test_two_answers_at_once_are_refused(engine):
+    first = engine.generate("abc", GREEDY)
+    next(first)
+    tokens(engine.generate("xyz", GREEDY))
+    with pytest.raises(InputError, match="one answer at a time"):
+        next(first)
+
+
+def test_an_engine_is_a_context_manager(folder):
+    with Engine.load(folder, EngineConfig("dense", threads=3)) as engine:
+        assert tokens(engine.generate("abc", GREEDY))
+    assert engine.runtime.pool.threads == 1
+
+
+def test_the_end_token_may_stand_in_the_configuration(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    assert Engine.load(copy, EngineConfig("dense")).end_tokens == {7}
+
+
+def test_long_prompts_are_read_in_chunks(folder, monkeypatch):
+    monkeypatch.setattr("hybrid.runtime.runner.CpuRunner.chunk", 7)
+    engine, seen = Engine.load(folder, EngineConfig("dense")), []
+    chunked = tokens(engine.generate("a" * 20, GREEDY, lambda done, total: seen.append((done, total))))
+    assert seen == [(0, 20), (7, 20), (14, 20), (20, 20)]
+    monkeypatch.undo()
+    assert tokens(Engine.load(folder, EngineConfig("dense")).generate("a" * 20, GREEDY)) == chunked
+
+
+def test_stop_strings_and_end_tokens(engine):
+    steps = list(engine.generate("xyz", GREEDY))
+    text = "".join(step.text for step in steps)
+    stop = text[4:6]
+    cut = list(engine.generate("xyz", SamplingSettings(temperature=0, max_new_tokens=12, stop=(stop, "never"))))
+    assert "".join(step.text for step in cut) == text[: text.index(stop)]
+    assert cut[-1].finish == "stop"
+    engine.end_tokens = frozenset({steps[3].token})
+    first = tokens(steps).index(steps[3].token)
+    ended = list(engine.generate("xyz", GREEDY))
+    assert ended[-1].finish == "stop" and len(ended) == first + 1
+    assert "".join(step.text for step in ended) == engine.codec.decode(tokens(steps)[:first])
+
+
+def test_text_held_back_for_a_stop_string_is_shown_at_the_end(engine):
+    text = "".join(step.text for step in engine.generate("xyz", GREEDY))
+    almost = SamplingSettings(temperature=0, max_new_tokens=12, stop=(text[-2:] + "\x00",))
+    assert "".join(step.text for step in engine.generate("xyz", almost)) == text
+
+
+def test_a_full_context_ends_the_answer(folder):
+    engine = Engine.load(folder, EngineConfig("exact", context=10))
+    steps = list(engine.generate("abcd", GREEDY))
+    assert steps[-1].finish == "context" and len(steps) == 6
+    with pytest.raises(ContextError, match="prompt of 10 tokens leaves no room in a context of 10"):
+        engine.generate("a" * 10, GREEDY)
+
+
+def test_seeded_sampling_repeats(engine):
+    settings = SamplingSettings(temperature=1.0, top_k=0, top_p=1.0, seed=3, max_new_tokens=12)
+    assert tokens(engine.generate("abc", settings)) == tokens(engine.generate("abc", settings))
+
+
+@pytest.mark.parametrize(("prompt", "message"), [("", "prompt is empty"), ([1, 500], "0 to 130, got 1 to 500")])
+def test_bad_prompts(engine, prompt, message):
+    with pytest.raises(InputError, match=message):
+        engine.generate(prompt, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"sparsity": "half"}, "unknown sparsity 'half', expected auto, dense, exact, learned"),
+        ({"context": 0}, "context 0 is out of range"),
+        ({"threads": 0}, "threads is 0, expected 1 to 1024"),
+    ],
+)
+def test_bad_configurations(config, message):
+    with pytest.raises(InputError, match=message):
+        EngineConfig(**config)
+
+
+def test_what_cannot_be_loaded_says_why(folder, tmp_path):
+    with pytest.raises(ContextError, match="context 65 is out of range: this model takes 1 to 64"):
+        Engine.load(folder, EngineConfig("dense", context=65))
+    with pytest.raises(
+        ArtifactError, match=r"predictors\.safetensors is missing; make it with: hybrid prepare .* --corpus FILE"
+    ):
+        Engine.load(folder)
+    make_model("mistral-full", tmp_path)
+    with pytest.raises(InputError, match="silu fires densely, so --sparsity exact has no meaning"):
+        Engine.load(tmp_path, EngineConfig("exact"))
+    assert "silu fires densely" in Engine.load(tmp_path).notices[0]
+
+
+def test_torch_threads_are_one_in_decode(engine):
+    steps = engine.generate("abc", GREEDY)
+    next(steps), next(steps)
+    assert torch.get_num_threads() == 1
