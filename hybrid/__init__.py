@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
-    from hybrid.runtime.engine import Engine, EngineConfig
+    from hybrid.runtime.config import EngineConfig
+    from hybrid.runtime.engine import Engine
 
 __all__ = ["Engine", "EngineConfig", "GenerationStats", "GenerationStep", "SamplingSettings"]
 
-_HOMES = {"Engine": "runtime.engine", "EngineConfig": "runtime.engine"}
+_HOMES = {"Engine": "runtime.engine", "EngineConfig": "runtime.config"}
 
 
 def __getattr__(name: str) -> Any:

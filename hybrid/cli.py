@@ -38,14 +38,14 @@ _SPARSITY = click.option(
     type=click.Choice(["auto", "dense", "exact", "learned"]),
     default="auto",
     show_default=True,
-    help="auto is learned where the activation fires sparsely, else dense.",
+    help="auto: learned once prepared, until then exact; dense where nothing fires sparsely.",
 )
 _MLOCK = click.option("--mlock", is_flag=True, help="Read a packed model at once and keep it in memory.")
 _CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
 _HARDWARE = click.option(
     "--hardware",
     type=click.Path(path_type=Path),
-    help="Hardware profile to plan for  [default: this machine's GPU, or a 24 GB one where there is none]",
+    help="Hardware profile to plan for, or `default`, a 24 GB GPU  [default: this machine, measured once]",
 )
 _BUDGET = click.option(
     "--vram-budget", default="unlimited", show_default=True, help="Such as 8GiB; unlimited takes what the GPU has."
@@ -273,11 +273,12 @@ def hardware(output: Path) -> None:
 
 
 @cli.command()
-def doctor() -> None:
+@_MODEL
+def doctor(model: Path | None) -> None:
     """Show CPU features, threads, GPU and versions, and what would be used and why."""
     from hybrid import reports
 
-    reports.doctor()
+    reports.doctor(model)
 
 
 def _run(command: Callable[..., None], *arguments: Any) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,20 @@ import torch
 from hybrid.bench.hardware import hardware_progress
 from hybrid.chat.repl import run_repl
 from hybrid.chat.terminal import open_terminal
-from hybrid.console import counted, percent, progress, size, table
-from hybrid.errors import InputError
+from hybrid.console import percent, progress, size, table
+from hybrid.errors import BudgetError, InputError
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PackedModel
-from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
-from hybrid.runtime.engine import Engine, EngineConfig
+from hybrid.runtime.config import EngineConfig
+from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
-from placement.plan import parse_size
+from placement.plan import UNLIMITED, parse_size
 from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
 from predictor.sizing import PredictorTarget
@@ -48,22 +48,25 @@ def prepare(model: Path | None, options: Options) -> None:
         click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
         return
     request, target = _profile_request(project, options), _target(options)
-    seed, hardware = options["seed"], _hardware(project, options)
-    settings = _placement_settings(project, options, "learned")
-    settings.planned_bytes(hardware)  # a budget beyond the hardware is refused before the work, not after it
+    seed, settings = options["seed"], _placement_settings(project, options, "learned")
+    # A budget beyond the hardware is refused before the work, not after it; without a GPU there is nothing to refuse.
+    hardware = _hardware(project, options) if torch.cuda.is_available() else _known_hardware(project, options)
+    if hardware is not None:
+        settings.planned_bytes(hardware)
     profile_header = project.current_profile(request)
     click.echo(f"profile: {_CURRENT if profile_header else 'recording'}", err=True)
     profile_header = profile_header or project.profile(request).header
     predictors = project.current_predictors(profile_header, target, seed)
     click.echo(f"train: {_CURRENT if predictors else 'training'}", err=True)
     predictors = predictors or project.train(project.load_profile(), target, seed).header
+    hardware = hardware or _hardware(project, options)
     if project.placement_is_current(project.place_origin(profile_header, predictors, hardware), settings):
         click.echo(f"place: {_CURRENT}", err=True)
         return
     found = project.load_profile()
     result = project.place(found, project.load_predictors(), hardware, settings)
     project.write_placement(result.placement)
-    click.echo(f"place: {_placement_summary(result, found)}", err=True)
+    click.echo(f"place: {_placement_summary(result, found, hardware.has_gpu)}", err=True)
 
 
 def profile(model: Path | None, options: Options) -> None:
@@ -123,10 +126,10 @@ def place(model: Path | None, options: Options) -> None:
     """Solve, print and write a placement."""
     project = _project(model, options)
     project.require_sparse()
-    hardware = _hardware(project, options)
     settings = _placement_settings(project, options, options["sparsity"])
     found = project.load_profile()
     bank = project.load_predictors() if settings.strategy == "learned" else None
+    hardware = _hardware(project, options)
     if bank and bank.header and bank.header.made_from.get("profile") != found.header.key:
         click.echo("note: the predictors were trained on another profile than the present; `hybrid train`", err=True)
     result = project.place(found, bank, hardware, settings)
@@ -148,7 +151,7 @@ def placement_report(result: PlacementResult, found: NeuronProfile, budget: int,
     solution = result.solution
     return (
         f"{plan}\n\n{result.placement.table()}\n\nhardware profile: {hardware.name} ({hardware.source})\n"
-        f"{_placement_summary(result, found)}\n"
+        f"{_placement_summary(result, found, hardware.has_gpu)}\n"
         f"solver: {solution.solver}, {solution.status}, gap {solution.gap:.4%}, {solution.solver_seconds:.2f} s, "
         f"{solution.columns:,} options"
     )
@@ -173,10 +176,11 @@ def pack(model: Path | None, options: Options) -> None:
 def chat(model: Path | None, system: str | None, options: Options) -> None:
     """Open the REPL, or answer piped lines."""
     terminal = open_terminal()
-    folder = ModelFolder.open(model or EMBEDDED_MODEL)
-    if not TextCodec(folder.path, folder.spec.vocab_size).has_chat_template:
+    config = _engine_config(options)
+    folder = _open(model, options)
+    if not folder.codec.has_chat_template:
         raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
-    with _locked(folder.path, options["mlock"]), closing(_engine(model, options)) as engine:
+    with closing(Engine.load(folder, config)) as engine:
         settings = _sampling(engine.settings, options)
         name = str(model or "embedded model")
         run_repl(engine, terminal, settings, system, header=_chat_header(engine, name), model_name=name)
@@ -185,7 +189,8 @@ def chat(model: Path | None, system: str | None, options: Options) -> None:
 def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, options: Options) -> None:
     """Stream the continuation to stdout; statistics to stderr."""
     text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
-    with _locked(model or EMBEDDED_MODEL, options["mlock"]), closing(_engine(model, options)) as engine:
+    config = _engine_config(options)
+    with closing(Engine.load(_open(model, options), config)) as engine:
         for notice in engine.notices:
             click.echo(f"note: {notice}", err=True)
         stats = None
@@ -287,18 +292,28 @@ def _target(options: Options) -> PredictorTarget:
 
 
 def _hardware(project: Project, options: Options) -> HardwareProfile:
-    """The profile that was asked for; else this machine's, measured once, where it has a GPU; else the default."""
-    if options["hardware"]:
-        return HardwareProfile.load(options["hardware"])
-    if not torch.cuda.is_available():
-        return HardwareProfile.load()
-    path = project.bundle.hardware
-    if path.is_file():
-        return HardwareProfile.load(path)
+    """The profile that was asked for; else this machine's, measured once and kept beside the other artefacts."""
+    known = _known_hardware(project, options)
+    if known is not None:
+        return known
     measured = measure_hardware(hardware_progress)
     if not options.get("dry_run"):
-        measured.save(path)
+        measured.save(project.bundle.hardware)
     return measured
+
+
+def _known_hardware(project: Project, options: Options) -> HardwareProfile | None:
+    """What was asked for, `default` being the built-in profile, or was measured already; nothing is measured here."""
+    named, has_gpu = options["hardware"], torch.cuda.is_available()
+    if named:
+        return HardwareProfile.load() if str(named) == "default" else HardwareProfile.load(named)
+    if not has_gpu and parse_size(options["vram_budget"]) not in (0, UNLIMITED):
+        raise BudgetError(
+            "there is no GPU here that torch can use; leave --vram-budget out, or plan for another machine: "
+            "--hardware FILE, or --hardware default, a 24 GB GPU"
+        )
+    stored = HardwareProfile.load(project.bundle.hardware) if project.bundle.hardware.is_file() else None
+    return stored if stored and stored.has_gpu == has_gpu else None
 
 
 def _placement_settings(project: Project, options: Options, strategy: Any) -> PlacementSettings:
@@ -309,34 +324,29 @@ def _placement_settings(project: Project, options: Options, strategy: Any) -> Pl
     return settings
 
 
-def _placement_summary(result: PlacementResult, found: NeuronProfile) -> str:
-    share = result.placement.hot_firing_share(found.frequency())
-    made = result.placement.made_from
-    nothing = "" if result.placement.choice.uses_gpu else "nothing fits or pays on the GPU; "
-    return (
-        f"{nothing}share of firings served hot: {percent(share)}; "
-        f"predicted {made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']}) on: {made['hardware']}"
-    )
+def _placement_summary(result: PlacementResult, found: NeuronProfile, has_gpu: bool) -> str:
+    made, placement = result.placement.made_from, result.placement
+    if placement.choice.uses_gpu:
+        served = f"share of firings served hot: {percent(placement.hot_firing_share(found.frequency()))}; "
+    else:
+        served = "nothing fits or pays on the GPU; " if has_gpu else "no GPU: all neurons are computed by the CPU; "
+    predicted = f"predicted {made['predicted_tokens_per_second']:,.1f} tokens/s ({made['strategy']})"
+    return f"{served}{predicted} on: {made['hardware']}"
 
 
-@contextmanager
-def _locked(path: Path, wanted: bool) -> Iterator[None]:
-    """Inside, a packed model's weights stay in memory if `wanted`; pages locked once serve every map of them."""
-    packed = None
-    if wanted:
-        if not PackedModel.is_packed(path):
-            raise InputError(f"--mlock is for packed models, {path} is not one; make one with `hybrid pack`")
-        packed = PackedModel.open(path)
-        packed.lock()
-    yield
-    del packed  # and with it the map and the lock
+def _open(model: Path | None, options: Options) -> ModelFolder:
+    """The model's folder, its weights kept in memory where that is wanted."""
+    folder = ModelFolder.open(model or EMBEDDED_MODEL)
+    if options["mlock"]:
+        if not isinstance(folder.weights, PackedModel):
+            raise InputError(f"--mlock is for packed models, {folder.path} is not one; make one with `hybrid pack`")
+        folder.weights.lock()
+    return folder
 
 
-def _engine(model: Path | None, options: Options) -> Engine:
-    names = ("sparsity", "context", "threads", "bundle")
-    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
-    config = EngineConfig(**{name: options[name] for name in names}, vram_budget=budget)
-    return Engine.load(model or EMBEDDED_MODEL, config)
+def _engine_config(options: Options) -> EngineConfig:
+    names = ("sparsity", "context", "threads", "bundle", "vram_budget")
+    return EngineConfig(**{name: options[name] for name in names})
 
 
 def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:
@@ -359,13 +369,8 @@ def _read_prompt(path: Path) -> str:
 
 
 def _chat_header(engine: Engine, name: str) -> str:
-    spec = engine.model.spec
-    hot = int(engine.placement.hot.sum()) / (spec.n_layers * spec.d_ff)
-    lines = [
-        f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {engine.runtime.strategy}; "
-        f"{percent(hot)} of neurons hot; context {engine.context}; {counted(engine.runtime.pool.threads, 'thread')}. "
-        "/help for commands."
-    ]
+    spec, plan = engine.model.spec, engine.plan
+    lines = [f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {plan.summary()}. /help for commands."]
     return "\n".join([*lines, *(f"note: {notice}" for notice in engine.notices)])
 
 

@@ -22,7 +22,7 @@ class GenerationStats:
     `prompt_tokens` includes the `cached_tokens` whose keys and values were reused. `ttft_seconds` runs from the call to
     the first token, `decode_seconds` from the first token on. `active_share` is the mean share of the FFN neurons that
     were computed and `hot_share` the share of firings that hot neurons served, both over decode steps; None where there
-    was no decode step to measure.
+    was no decode step to measure, and the latter where no GPU is used.
     """
 
     prompt_tokens: int
@@ -52,7 +52,7 @@ class GenerationStats:
             f"{self.tokens_per_second:.1f} tok/s",
             f"TTFT {1000 * self.ttft_seconds:.0f} ms",
             f"active {_percent(self.active_share)}",
-            f"hot {_percent(self.hot_share)}",
+            *([] if self.hot_share is None else [f"hot {_percent(self.hot_share)}"]),
             f"ms/token: predictor {each * self.predictor_seconds:.1f}, attention {each * self.attention_seconds:.1f}, "
             f"FFN {each * self.ffn_seconds:.1f}, head {each * self.head_seconds:.1f}",
         ]

@@ -19,12 +19,11 @@ from hybrid.console import counted, details, percent, size
 from hybrid.errors import ArtifactError
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.model.loader import ModelFolder
-from hybrid.runtime.devices import free_bytes, gpu_of
-from hybrid.runtime.engine import cpu_threads
+from hybrid.runtime.devices import free_bytes
+from hybrid.runtime.plan import plan_run
 from placement.plan import UNLIMITED
 from predictor.sizing import PredictorTarget
 from profiler.common.artifact import package_version
-from profiler.common.hardware import HardwareProfile
 from profiler.common.spec import ModelSpec
 from profiler.machine.cpu import probe_cpu
 
@@ -48,9 +47,9 @@ def inspect(model: Path | None, bundle: Path | None) -> None:
         click.echo(f"\nstale: {line}")
 
 
-def doctor() -> None:
+def doctor(model: Path | None) -> None:
     """Print the machine, the versions and the choices that follow from them."""
-    rows = [*_cpu_rows(), *_gpu_rows(), *_version_rows(), *_choice_rows()]
+    rows = [*_cpu_rows(), *_gpu_rows(), *_version_rows(), *_choice_rows(model)]
     click.echo(details(f"hybrid {package_version()}", rows))
 
 
@@ -156,22 +155,13 @@ def _version_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def _planned_for() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)}, measured once per bundle"
-    return f"{HardwareProfile.load().name} (default profile)"
-
-
-def _choice_rows() -> list[tuple[str, str]]:
-    gpu = gpu_of(None)
-    threads = counted(cpu_threads(gpu is not None), "thread")
-    where, sides = f"the CPU with {threads}", "both on the CPU, in one pass"
-    if gpu is not None:
-        where = f"GPU 0, at most {size(free_bytes(gpu))} of it without --vram-budget, and the CPU with {threads}"
-        sides = "hot ones on the GPU, cold ones on the CPU, within --vram-budget"
-    return [
-        ("would run on", where),
-        ("hot and cold neurons", sides),
-        ("kernels", "Numba for this CPU and Triton for the GPU, compiled on first use and cached"),
-        ("placement", f"planned for: {_planned_for()}; --hardware FILE for another"),
+def _choice_rows(model: Path | None) -> list[tuple[str, str]]:
+    """What the chat would choose for the model, as its banner says it."""
+    plan = plan_run(ModelFolder.open(model or EMBEDDED_MODEL))
+    gpu = f"; at most {size(free_bytes(plan.gpu))} of the GPU without --vram-budget" if plan.gpu else ""
+    rows = [
+        (f"{model or 'embedded model'}", f"{plan.summary()}{gpu}"),
+        *(("note", notice) for notice in plan.notices),
+        ("kernels", "Numba for this CPU, Triton for a GPU, compiled on first use and cached"),
     ]
+    return rows

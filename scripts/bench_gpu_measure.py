@@ -29,8 +29,9 @@ from hybrid.formats.packed import PackedModel
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.loader import ModelFolder
+from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import hardware_of
-from hybrid.runtime.engine import Engine, EngineConfig
+from hybrid.runtime.engine import Engine
 from placement.baselines import random_split
 from placement.cost import CostModel
 from placement.placement import Placement, PlacementSettings, place

@@ -16,11 +16,12 @@ from model_cases import make_model
 from hybrid.bench.hardware import hardware_report
 from hybrid.cli import main, repeat_corpus
 from profiler.common.hardware import HardwareProfile
-from profiler.machine import measure as measure_hardware
+from profiler.machine import cpu, timing
 
 pytest.importorskip("transformers")
 TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}<a>"
 QUICK = ["--tokens", "2000", "--window", "32"]
+PLANNED = ["--hardware", "default", "--vram-budget", "4MiB"]
 
 
 def hybrid(capfd, *arguments):
@@ -51,9 +52,18 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(original, corpus, tmp_path_factory):
     folder = shutil.copytree(original, tmp_path_factory.mktemp("prepared") / "model")
-    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, *PLANNED]
     subprocess.run(command, check=True, capture_output=True)
     return folder
+
+
+def without_gpu(monkeypatch):
+    """No GPU, and a measurement of the CPU that is as quick as it is rough."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cpu, "WIDTH", 128)
+    monkeypatch.setattr(cpu, "_NEURONS", 256)
+    for name, value in (("WIDTH", 128), ("_SECONDS", 0.0), ("_GEMM_ROWS", 8)):
+        monkeypatch.setattr(timing, name, value)
 
 
 @pytest.fixture
@@ -69,9 +79,9 @@ def contents(folder):
 def test_the_whole_loop(original, corpus, tmp_path, capfd):
     """Every command once, in the order of a new user."""
     folder = shutil.copytree(original, tmp_path / "model")
-    prepare = ["prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    prepare = ["prepare", folder, "--corpus", corpus, *QUICK, *PLANNED]
     code, out, err = hybrid(capfd, *prepare)
-    assert code == 0 and out == "" and "share of firings served hot" in err
+    assert code == 0 and out == "" and "on: 24 GB GPU" in err
     code, _, err = hybrid(capfd, *prepare)
     assert code == 0 and err.count("present and current") == 3
     code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
@@ -81,7 +91,7 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
     code, out, _ = hybrid(capfd, "inspect", folder)
     assert code == 0 and all(name in out for name in ("fingerprint", "recall", "VRAM budget", "text.jsonl"))
     code, out, _ = hybrid(capfd, "doctor")
-    assert code == 0 and all(name in out for name in ("CPU", "GPU", "torch", "would run on"))
+    assert code == 0 and all(name in out for name in ("CPU", "GPU", "torch", "embedded model", "; CPU, "))
 
 
 def test_each_step_by_hand(original, corpus, tmp_path, capfd):
@@ -92,22 +102,34 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     assert code == 0 and "recall" in out
     report = json.loads((folder / "hybrid" / "predictors.json").read_text())
     assert len(report["layers"]) == 3 and 0 <= report["overall"]["recall"] <= 1
-    code, out, _ = hybrid(capfd, "place", folder, "--vram-budget", "1MiB", "--solver", "greedy", "--dry-run")
+    code, out, _ = hybrid(capfd, "place", folder, *PLANNED, "--solver", "greedy", "--dry-run")
     assert code == 0 and "budget" in out and not (folder / "hybrid" / "placement.safetensors").exists()
-    code, out, err = hybrid(capfd, "place", folder, "--vram-budget", "0")
+    code, out, err = hybrid(capfd, "place", folder, "--hardware", "default", "--vram-budget", "0")
     assert code == 0 and "gap" in out and "tokens/s" in out and "wrote" in err
 
 
 def test_hardware_is_measured_shown_and_planned_for(model, tmp_path, monkeypatch, capfd):
-    for name, value in (("_WIDTH", 128), ("_NEURONS", 256), ("_SECONDS", 0.0), ("_GEMM_ROWS", 8)):
-        monkeypatch.setattr(measure_hardware, name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    without_gpu(monkeypatch)
     path = tmp_path / "new" / "machine.json"
     code, out, err = hybrid(capfd, "hardware", "-o", path)
     assert code == 0 and "no GPU" not in err and "GPU: none usable" in out and "sparse FFN, GB/s" in out
     assert "host memory, 1 thread" in err and str(path) in err.splitlines()[-1]
     code, out, _ = hybrid(capfd, "place", model, "--hardware", path, "--vram-budget", "0", "--dry-run")
     assert code == 0 and HardwareProfile.load(path).name in out
+
+
+def test_without_a_gpu_the_plan_is_for_this_cpu(model, monkeypatch, capfd):
+    """Measured once, beside the other artefacts; a budget needs a GPU, here or in a hardware profile."""
+    without_gpu(monkeypatch)
+    code, out, err = hybrid(capfd, "place", model)
+    assert code == 0 and "no GPU: all neurons are computed by the CPU; predicted " in out and "24 GB" not in out
+    assert "host memory" in err and not HardwareProfile.load(model / "hybrid" / "hardware.json").has_gpu
+    code, _, err = hybrid(capfd, "place", model)
+    assert code == 0 and "host memory" not in err
+    code, out, err = hybrid(capfd, "generate", model, "-p", "the cat", "--max-new-tokens", "3")
+    assert code == 0 and "hot" not in err
+    code, _, err = hybrid(capfd, "place", model, "--vram-budget", "1GiB")
+    assert code == 2 and "there is no GPU here" in err and "--hardware default, a 24 GB GPU" in err
 
 
 def test_a_hardware_report_shows_the_gpu():
@@ -119,7 +141,7 @@ def test_a_hardware_report_shows_the_gpu():
 def test_piped_chat(model):
     command = [sys.executable, "-m", "hybrid", "chat", model, "--max-new-tokens", "6"]
     done = subprocess.run(command, input="hello\n\nmore\n/placement\n", capture_output=True, text=True, check=True)
-    assert done.stderr.count("tok/s") == 2 and "hot neurons" in done.stdout
+    assert done.stderr.count("tok/s") == 2 and "No GPU is used" in done.stdout
 
 
 def test_output_may_be_cut_off(model):
@@ -181,7 +203,7 @@ MISTAKES = {
     ),
     "missing placement": (
         lambda m: (m / "hybrid" / "placement.safetensors").unlink(),
-        ["chat", "{m}"],
+        ["chat", "{m}", "--sparsity", "learned"],
         "hybrid prepare",
     ),
     "bad hardware": (
@@ -223,7 +245,7 @@ def test_artefacts_of_another_model(model, original, tmp_path, capfd):
     other = tmp_path / "other"
     make_model("llama-mqa-head-dim", other)
     shutil.copytree(model / "hybrid", other / "hybrid")
-    for command in (["train", other], ["place", other, "--vram-budget", "1MiB"], ["generate", other, "-p", "a"]):
+    for command in (["train", other], ["place", other, *PLANNED], ["generate", other, "-p", "a"]):
         before = contents(other)
         code, _, err = hybrid(capfd, *command)
         assert code == 2 and "was made for model" in err and contents(other) == before
@@ -248,7 +270,7 @@ def test_a_full_disk_leaves_what_was_there(model, corpus, tmp_path, capfd):
 
 def test_prepare_survives_being_killed_at_any_moment(original, corpus, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
-    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, "--vram-budget", "4MiB"]
+    command = [sys.executable, "-m", "hybrid", "prepare", folder, "--corpus", corpus, *QUICK, *PLANNED]
     for seconds in (0.5, 2.0, 2.5, 3.0, 3.5):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         time.sleep(seconds)

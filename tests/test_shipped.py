@@ -12,7 +12,8 @@ from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.evaluate import evaluate, perplexity
 from hybrid.offline.project import ProfileRequest, Project
-from hybrid.runtime.engine import Engine, EngineConfig
+from hybrid.runtime.config import EngineConfig
+from hybrid.runtime.engine import Engine
 from placement import Placement, PlacementSettings
 from predictor import PredictorTarget
 from profiler.common.hardware import HardwareProfile

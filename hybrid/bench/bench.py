@@ -28,8 +28,9 @@ from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.loader import ModelFolder
+from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of
-from hybrid.runtime.engine import Engine, EngineConfig
+from hybrid.runtime.engine import Engine
 from placement.plan import parse_size
 from profiler.common.spec import STRATEGIES, Strategy
 

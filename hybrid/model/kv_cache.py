@@ -11,6 +11,14 @@ from profiler.common.spec import ModelSpec
 BLOCK_SIZE = 256
 
 
+def check_context(spec: ModelSpec, tokens: int | None) -> int:
+    """`tokens`, or the model's context for None. Raises `ContextError` when the model takes no such context."""
+    tokens = spec.max_context if tokens is None else tokens
+    if not 1 <= tokens <= spec.max_context:
+        raise ContextError(f"context {tokens} is out of range: this model takes 1 to {spec.max_context} tokens")
+    return tokens
+
+
 class KVCache:
     """Keys and values of one sequence in blocks of tokens: [n_layers, blocks, 2, n_kv_heads, block, head_dim].
 
@@ -22,10 +30,7 @@ class KVCache:
 
     def __init__(self, spec: ModelSpec, capacity: int) -> None:
         """Raises `ContextError` when `capacity` is below 1 or beyond the model's context."""
-        if not 1 <= capacity <= spec.max_context:
-            raise ContextError(
-                f"context {capacity} is out of range: this model takes 1 to {spec.max_context} tokens; lower --context"
-            )
+        check_context(spec, capacity)
         self.block_size = min(BLOCK_SIZE, capacity)
         blocks = -(-capacity // self.block_size)
         try:
@@ -35,7 +40,7 @@ class KVCache:
             size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
             raise ContextError(
                 f"keys and values of {capacity} tokens take {size / 2**30:.1f} GiB, more than this machine gives; "
-                "lower --context"
+                "lower the context"
             ) from error
         self.table = np.arange(blocks, dtype=np.int32)
         self.capacity = capacity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from hybrid.formats.checkpoint import Checkpoint, TensorNames
 from hybrid.formats.config import FAMILIES, parse_config, read_json
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.packed_predictors import open_predictors
+from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
 from hybrid.model.transformer import Attention, Block, Linear, Transformer
@@ -52,6 +54,11 @@ class ModelFolder:
             raise ModelError(f"{path}: weights are {up.dtype}; supported are bf16, f16 and f32")
         spec = replace(spec, dtype=_DTYPE_NAMES[up.dtype], fingerprint=checkpoint.fingerprint(config))
         return cls(path, spec, checkpoint)
+
+    @cached_property
+    def codec(self) -> TextCodec:
+        """The folder's tokenizer and chat template. Raises `ModelError` when they cannot be used."""
+        return TextCodec(self.path, self.spec.vocab_size)
 
     @property
     def is_packed(self) -> bool:

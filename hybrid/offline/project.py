@@ -76,9 +76,9 @@ class Project:
         self.bundle = Bundle.of(self.folder.path, self.spec, bundle)
         self._threads, self._progress = threads, progress
 
-    @cached_property
+    @property
     def codec(self) -> TextCodec:
-        return TextCodec(self.folder.path, self.spec.vocab_size)
+        return self.folder.codec
 
     @cached_property
     def runtime(self) -> FFNRuntime:

@@ -25,7 +25,7 @@ def gpu_of(budget: int | None) -> torch.device | None:
     """The first GPU; None where there is none, or none may be used. Raises `BudgetError` for a budget without a GPU."""
     if budget == 0 or not torch.cuda.is_available():
         if budget not in (None, 0, UNLIMITED):
-            raise BudgetError("there is no GPU here that torch can use; leave --vram-budget out, or give 0")
+            raise BudgetError("there is no GPU here that torch can use; leave the VRAM budget out, or give 0")
         return None
     return torch.device("cuda", 0)
 
@@ -55,18 +55,20 @@ def placement_for(
     Models without a profile have no order of neurons; whole layers go to the GPU as they fit. `notices` get what is to
     be known.
     """
-    stored = _stored(bundle, folder, strategy, notices) if gpu is None or folder.spec.fires_sparsely else None
+    sparse = folder.spec.fires_sparsely
+    stored = _stored(bundle, folder, strategy, notices) if gpu is None or sparse else None
     if gpu is None:
         return stored or Placement.all_cold(folder.spec)
-    if stored is None and folder.spec.fires_sparsely:
+    if stored is None and sparse:
+        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold, and no GPU is used")
         return Placement.all_cold(folder.spec)
     most = free_bytes(gpu)
     if budget is not None and most < budget < UNLIMITED:
         raise BudgetError(
             f"VRAM budget is {budget / 2**30:.2f} GiB, the GPU has {most / 2**30:.2f} GiB free beside a reserve of 1; "
-            "lower --vram-budget"
+            "lower the VRAM budget"
         )
-    if not bundle.hardware.is_file():
+    if _measured(bundle) is None:
         notices.append(f"placed for a default GPU: `hybrid hardware -o {bundle.hardware}` measures this one")
     made = {} if stored is None else stored.made_from
     wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
@@ -77,8 +79,14 @@ def placement_for(
 
 
 def hardware_of(bundle: Bundle) -> HardwareProfile:
-    """The bundle's hardware profile, or the default one where it has none."""
-    return HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else HardwareProfile.load()
+    """The bundle's hardware profile of a machine with a GPU, or the default one where it has none."""
+    return _measured(bundle) or HardwareProfile.load()
+
+
+def _measured(bundle: Bundle) -> HardwareProfile | None:
+    """None also for a profile of before the machine had a GPU."""
+    stored = HardwareProfile.load(bundle.hardware) if bundle.hardware.is_file() else None
+    return stored if stored is not None and stored.has_gpu else None
 
 
 def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int) -> Placement:
@@ -99,10 +107,8 @@ def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, contex
 
 
 def _stored(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement | None:
-    """The bundle's placement; `learned` needs one, the others run all-cold without, and `notices` say so."""
+    """The bundle's placement; `learned` needs one, the others run all-cold without."""
     if strategy == "learned" or bundle.placement.is_file():
         notices += bundle.stale(folder.spec)
         return bundle.load_placement(folder.spec)
-    if folder.spec.fires_sparsely:
-        notices.append("no placement yet (`hybrid place` makes one): all neurons are cold")
     return None

@@ -8,134 +8,59 @@ closed early leaves it ready for the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from cpu_kernels.worker_pool import WorkerPool, available_cpus
-from hybrid.errors import BudgetError, ContextError, InputError
-from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
-from hybrid.formats.packed import PackedModel
-from hybrid.formats.text import Message, StreamDecoder, TextCodec, generation_defaults
+from hybrid.errors import ContextError, InputError
+from hybrid.formats.bundle import EMBEDDED_MODEL
+from hybrid.formats.text import Message, StreamDecoder, TextCodec
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
-from hybrid.model.ffn import FFNCounters, FFNRuntime
+from hybrid.model.ffn import FFNCounters
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.loader import ModelFolder
-from hybrid.model.transformer import Transformer
-from hybrid.runtime.devices import gpu_of, hardware_of, placement_for
-from hybrid.runtime.runner import CpuRunner, Runner
+from hybrid.runtime.config import EngineConfig
+from hybrid.runtime.load import LoadedModel, load_model
+from hybrid.runtime.plan import plan_run
 from hybrid.runtime.sampling import Sampler, load_sampling_kernels
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from profiler.common.spec import STRATEGIES, Strategy
 
-NO_GPU = "\nBoth devices are the CPU, as no GPU is used."
-# Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
-_FEW_TOKENS = 32
 _CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How to run a model; checked when built.
-
-    sparsity: a strategy, or `auto`: `learned` where the activation fires sparsely and `dense` where it does not.
-    context: tokens that the KV cache holds, by default the model's. threads: CPU threads, by default all available,
-    beside a GPU all but one in eight. bundle: the folder of the artefacts, by default the model's own. vram_budget:
-    bytes that may be taken from the GPU, 0 for none; by default what the stored placement was made for, at most what is
-    free.
-    """
-
-    sparsity: str = "auto"
-    context: int | None = None
-    threads: int | None = None
-    bundle: Path | None = None
-    vram_budget: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.sparsity not in ("auto", *STRATEGIES):
-            raise InputError(f"unknown sparsity {self.sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
-        if self.context is not None and self.context < 1:
-            raise ContextError(f"context {self.context} is out of range, expected at least 1 token")
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise InputError(f"threads is {self.threads}, expected 1 to 1024; this machine offers {available_cpus()}")
-        if self.vram_budget is not None and self.vram_budget < 0:
-            raise BudgetError(f"VRAM budget is {self.vram_budget} bytes, expected at least 0; choose another")
 
 
 class Engine:
     """A model, its tokenizer, its placement and one KV cache."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        codec: TextCodec,
-        runtime: FFNRuntime,
-        placement: Placement,
-        cache: KVCache,
-        runner: Runner,
-    ) -> None:
-        self.model, self.codec, self.runtime, self.placement = model, codec, runtime, placement
-        self.settings, self.end_tokens = SamplingSettings(), frozenset[int]()
-        self.notices: tuple[str, ...] = ()
-        self.runner = runner
-        self._cache, self._cached_tokens = cache, list[int]()
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Reserves a KV cache for `loaded`, which may serve other engines too, and compiles what a token needs."""
+        self.loaded, self.plan = loaded, loaded.plan
+        self.model, self.codec, self.runtime = loaded.model, loaded.codec, loaded.runtime
+        self.settings, self.end_tokens = loaded.settings, loaded.end_tokens
+        self.placement = self.plan.placement
+        self._cache, self._cached_tokens = KVCache(self.plan.spec, self.plan.context), list[int]()
+        self.runner = loaded.runner(self._cache)
+        self.notices = (*self.plan.notices, *self.runner.notices)
         self._answer = 0
+        self.runner.load_kernels()
+        load_sampling_kernels()
 
     @classmethod
     def load(
         cls,
-        model: str | Path = EMBEDDED_MODEL,
+        model: str | Path | ModelFolder = EMBEDDED_MODEL,
         config: EngineConfig | None = None,
         placement: Placement | None = None,
         bank: PredictorBank | None = None,
         device: torch.device | None = None,
     ) -> Engine:
-        """Load a Hugging Face model folder with its artefacts; `placement` and `bank` stand in for the stored ones.
+        """Load a Hugging Face model folder with its artefacts; `placement`, `bank` and `device` are for `plan_run`.
 
-        device: where the placement's GPU part goes, by default the first GPU, if there is one. Raises an `InputError`
-        of some kind when the model, an artefact or the configuration cannot be used.
+        Raises an `InputError` of some kind when the model, an artefact or the configuration cannot be used.
         """
-        config = config or EngineConfig()
-        folder = ModelFolder.open(Path(model))
-        spec = folder.spec
-        strategy = choose_strategy(config.sparsity, spec.activation, spec.fires_sparsely)
-        bundle = Bundle.of(folder.path, spec, config.bundle)
-        cache = KVCache(spec, config.context or spec.max_context)
-        if strategy == "learned" and bank is None and not folder.is_packed:
-            bank = bundle.load_predictors(spec)
-        notices = [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
-        gpu = device or gpu_of(config.vram_budget)
-        if placement is None:
-            placement = placement_for(bundle, folder, strategy, cache.capacity, gpu, config.vram_budget, notices)
-        gpu = gpu if placement.choice.uses_gpu else None
-        codec = TextCodec(folder.path, spec.vocab_size)
-        threads = config.threads or cpu_threads(gpu is not None)
-        runtime = FFNRuntime(strategy, WorkerPool(threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
-        built = folder.build(runtime, placement, bank)
-        advise = folder.weights.advise if isinstance(folder.weights, PackedModel) else lambda scattered: None
-        runner: Runner
-        if gpu is None:
-            runner = CpuRunner(built, cache, runtime, advise)
-        else:
-            try:  # needs triton, which comes with torch's builds for GPUs
-                from hybrid.runtime.gpu.runner import GpuRunner
-            except ModuleNotFoundError as error:
-                raise InputError(
-                    f"a GPU needs the package {error.name}: pip install {error.name}; or give --vram-budget 0"
-                ) from error
-
-            runner = GpuRunner(built, cache, runtime, placement, gpu, hardware_of(bundle), advise)
-            notices += [runner.notice] if runner.notice else []
-        engine = cls(built, codec, runtime, placement, cache, runner)
-        settings, ends = generation_defaults(folder.path)
-        engine.settings, engine.end_tokens = settings, frozenset(ends or codec.eos_tokens())
-        engine.notices = tuple(notices)
-        runner.load_kernels()
-        load_sampling_kernels()
-        return engine
+        folder = model if isinstance(model, ModelFolder) else ModelFolder.open(Path(model))
+        return cls(load_model(plan_run(folder, config, placement, bank, device)))
 
     @property
     def context(self) -> int:
@@ -183,8 +108,9 @@ class Engine:
 
     def describe_placement(self) -> str:
         """One line per layer: neurons hot and cold, and where the rest of the layer is."""
-        where = "" if isinstance(self.runner, CpuRunner) else "\nThe hot neurons are on the GPU."
-        return f"{self.placement.table()}{where or NO_GPU}"
+        if self.plan.gpu is None:
+            return f"No GPU is used: the CPU computes every layer and neuron, with {self.plan.threads} threads."
+        return f"{self.placement.table()}\nThe hot neurons are on the GPU."
 
     def _stream(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
@@ -198,7 +124,7 @@ class Engine:
         if len(tokens) >= self.context:
             raise ContextError(
                 f"prompt of {len(tokens)} tokens leaves no room in a context of {self.context}; "
-                "shorten it, or raise --context if the model allows"
+                "shorten it, or raise the context if the model allows"
             )
         top = self.model.spec.vocab_size
         if min(tokens) < 0 or max(tokens) >= top:
@@ -286,7 +212,7 @@ class Engine:
             ttft_seconds=ttft,
             decode_seconds=decode,
             active_share=counters.computed / counters.neurons if counters.neurons else None,
-            hot_share=counters.fired_hot / counters.fired if counters.fired else None,
+            hot_share=counters.fired_hot / counters.fired if counters.fired and self.plan.gpu else None,
             predictor_seconds=counters.predictor_seconds,
             attention_seconds=counters.attention_seconds,
             ffn_seconds=counters.ffn_seconds,
@@ -322,24 +248,3 @@ class AnswerText:
         keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def cpu_threads(beside_gpu: bool) -> int:
-    """All CPUs, but beside a GPU leave one in eight, at least one: for the caller, which waits for the GPU, and others.
-
-    On 16 cores 14 threads took 6.47 ms a token, 15 took 6.62, 12 6.50 and 10 6.96 (7B bf16, 8 GiB).
-    """
-    cpus = available_cpus()
-    return max(1, cpus - max(1, cpus // 8)) if beside_gpu else cpus
-
-
-def choose_strategy(sparsity: str, activation: str, fires_sparsely: bool) -> Strategy:
-    """The strategy that `sparsity` means for a model. Raises `InputError` for a sparse one where nothing is sparse."""
-    if sparsity == "auto":
-        return "learned" if fires_sparsely else "dense"
-    for strategy in STRATEGIES:
-        if strategy == sparsity:
-            if strategy != "dense" and not fires_sparsely:
-                raise InputError(f"{activation} fires densely, so --sparsity {sparsity} has no meaning; use dense")
-            return strategy
-    raise InputError(f"unknown sparsity {sparsity!r}, expected auto, {', '.join(STRATEGIES)}")

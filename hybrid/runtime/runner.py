@@ -24,6 +24,10 @@ class Runner(Protocol):
 
     chunk: int
 
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should know of how it runs."""
+
     def load_kernels(self) -> None:
         """Compile what the first token will need, or read it from its cache."""
 
@@ -47,6 +51,7 @@ class CpuRunner:
     """Everything on the CPU."""
 
     chunk = 256
+    notices: tuple[str, ...] = ()
 
     def __init__(
         self,

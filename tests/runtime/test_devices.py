@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from placement_cases import ROUND_HARDWARE, small_spec
+from placement_cases import NO_GPU, ROUND_HARDWARE, small_spec
 
 from hybrid.errors import ArtifactError, BudgetError
 from hybrid.formats.bundle import Bundle
@@ -24,6 +24,7 @@ from placement import VramPlan
 from placement.placement import Placement
 from placement.plan import UNLIMITED
 from profiler.common.artifact import ArtifactHeader
+from profiler.common.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
 
 GIB = 2**30
@@ -92,7 +93,7 @@ def test_the_first_gpu_unless_none_may_be_used():
 @pytest.mark.usefixtures("no_gpu")
 def test_a_budget_without_a_gpu_is_refused():
     assert gpu_of(None) is gpu_of(0) is gpu_of(UNLIMITED) is None
-    with pytest.raises(BudgetError, match="no GPU here that torch can use; leave --vram-budget out, or give 0"):
+    with pytest.raises(BudgetError, match="no GPU here that torch can use; leave the VRAM budget out, or give 0"):
         gpu_of(GIB)
 
 
@@ -106,6 +107,8 @@ def test_a_reserve_stays_free(free):
 def test_the_default_hardware_where_none_was_measured(bundle, tmp_path):
     assert hardware_of(bundle).name == "round numbers"
     assert hardware_of(Bundle(tmp_path / "none")).source == "default"
+    NO_GPU.save(bundle.hardware)  # measured before the machine had one
+    assert hardware_of(bundle) == HardwareProfile.load()
 
 
 def test_without_a_gpu_the_stored_placement_as_it_is(bundle):
@@ -117,7 +120,7 @@ def test_without_a_gpu_the_stored_placement_as_it_is(bundle):
 def test_without_a_placement_everything_is_cold_and_a_notice_says_so(bundle, free):
     for gpu in (None, GPU):
         found, notices = choose(bundle, gpu=gpu)
-        assert not found.choice.uses_gpu and "no placement yet" in notices[0]
+        assert not found.choice.uses_gpu and ["no placement yet" in notice for notice in notices] == [True] * bool(gpu)
     with pytest.raises(ArtifactError, match=r"placement\.safetensors is missing"):
         choose(bundle, strategy="learned")
 

@@ -28,7 +28,7 @@ class DeviceArena:
                 self._slab = torch.empty(capacity, dtype=torch.uint8, device=device)
             except torch.OutOfMemoryError as error:
                 raise BudgetError(
-                    f"the GPU has no {capacity / 2**30:.2f} GiB free in one piece; lower --vram-budget or --context"
+                    f"the GPU has no {capacity / 2**30:.2f} GiB free in one piece; lower the VRAM budget or the context"
                 ) from error
 
     @property

@@ -69,10 +69,10 @@ class GpuRunner:
         return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
 
     @property
-    def notice(self) -> str | None:
+    def notices(self) -> tuple[str, ...]:
         """What a user should know of how it runs."""
         refused = self._zero_copy.refused
-        return f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe" if refused else None
+        return (f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe",) if refused else ()
 
     def load_kernels(self) -> None:
         torch.set_num_threads(1)

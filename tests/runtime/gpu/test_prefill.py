@@ -49,8 +49,8 @@ def _references(monkeypatch):
     """Without a GPU, references in the place of kernels: Triton's interpreter takes up to 20 s for a prompt."""
     if DEVICE == "cpu":
         for kernel, module in KERNELS.items():
-            user = "gpu_gemm" if kernel in ("split", "widen") else "gpu_prefill"
-            monkeypatch.setattr(f"hybrid.{user}.{kernel}", getattr(module, f"{kernel}_ref"))
+            user = "gemm" if kernel in ("split", "widen") else "prefill"
+            monkeypatch.setattr(f"hybrid.runtime.gpu.{user}.{kernel}", getattr(module, f"{kernel}_ref"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+"""`EngineConfig`: what a caller asks of an engine, checked when built. `plan_run` makes a plan of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpu_kernels.worker_pool import available_cpus
+from hybrid.errors import BudgetError, ContextError, InputError
+from placement.plan import UNLIMITED, parse_size
+from profiler.common.spec import STRATEGIES
+
+MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How to run a model; checked when built.
+
+    sparsity: a strategy, or `auto`: `learned` where the activation fires sparsely and predictors are there, `exact`
+    where it does and they are not, else `dense`. context: tokens that the KV cache holds, by default the model's.
+    threads: CPU threads, by default all available, beside a GPU all but one in eight. bundle: the folder of the
+    artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
+    as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free.
+    """
+
+    sparsity: str = "auto"
+    context: int | None = None
+    threads: int | None = None
+    bundle: Path | None = None
+    vram_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity not in ("auto", *STRATEGIES):
+            raise InputError(f"unknown sparsity {self.sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
+        if self.context is not None and not (_is_whole(self.context) and self.context >= 1):
+            raise ContextError(f"context is {self.context!r}, expected a whole number of tokens, at least 1")
+        if self.threads is not None and not (_is_whole(self.threads) and 1 <= self.threads <= MOST_THREADS):
+            expected = f"expected a whole number, 1 to {MOST_THREADS}; this machine offers {available_cpus()}"
+            raise InputError(f"threads is {self.threads!r}, {expected}")
+        object.__setattr__(self, "bundle", _path(self.bundle))
+        object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _path(value: object) -> Path | None:
+    if value is None or (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        return None if value is None else Path(value)
+    raise InputError(f"bundle is {value!r}, expected the path of a folder")
+
+
+def _bytes(value: object) -> int | None:
+    if isinstance(value, str):
+        return parse_size(value)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= UNLIMITED):
+        return value
+    raise BudgetError(f"VRAM budget is {value!r}, expected bytes from 0 to 1 PiB, or a size such as '8GiB'")

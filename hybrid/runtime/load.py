@@ -1,0 +1,56 @@
+"""`LoadedModel`: a plan carried out. Weights, tokenizer and threads, of no sequence yet; a `Runner` adds a KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpu_kernels.worker_pool import WorkerPool
+from hybrid.errors import InputError
+from hybrid.formats.packed import PackedModel
+from hybrid.formats.text import TextCodec, generation_defaults
+from hybrid.generation import SamplingSettings
+from hybrid.model.ffn import FFNRuntime
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import Transformer
+from hybrid.runtime.devices import hardware_of
+from hybrid.runtime.plan import RunPlan
+from hybrid.runtime.runner import CpuRunner, Runner
+
+# Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
+_FEW_TOKENS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """What engines share. settings: the model's own; end_tokens: those that end an answer."""
+
+    plan: RunPlan
+    model: Transformer
+    codec: TextCodec
+    runtime: FFNRuntime
+    settings: SamplingSettings
+    end_tokens: frozenset[int]
+
+    def runner(self, cache: KVCache) -> Runner:
+        """What reads and writes the sequence of `cache`. Raises `InputError` where a GPU's packages are missing."""
+        plan, weights = self.plan, self.plan.folder.weights
+        advise = weights.advise if isinstance(weights, PackedModel) else lambda scattered: None
+        if plan.gpu is None:
+            return CpuRunner(self.model, cache, self.runtime, advise)
+        try:  # needs triton, which comes with torch's builds for GPUs
+            from hybrid.runtime.gpu.runner import GpuRunner
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"a GPU needs the package {error.name}: pip install {error.name}; or give a VRAM budget of 0"
+            ) from error
+        hardware = hardware_of(plan.bundle)
+        return GpuRunner(self.model, cache, self.runtime, plan.placement, plan.gpu, hardware, advise)
+
+
+def load_model(plan: RunPlan) -> LoadedModel:
+    """Read the weights of `plan` as its placement lays them out. Raises as `ModelFolder.build` does."""
+    spec, codec = plan.spec, plan.folder.codec
+    settings, ends = generation_defaults(plan.folder.path)
+    runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
+    model = plan.folder.build(runtime, plan.placement, plan.bank)
+    return LoadedModel(plan, model, codec, runtime, settings, frozenset(ends or codec.eos_tokens()))
