@@ -236,6 +236,7 @@ def evaluate(model: Path | None, **options: Any) -> None:
 @click.option("--csv", type=click.Path(path_type=Path), help="Also add a row per strategy to this file.")
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Run this in turn too (extra: peers).")
 @click.option("--peer-model", type=click.Path(path_type=Path), help="The peer's GGUF file.")
+@click.option("--json", is_flag=True, help="Print one JSON line in place of tables.")
 @click.option("--ablation", is_flag=True, help="Whole layers, random and solved placements at the same --vram-budget.")
 @_RUN_BUDGET
 @_CONTEXT
@@ -243,7 +244,7 @@ def evaluate(model: Path | None, **options: Any) -> None:
 @_THREADS
 @_BUNDLE
 def bench(model: Path | None, ablation: bool, **options: Any) -> None:
-    """Measure speed against the ceiling that the memory's read bandwidth sets; ends with one JSON line.
+    """Measure speed against the ceiling that the memory's read bandwidth sets.
 
     On a GPU and the CPU together, bandwidths, bytes and memory are those of both.
     """

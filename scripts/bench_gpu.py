@@ -86,7 +86,7 @@ def all_runs() -> Iterator[Run]:
         yield decode_run("budgets", "all" if gib is None else f"{gib} GiB", "7b", gib)
     yield decode_run("int4", "3 GiB", "7b-int4", 3, tokens=256, runs=3)
     yield decode_run("ablation", "dense, all on the GPU", "7b", None, sparsity="dense", tokens=128)
-    sizes = ("--context", str(CONTEXT), "--prompt-tokens", "64", "--tokens", "64", "--runs", "2")
+    sizes = ("--json", "--context", str(CONTEXT), "--prompt-tokens", "64", "--tokens", "64", "--runs", "2")
     command = (sys.executable, "-m", "hybrid", "bench", "{models}/7b", "--ablation", "--vram-budget", "8GiB", *sizes)
     yield Run("ablation", "hybrid bench --ablation", command, "7b", limit=360)
     way = {"budget": 8 * GIB, "context": LONG_CONTEXT}

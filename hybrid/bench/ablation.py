@@ -230,10 +230,12 @@ def ablation(model: Path | None, options: Mapping[str, Any]) -> None:
     runner = Ablation(load, plan, budget, config, facts)
     with progress("ablation", runner.turns, "run") as advance:
         rows = runner.run(advance)
-    click.echo(ablation_report(rows, setting, budget, facts.name))
     if options["csv"]:
         append_csv(options["csv"], ablation_csv(rows, setting, budget, facts.name))
-    click.echo(ablation_json(rows, setting, budget, facts))
+    as_json = options["json"]
+    click.echo(
+        ablation_json(rows, setting, budget, facts) if as_json else ablation_report(rows, setting, budget, facts.name)
+    )
 
 
 def require_free_order(folder: ModelFolder) -> None:

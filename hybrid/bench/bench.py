@@ -31,7 +31,6 @@ from hybrid.model.loader import ModelFolder
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of
 from hybrid.runtime.engine import Engine
-from placement.plan import parse_size
 from profiler.common.spec import STRATEGIES, Strategy
 
 _WARM_UP_TOKENS = 4
@@ -96,7 +95,8 @@ class Bench:
         engine.end_tokens = frozenset()
         self._engine, self._config, self._peer = engine, config, peer
         self._gpu = None if gpu_runner(engine) is None else gpu
-        every = STRATEGIES if spec.fires_sparsely else ("dense",)
+        # Up to what the engine was loaded for: a model without predictors has no learned, a dense one nothing sparse.
+        every = STRATEGIES[: 1 + STRATEGIES.index(engine.plan.strategy)]
         self.strategies = cast("tuple[Strategy, ...]", config.strategies or every)
         prompt = np.random.default_rng(config.seed).integers(0, spec.vocab_size, config.prompt_tokens)
         self._prompt: list[int] = prompt.tolist()
@@ -162,7 +162,7 @@ def _add(total: FFNCounters, more: FFNCounters) -> None:
 
 
 def bench(model: Path | None, options: Mapping[str, Any]) -> None:
-    """The command: run, print ceiling, speeds and times, then one JSON line; add rows to the CSV where asked."""
+    """The command: run, then print ceiling, speeds and times, or one JSON line; add rows to the CSV where asked."""
     config = BenchConfig(
         tuple(filter(None, (options["sparsity"] or "").split(","))),
         *(options[name] for name in ("prompt_tokens", "tokens", "runs", "seed")),
@@ -183,16 +183,15 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
         with progress("bench", runner.turns, "run") as advance:
             result = runner.run(advance)
         setting = setting_of(model, engine, config)
-    click.echo(report(result, setting, same_text=spec.activation == "silu"))
     if options["csv"]:
         append_csv(options["csv"], csv_rows(result, setting))
-    click.echo(json_line(result, setting))
+    same_text = spec.activation == "silu"
+    click.echo(json_line(result, setting) if options["json"] else report(result, setting, same_text))
 
 
 def engine_settings(sparsity: str, options: Mapping[str, Any]) -> EngineConfig:
     """How the command's options ask to load an engine."""
-    budget = None if options["vram_budget"] is None else parse_size(options["vram_budget"])
-    return EngineConfig(sparsity, options["context"], options["threads"], options["bundle"], budget)
+    return EngineConfig(sparsity, *(options[name] for name in ("context", "threads", "bundle", "vram_budget")))
 
 
 def facts_of(model: Path, settings: EngineConfig) -> GpuFacts | None:
