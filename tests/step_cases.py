@@ -23,6 +23,7 @@ from hybrid.model.loader import ModelFolder
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu import gemm as gpu_gemm
 from hybrid.runtime.gpu import prefill as gpu_prefill
+from hybrid.runtime.gpu import sampler as gpu_sampler
 from hybrid.runtime.gpu import step as gpu_step
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.step import GpuStep
@@ -33,8 +34,9 @@ from profiler.common.spec import Strategy
 
 VOCAB, CAPACITY = 131, 24
 GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
-_USERS = (gpu_gemm, gpu_prefill, gpu_step)
+_USERS = (gpu_gemm, gpu_prefill, gpu_sampler, gpu_step)
 _KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
+_KERNELS |= {"top_k", "log_sum_exp", "sample"}
 _KERNELS |= {"ask", "post", "receive", "send"} | {"split", "widen", "activate_product", "causal_softmax"}
 
 

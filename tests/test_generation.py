@@ -89,4 +89,4 @@ def test_the_summary_names_every_number_and_leaves_out_what_was_not_measured():
     stats = GenerationStats(9, 4, 11, 0.25, 2.0, 0.125, 0.75, 0.1, 0.2, 0.3)
     for part in ("11 tokens", "5.0 tok/s", "TTFT 250 ms", "12.5%", "75.0%", "predictor 10.0", "FFN 30.0"):
         assert part in stats.summary()
-    assert "hot -" in GenerationStats(prompt_tokens=9, generated_tokens=1).summary()
+    assert "hot" not in GenerationStats(prompt_tokens=9, generated_tokens=1).summary()

@@ -171,6 +171,8 @@ class Engine:
         """The token after those `seen`, of which the last joins the KV cache."""
         if sampler.takes_largest:
             following = self.runner.greedy(seen[-1])
+        elif sampler.draws_from_few:
+            following = self.runner.draw(seen[-1], sampler)
         else:
             following = sampler.pick(self.runner.decode(seen[-1]), seen)
         self._cached_tokens.append(seen[-1])

@@ -12,7 +12,7 @@ from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.cpu_step import CpuStep
-from hybrid.runtime.sampling import most_likely
+from hybrid.runtime.sampling import Sampler, most_likely
 from profiler.common.spec import Strategy
 
 
@@ -41,6 +41,12 @@ class Runner(Protocol):
         """The id of the largest logit after one more token, the lowest among equals, by the runtime's strategy.
 
         Raises `RuntimeError` for logits that are not numbers.
+        """
+
+    def draw(self, token: int, sampler: Sampler) -> int:
+        """What `sampler`, one that `draws_from_few`, draws after one more token, by the runtime's strategy.
+
+        Raises `RuntimeError` as `greedy` does.
         """
 
     def rest(self) -> None:
@@ -87,6 +93,9 @@ class CpuRunner:
 
     def greedy(self, token: int) -> int:
         return most_likely(self.decode(token))
+
+    def draw(self, token: int, sampler: Sampler) -> int:
+        return sampler.pick(self.decode(token), ())
 
     def rest(self) -> None:
         """Its threads sleep between tokens."""

@@ -25,7 +25,7 @@ class Sampler:
     """
 
     def __init__(self, settings: SamplingSettings) -> None:
-        self._settings = settings
+        self.settings = settings
         self._pool = WorkerPool(1)
         self._generator = torch.Generator()
         if settings.seed is None:
@@ -36,14 +36,27 @@ class Sampler:
     @property
     def takes_largest(self) -> bool:
         """Whether the next token is that of the largest logit, whatever was seen: `most_likely`."""
-        return self._settings.greedy and self._settings.repetition_penalty == 1
+        return self.settings.greedy and self.settings.repetition_penalty == 1
 
-    def pick(self, logits: torch.Tensor, seen: Sequence[int]) -> int:
+    @property
+    def draws_from_few(self) -> bool:
+        """Whether a draw wants the largest logits only, whatever was seen: a top-k setting, or a nucleus."""
+        s = self.settings
+        few = 0 < s.top_k <= _NUCLEUS or (s.top_k == 0 and s.top_p < 1)
+        return few and not s.greedy and s.repetition_penalty == 1
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) to draw a token by."""
+        return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
+
+    def pick(self, logits: torch.Tensor, seen: Sequence[int], uniform: float | None = None) -> int:
         """The next token for `logits` [vocab] f32; `seen` are prompt and answer so far, for the repetition penalty.
+
+        uniform: what to draw by, by default the next number of its own.
 
         Raises `RuntimeError` for logits that are not numbers.
         """
-        settings = self._settings
+        settings = self.settings
         if settings.repetition_penalty != 1 and seen:
             logits = _penalise(logits, seen, settings.repetition_penalty)
         if settings.greedy:
@@ -51,13 +64,9 @@ class Sampler:
         if not math.isfinite(logits.numpy().max()):
             raise not_numbers()
         ids, probabilities = candidates(logits, settings, self._pool)
-        return int(ids[self._draw(probabilities)])
-
-    def _draw(self, probabilities: torch.Tensor) -> int:
-        """An index, drawn as `probabilities` f32 [n] say."""
         cumulative = probabilities.double().cumsum(0)
-        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * cumulative[-1]
-        return min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)
+        point = (self.uniform() if uniform is None else uniform) * cumulative[-1:]
+        return int(ids[min(int(torch.searchsorted(cumulative, point, right=True)), len(cumulative) - 1)])
 
 
 def load_sampling_kernels() -> None:

@@ -127,7 +127,7 @@ def hybrid(capfd, *arguments):
 
 def test_a_packed_folder_is_a_model_for_every_command(model, corpus, tmp_path, capfd):
     quick = ["--corpus", corpus, "--tokens", "2000", "--window", "32"]
-    assert hybrid(capfd, "prepare", model, *quick, "--vram-budget", "4MiB")[0] == 0
+    assert hybrid(capfd, "prepare", model, *quick, "--hardware", "default", "--vram-budget", "4MiB")[0] == 0
     out = tmp_path / "packed"
     assert hybrid(capfd, "pack", model, "--dtype", "bf16", "-o", out)[0] == 0
     order = PackedModel.open(out).order

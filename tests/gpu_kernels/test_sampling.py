@@ -236,7 +236,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("head_on_gpu", [True, False])
 def test_the_step_takes_the_largest_of_its_logits(folder, head_on_gpu, monkeypatch):
     use_references(monkeypatch)
-    monkeypatch.setattr("hybrid.runtime.gpu.step.greedy", greedy)
+    monkeypatch.setattr("hybrid.runtime.gpu.sampler.greedy", greedy)
     opened = ModelFolder.open(folder)
     spec, pool = opened.spec, WorkerPool(1)
     placement = replace(Placement.all_hot(spec), head_on_gpu=head_on_gpu)

@@ -78,7 +78,7 @@ def test_statistics_of_the_last_step(engine):
 def test_without_a_gpu_nothing_is_called_hot(folder):
     """Whatever the placement was made for: its hot neurons are the CPU's like all others."""
     spec = Engine.load(folder, EngineConfig("exact")).model.spec
-    engine = Engine.load(folder, EngineConfig("exact"), Placement.all_hot(spec))
+    engine = Engine.load(folder, EngineConfig("exact", vram_budget=0), Placement.all_hot(spec))
     *_, last = engine.generate("abc", GREEDY)
     assert last.stats.hot_share is None and "hot" not in engine.plan.summary()
     assert engine.runtime.counters.fired_hot == engine.runtime.counters.fired > 0

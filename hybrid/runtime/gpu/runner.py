@@ -14,6 +14,7 @@ from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.prefill import GpuPrefill
 from hybrid.runtime.gpu.step import GpuStep
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
+from hybrid.runtime.sampling import Sampler
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
 from placement.workspace import PREFILL_CHUNK
@@ -97,6 +98,11 @@ class GpuRunner:
         self._check_process()
         torch.set_num_threads(1)
         return self.step.greedy(token, self._runtime.strategy)
+
+    def draw(self, token: int, sampler: Sampler) -> int:
+        self._check_process()
+        torch.set_num_threads(1)
+        return self.step.draw(token, self._runtime.strategy, sampler)
 
     def rest(self) -> None:
         self.step.rest()

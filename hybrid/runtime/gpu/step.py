@@ -13,117 +13,33 @@ request of its own. Without a GPU, as in tests, the same kernels run one after a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
 from cpu_kernels.decode_buffers import Count
 from cpu_kernels.mailbox import MAX_BATCH, Op
-from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits, decode_attention
+from gpu_kernels.attention import decode_attention
 from gpu_kernels.gemv import gemv
 from gpu_kernels.low_rank import predict
 from gpu_kernels.mailbox import State, ZeroCopy, ask, post, receive, send
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
-from gpu_kernels.sampling import blocks_of, greedy
 from gpu_kernels.sparse_ffn import down_parts, sparse_ffn
+from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import OPT_POSITION_OFFSET, Transformer
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.buffers import BATCHES, WORKSPACE, StepBuffers
 from hybrid.runtime.gpu.cold_workers import ColdWorkers
+from hybrid.runtime.gpu.sampler import DeviceSampler
 from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
-from hybrid.runtime.sampling import most_likely, not_numbers
+from hybrid.runtime.sampling import Sampler, most_likely, not_numbers
 from placement.placement import Placement
 from profiler.common.spec import Strategy
-
-BATCHES = (8, 4, 2, 1)
-WORKSPACE, ROPE = "workspace: decode", "workspace: RoPE tables"
-
-
-@dataclass(frozen=True, eq=False)
-class _Buffers:
-    """Scratch of all layers for up to `MAX_BATCH` tokens; f32 unless their name says otherwise."""
-
-    x: torch.Tensor
-    normed: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
-    units: torch.Tensor
-    masks: torch.Tensor
-    spare: torch.Tensor
-    hot_ids: torch.Tensor
-    hot_masks: torch.Tensor
-    hot_count: torch.Tensor
-    zero_copy_ids: torch.Tensor
-    zero_copy_masks: torch.Tensor
-    zero_copy_count: torch.Tensor
-    every: torch.Tensor
-    counts: torch.Tensor
-    hidden: torch.Tensor
-    parts: torch.Tensor
-    logits: torch.Tensor
-    best: torch.Tensor
-    best_ids: torch.Tensor
-    token: torch.Tensor
-    positions: torch.Tensor
-    table: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    attention: dict[int, AttentionScratch]
-
-    @classmethod
-    def take(
-        cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, zero_copy: int, cache: KVCache
-    ) -> _Buffers:
-        spec, part = model.spec, WORKSPACE
-        heads = spec.n_heads + 2 * spec.n_kv_heads
-        most_hot, f = max(1, int(hot.max())), spec.d_ff
-        rank = max((len(ffn.predictor.b1) for ffn in model.ffns if ffn.predictor is not None), default=1)
-        rotation = model.rotation(torch.arange(cache.capacity))
-        angles: list[torch.Tensor | None] = [None, None]
-        if rotation is not None:
-            angles = [arena.put(ROPE, angle[:, 0].contiguous()) for angle in rotation]
-
-        def floats(*shape: int) -> torch.Tensor:
-            return arena.zeros(part, shape)
-
-        def scratch(tokens: int) -> AttentionScratch:
-            splits = attention_splits(tokens, spec.n_kv_heads, cache.capacity)
-            shaped = attention_scratch(tokens, spec.n_heads, spec.head_dim, splits, "meta")
-            return AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals)))
-
-        return cls(
-            x=floats(MAX_BATCH, spec.d_model),
-            normed=floats(MAX_BATCH, spec.d_model),
-            qkv=floats(MAX_BATCH, heads * spec.head_dim),
-            attended=floats(MAX_BATCH, spec.n_heads * spec.head_dim),
-            units=floats(MAX_BATCH * rank),
-            masks=arena.zeros(part, (f,), torch.uint8),
-            spare=arena.zeros(part, (f,), torch.uint8),
-            hot_ids=arena.zeros(part, (most_hot,), torch.int32),
-            hot_masks=arena.zeros(part, (most_hot,), torch.uint8),
-            hot_count=arena.zeros(part, (1,), torch.int32),
-            zero_copy_ids=arena.zeros(part, (max(1, zero_copy),), torch.int32),
-            zero_copy_masks=arena.zeros(part, (max(1, zero_copy),), torch.uint8),
-            zero_copy_count=arena.zeros(part, (1,), torch.int32),
-            every=arena.put(part, torch.arange(most_hot, dtype=torch.int32)),
-            counts=arena.put(part, hot.to(torch.int32)),
-            hidden=floats(MAX_BATCH * max(most_hot, zero_copy)),
-            parts=floats(2 * down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
-            logits=floats(MAX_BATCH, spec.vocab_size),
-            best=floats(1, blocks_of(spec.vocab_size)),
-            best_ids=arena.zeros(part, (1, blocks_of(spec.vocab_size)), torch.int32),
-            token=arena.zeros(part, (1,), torch.int32),
-            positions=arena.zeros(part, (MAX_BATCH,), torch.int32),
-            table=arena.put(part, torch.from_numpy(cache.table)),
-            cos=angles[0],
-            sin=angles[1],
-            attention={tokens: scratch(tokens) for tokens in BATCHES},
-        )
 
 
 class GpuStep:
@@ -151,14 +67,14 @@ class GpuStep:
         self.weights = GpuWeights.take(arena, model, placement, cache, layers)
         views = [None if layer is None else layer.ffn for layer in self.weights.layers]
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
-        self._buffers = _Buffers.take(arena, model, torch.tensor(self._hot), most_zero_copy, cache)
+        self._buffers = StepBuffers.take(arena, model, torch.tensor(self._hot), most_zero_copy, cache)
         self._workers = ColdWorkers(self._step, runtime.pool, arena)
+        self._sampler = DeviceSampler(arena, WORKSPACE, model.spec.vocab_size)
         self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
         spec, pinned = model.spec, self._native and not arena.counts_only
         self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
         self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
         self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=pinned)
-        self._token = torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
         self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
 
     @property
@@ -177,10 +93,28 @@ class GpuStep:
         """
         if self.weights.head is None:
             return most_likely(self.run(token, strategy))
-        self._step_over((token,), strategy, self._take_token)
-        if int(self._token) < 0:
+        self._step_over((token,), strategy, self._take_largest)
+        if self._sampler.token < 0:
             raise not_numbers()
-        return int(self._token)
+        return self._sampler.token
+
+    def draw(self, token: int, strategy: Strategy, sampler: Sampler) -> int:
+        """The token that `sampler`, one that `draws_from_few`, draws after `token`: on the GPU where the head is there.
+
+        Raises `RuntimeError` for logits that are not numbers.
+        """
+        if self.weights.head is None:
+            return sampler.pick(self.run(token, strategy), ())
+        point = sampler.uniform()
+
+        def draw(count: int) -> None:
+            self._sampler.draw(self._buffers.logits[:count], sampler.settings, point)
+
+        self._step_over((token,), strategy, draw)
+        if self._sampler.token >= 0:
+            return self._sampler.token
+        self._logits[:1] = self._buffers.logits[:1]  # more tokens are in it than the GPU keeps: the host draws
+        return sampler.pick(self._logits[0], (), point)
 
     def few(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] after some tokens, which go through in batches of up to 8."""
@@ -198,7 +132,8 @@ class GpuStep:
         if self._native:
             self._capture(strategy, 1)
         if self.weights.head is not None:
-            self._take_token(1)
+            self._take_largest(1)
+            self._sampler.draw(self._buffers.logits[:1], SamplingSettings(), 0.0)
         self.rest()
 
     def rest(self) -> None:
@@ -235,11 +170,8 @@ class GpuStep:
         if self.weights.head is not None:
             self._logits[:count].copy_(self._buffers.logits[:count], non_blocking=True)
 
-    def _take_token(self, count: int) -> None:
-        """The most likely token after the one token of a step: 4 bytes to the host in place of all logits."""
-        b = self._buffers
-        greedy(b.logits[:1], b.best, b.best_ids, b.token)
-        self._token.copy_(b.token, non_blocking=True)
+    def _take_largest(self, count: int) -> None:
+        self._sampler.greedy(self._buffers.logits[:count])
 
     def _embed(self, tokens: Sequence[int], start: int) -> None:
         positions = self._model.positions

@@ -8,7 +8,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool
 from profiler.common.hardware import HardwareProfile
-from profiler.machine import cpu, timing
+from profiler.machine import cpu, measure, timing
 from profiler.machine.measure import measure_hardware
 
 
@@ -29,7 +29,7 @@ def test_thread_counts(threads, expected):
 
 def test_a_machine_without_a_gpu(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "available_cpus", lambda: 2)
+    monkeypatch.setattr(measure, "available_cpus", lambda: 2)
     said = []
     found = measure_hardware(said.append)
     assert said == ["host memory, 1 thread", "host memory, 2 threads", "host arithmetic"]
@@ -64,7 +64,7 @@ def test_scattered_bandwidth_counts_the_bytes_of_the_rows(monkeypatch):
 
 def test_ctrl_c_leaves_no_worker(quick, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cpu, "available_cpus", lambda: 2)
+    monkeypatch.setattr(measure, "available_cpus", lambda: 2)
 
     def interrupted(weights, pool):
         if pool.threads == 2:

@@ -115,7 +115,7 @@ def test_the_last_token_of_the_context(models):
 def test_a_placement_without_a_gpu_part_runs_on_the_cpu(models):
     folder = tiny_model("llama-relu", models)
     with load(folder, Placement.all_cold(ModelFolder.open(folder).spec)) as engine:
-        assert isinstance(engine.runner, CpuRunner) and "no GPU is used" in engine.describe_placement()
+        assert isinstance(engine.runner, CpuRunner) and "No GPU is used" in engine.describe_placement()
 
 
 @pytest.mark.parametrize(("name", "strategy", "where"), CASES)
