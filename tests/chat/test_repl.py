@@ -7,7 +7,7 @@ import pytest
 from fake_chat import FakeModel, ScriptedTerminal
 
 from hybrid.chat.repl import COMMANDS, run_repl
-from hybrid.generation import SamplingSettings
+from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
 
 
 def chat(*lines, model=None, interactive=True, system=None, **settings):
@@ -56,10 +56,36 @@ def test_a_multi_line_message_is_one_message():
     assert contents(model.prompts[0]) == ["one\ntwo"]
 
 
-def test_an_empty_answer_is_kept():
+def test_the_counters_fit_the_window_and_can_be_switched_off():
+    terminal = ScriptedTerminal(["a b", "/set stats off", "c", "/set stats", "/set stats ON", "d"])
+    terminal.columns = 40
+    run_repl(FakeModel(), terminal, SamplingSettings())
+    assert terminal.of("notice") == ["3 tokens | 2.0 tok/s | TTFT 250 ms", "2 tokens | 2.0 tok/s | TTFT 250 ms"]
+    assert terminal.of("info") == ["stats off", "stats off", "stats on"]
+
+
+def test_an_empty_answer_is_kept_and_said_to_be_empty():
     model, terminal = chat("silent", "next")
     assert contents(model.prompts[1]) == ["silent", "", "next"]
     assert terminal.answers == "echo: next\n"
+    assert terminal.of("notice")[0] == "the answer is empty; /regen asks again, /undo removes it"
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_an_answer_without_a_word_is_empty_whatever_ends_it(text):
+    model = FakeModel()
+    step = GenerationStep(text, 0, GenerationStats(1, generated_tokens=1), "length")
+    model.reply = lambda messages, settings, progress: (item for item in [step])
+    _, terminal = chat("a", model=model, max_new_tokens=1)
+    empty, early, _ = terminal.of("notice")
+    assert empty.startswith("the answer is empty") and early == "the answer ends here: max_new_tokens is 1"
+
+
+def test_how_far_the_prompt_is_read_is_shown_until_the_answer_begins():
+    _, terminal = chat("w " * 24)
+    assert terminal.statuses[:4] == [*(f"reading the prompt: {done} of 25 tokens" for done in (0, 10, 20)), ""]
+    _, terminal = chat("hang " * 24, "hang")
+    assert terminal.statuses[-1] == ""
 
 
 def test_a_leading_space_sends_a_message_that_begins_with_a_slash():
@@ -137,7 +163,9 @@ def test_an_interrupted_answer_is_kept_and_marked(tmp_path):
 def test_an_interrupt_before_the_first_token_leaves_the_conversation_as_it_was():
     model, terminal = chat("a", "hang", "b")
     assert contents(model.prompts[2]) == ["a", "echo: a", "b"]
-    assert "stopped before the first token; the message is not kept" in terminal.of("notice")
+    assert "stopped before the answer began; the conversation is as it was, without the message" in terminal.of(
+        "notice"
+    )
 
 
 def test_a_hasty_second_interrupt_does_not_lose_the_chat():
@@ -197,12 +225,20 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize(
-    ("typed", "nearest"), [("/hlep", "/help"), ("/saev x", "/save"), ("/EXIT", "/"), ("/ exit", "/")]
+    ("typed", "nearest"),
+    [
+        ("/hlep", ", the nearest is /help"),
+        ("/saev x", ", the nearest is /save"),
+        ("/EXIT", ", the nearest is /exit"),
+        ("/quit", ", the nearest is /exit"),
+        ("/foo", ""),
+        ("/ exit", ""),
+        ("/usr/bin/env", ""),
+    ],
 )
-def test_an_unknown_command_names_the_nearest(typed, nearest):
+def test_an_unknown_command_names_the_nearest_if_one_is_near(typed, nearest):
     model, terminal = chat(typed, "a")
-    (error,) = terminal.of("error")
-    assert f"unknown command {typed.split()[0]}, the nearest is {nearest}" in error
+    assert terminal.of("error") == [f"error: unknown command {typed.split()[0]}{nearest}; /help lists all"]
     assert len(model.prompts) == 1
 
 
@@ -232,9 +268,9 @@ def test_regen_that_gives_nothing_keeps_the_answer_before():
     terminal = ScriptedTerminal(["a", "/regen", "b"])
     reply, calls = model.reply, []
 
-    def failing_second(messages, settings):
+    def failing_second(messages, settings, progress):
         calls.append(messages)
-        return reply([{"role": "user", "content": "hang"}] if len(calls) == 2 else messages, settings)
+        return reply([{"role": "user", "content": "hang"}] if len(calls) == 2 else messages, settings, progress)
 
     model.reply = failing_second
     run_repl(model, terminal, SamplingSettings())
@@ -273,12 +309,12 @@ def test_set_changes_the_next_answer():
 def test_set_alone_lists_all_and_with_a_name_one():
     _, terminal = chat("/set", "/set top_p")
     listing, one = terminal.of("info")
-    assert [line.split()[0] for line in listing.splitlines()] == list(SamplingSettings.names())
-    assert "seed none" in listing.splitlines()
+    assert [line.split()[0] for line in listing.splitlines()] == [*SamplingSettings.names(), "stats"]
+    assert "seed none" in listing.splitlines() and "stats on" in listing.splitlines()
     assert one == "top_p 0.95"
 
 
-@pytest.mark.parametrize("typed", ["/set heat", "/set heat 1", "/set top_p 2"])
+@pytest.mark.parametrize("typed", ["/set heat", "/set heat 1", "/set top_p 2", "/set stats 1"])
 def test_a_wrong_setting_changes_nothing(typed):
     model, terminal = chat(typed, "a")
     assert len(terminal.of("error")) == 1
@@ -290,7 +326,11 @@ def test_stats_before_and_after_an_answer():
     before, after, cleared = terminal.of("info")
     assert before == cleared == "context: 0 of 1000 tokens, 0 messages"
     assert after.splitlines()[0] == "context: 5 of 1000 tokens, 2 messages"
-    assert "last prompt: 2 tokens" in after and "last answer: 2 tokens" in after
+    assert after.splitlines()[1:] == [
+        "last prompt: 2 tokens, 0 of them from the KV cache",
+        "last answer: 2 tokens | 2.0 tok/s | TTFT 250 ms | active 12.5% | hot 75.0%",
+        "ms/token: predictor 100.0, attention 200.0, FFN 300.0, head 0.0",
+    ]
 
 
 def test_placement_is_shown():
@@ -320,6 +360,19 @@ def test_read_puts_files_before_the_next_message_only(tmp_path):
     model, _ = chat(f"/read {tmp_path / 'one'}", f"/read {tmp_path / 'two'}", "go", "on")
     assert contents(model.prompts[0]) == ["first\n\nsecond\n\ngo"]
     assert contents(model.prompts[1])[-1] == "on"
+
+
+def test_files_stay_for_the_message_after_one_that_was_not_kept(tmp_path):
+    (tmp_path / "file").write_text("first")
+    model = FakeModel()
+    reply = model.reply
+    model.reply = lambda messages, settings, progress: reply(
+        [{"role": "user", "content": "hang"}] if messages[-1]["content"].endswith("go") else messages,
+        settings,
+        progress,
+    )
+    chat(f"/read {tmp_path / 'file'}", "go", "on", "and on", model=model)
+    assert [contents(prompt)[-1] for prompt in model.prompts] == ["hang", "first\n\non", "and on"]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff", b"a\0", b"w " * 30])
