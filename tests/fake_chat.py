@@ -10,8 +10,10 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
-from hybrid.chat.repl import Style, run_repl
+from hybrid.chat.protocols import Style
+from hybrid.chat.repl import run_repl
 from hybrid.chat.terminal import open_terminal
 from hybrid.errors import HybridError
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
@@ -123,6 +125,25 @@ class ScriptedTerminal:
     def of(self, style: Style) -> list[str]:
         """The lines shown in `style`, in order."""
         return [text for shown, text in self.shown if shown == style]
+
+
+def chat(
+    *lines: str | BaseException,
+    model: FakeModel | None = None,
+    interactive: bool = True,
+    system: str | None = None,
+    **settings: Any,
+) -> tuple[FakeModel, ScriptedTerminal]:
+    """Run the loop over `lines`; returns the model and the terminal, which say what happened."""
+    model = model or FakeModel()
+    terminal = ScriptedTerminal(lines, interactive)
+    run_repl(model, terminal, SamplingSettings(**settings), system)
+    return model, terminal
+
+
+def contents(messages: Messages) -> list[str]:
+    """The texts of a prompt's messages."""
+    return [message["content"] for message in messages]
 
 
 if __name__ == "__main__":

@@ -1,80 +1,23 @@
 """The chat loop: reads messages and commands, streams answers, keeps the conversation.
 
-It knows no terminal and no model, only the two protocols below, so a test can feed it a transcript. Everything runs on
-the calling thread. A turn commits the conversation at its end, in one assignment: whatever ends a turn early leaves the
-conversation as it was before.
+It knows no terminal and no model, only `protocols`, so a test can feed it a transcript. Everything runs on the calling
+thread. A turn commits the conversation at its end, in one assignment: whatever ends a turn early leaves it as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
 
 from hybrid.chat.conversation import Conversation, Message, load_conversation, read_text_file, save_conversation
 from hybrid.chat.interrupts import InterruptGuard
+from hybrid.chat.protocols import ChatModel, Terminal
 from hybrid.chat.screen import reading
 from hybrid.errors import ContextError, HybridError, InputError
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
-
-Style = Literal["info", "notice", "error"]
-
-
-class ChatModel(Protocol):
-    """What the loop needs of a model."""
-
-    @property
-    def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
-
-    def reply(
-        self,
-        messages: list[dict[str, str]],
-        settings: SamplingSettings,
-        progress: Callable[[int, int], None],
-    ) -> Generator[GenerationStep, None, None]:
-        """Stream the answer to `messages`, reusing the KV cache of the common prefix with the call before.
-
-        `progress(done, total)` follows the reading of the prompt, in tokens that were not in the cache.
-        Any exception inside the generator, KeyboardInterrupt included, and closing it must leave the model usable.
-        """
-
-    def count_tokens(self, messages: list[dict[str, str]]) -> int:
-        """Tokens of the prompt that `reply` would make of `messages`."""
-
-    def describe_placement(self) -> str:
-        """The placement in use, as text of one or more lines."""
-
-    def reset(self) -> None:
-        """Drop the KV cache."""
-
-
-class Terminal(Protocol):
-    """What the loop needs of a terminal. `interactive` tells whether a person is there to be asked again."""
-
-    interactive: bool
-
-    @property
-    def columns(self) -> int | None:
-        """The width of the window that notices are shown in; None where they are shown in none."""
-
-    def read(self) -> str:
-        """The next message or command; raises EOFError at the end and KeyboardInterrupt on Ctrl-C."""
-
-    def write(self, text: str) -> None:
-        """Show a piece of an answer at once."""
-
-    def line(self, text: str, style: Style) -> None:
-        """Show whole lines: `info` was asked for, a `notice` was not, an `error` tells why nothing was done."""
-
-    def status(self, text: str) -> None:
-        """Show a line that the next thing shown replaces; an empty one removes it."""
-
-    def quiet(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, what is typed while nothing is read is not shown, and is there for the next `read`."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +91,7 @@ class Repl:
             self.conversation = asked.with_message(Message("assistant", text, partial=stopped))
             self._report(text, last, stopped)
         else:
-            self._notice("stopped before the answer began; the conversation is as it was, without the message")
+            self._notice("stopped before the answer began; the conversation is as it was")
         if stopped and not self._terminal.interactive:
             raise KeyboardInterrupt
         return kept
@@ -179,6 +122,8 @@ class Repl:
         stopped = False
         with contextlib.closing(self._model.reply(asked.for_template(), self.settings, self._show_reading)) as steps:
             try:
+                if self._guard.pressed:  # while the prompt was counted
+                    raise KeyboardInterrupt
                 with self._guard.allowed():
                     for last in steps:
                         pieces.append(last.text)

@@ -21,7 +21,8 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from hybrid.chat.keyboard import quiet_keyboard
-from hybrid.chat.repl import COMMANDS, SETTINGS, Style, Terminal
+from hybrid.chat.protocols import Style, Terminal
+from hybrid.chat.repl import COMMANDS, SETTINGS
 from hybrid.chat.screen import DIM, RED, Screen
 from hybrid.errors import InputError
 
