@@ -26,8 +26,7 @@ class WordWrap:
 
     def push(self, text: str, columns: int | None) -> str:
         """What to show now that `text` came. A newline brings out all that is held."""
-        if columns and self._column > columns:  # the window is narrower than it was, and its lines were folded
-            self._column %= columns
+        self._fold(columns)  # the window may be narrower than it was
         out = "".join([self._take(character, columns) for character in text])
         long = _LONG if columns is None else min(_LONG, columns // 2)
         has_room = columns is None or self._column + len(self._gap) + long <= columns
@@ -72,7 +71,11 @@ class WordWrap:
         if columns and self._column and not self._begun and self._column + get_cwidth(out) > columns:
             out, self._column = f"\n{self._word}", 0
         self._column += get_cwidth(out.lstrip("\n"))
-        if columns and self._column > columns:  # too long for any line: the terminal folds it
-            self._column = (self._column - 1) % columns + 1
+        self._fold(columns)  # the word may be longer than any line
         self._gap = self._word = ""
         return out
+
+    def _fold(self, columns: int | None) -> None:
+        """Follow the cursor where the terminal goes on in its next row with a line that is too long."""
+        if columns and self._column > columns:
+            self._column = (self._column - 1) % columns + 1

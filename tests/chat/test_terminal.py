@@ -232,6 +232,7 @@ def test_what_is_typed_or_pasted_during_an_answer_is_not_shown_in_it_but_is_the_
     child = person()
     child.send("slow\r")
     child.expect("no no no")
+    assert child.before.rindex("\x1b[?2004h") > child.before.rindex("\x1b[?2004l")  # pastes are marked
     child.send("typed\x1b\rahead\r")
     child.send("\x1b[200~pasted\nlines\x1b[201~\r")
     child.expect("the context of 60 tokens is full")

@@ -31,6 +31,8 @@ def wrapped(text: str, columns: int | None, sizes: list[int] | None = None) -> s
         ("a\tb\tc", 40, ["a       b       c"]),
         ("12345678\tb", 12, ["12345678", "b"]),
         ("well abcdefghijklmno end", 10, ["well", "abcdefghijklmno end"]),
+        ("abcdefghijklmno end of it", 10, ["abcdefghijklmno end", "of it"]),
+        ("abcdefghijklmnopqrst end", 10, ["abcdefghijklmnopqrst", "end"]),
         ("天地玄黄宇宙", 8, ["天地玄黄", "宇宙"]),
         ("abc天地玄黄", 8, ["abc天地", "玄黄"]),
         ("天地玄 word", 8, ["天地玄", "word"]),
