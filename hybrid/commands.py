@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import click
 import torch
 
 from hybrid.bench.hardware import hardware_progress
+from hybrid.chat.continuation import show_continuation
 from hybrid.chat.repl import run_repl
+from hybrid.chat.screen import Screen
 from hybrid.chat.terminal import open_terminal
 from hybrid.console import percent, progress, size, table
 from hybrid.errors import BudgetError, InputError
@@ -191,15 +195,11 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, o
     text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
     config = _engine_config(options)
     with closing(Engine.load(_open(model, options), config)) as engine:
+        settings = _sampling(engine.settings, options)
+        out, err = Screen(sys.stdout, os.environ), Screen(sys.stderr, os.environ)
         for notice in engine.notices:
-            click.echo(f"note: {notice}", err=True)
-        stats = None
-        for step in engine.generate(text, _sampling(engine.settings, options), _prefill_progress()):
-            click.echo(step.text, nl=False)
-            stats = step.stats
-        click.echo()
-        if stats is not None:
-            click.echo(stats.summary(), err=True)
+            err.line(f"note: {notice}")
+        show_continuation(partial(engine.generate, text, settings), settings, engine.context, out, err)
 
 
 def evaluate(model: Path | None, options: Options) -> None:
@@ -372,14 +372,3 @@ def _chat_header(engine: Engine, name: str) -> str:
     spec, plan = engine.model.spec, engine.plan
     lines = [f"{name}: {spec.n_layers} layers, {spec.family}, {spec.dtype}; {plan.summary()}. /help for commands."]
     return "\n".join([*lines, *(f"note: {notice}" for notice in engine.notices)])
-
-
-def _prefill_progress() -> Callable[[int, int], None]:
-    """Shows how far a long prompt has been read, on a terminal only; short prompts show nothing."""
-
-    def show(done: int, total: int) -> None:
-        if total > 512 and sys.stderr.isatty():
-            end = "\r\x1b[K" if done == total else ""
-            click.echo(f"\rreading the prompt: {done:,} of {total:,} tokens{end}", nl=False, err=True)
-
-    return show

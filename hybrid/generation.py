@@ -44,23 +44,35 @@ class GenerationStats:
             return 0.0
         return (self.generated_tokens - 1) / self.decode_seconds
 
-    def summary(self) -> str:
-        """One line for people: speed, share of neurons computed, share of firings served hot, where the time went."""
-        each = 1000 / max(1, self.generated_tokens - 1)
+    def summary(self, columns: int | None = None) -> str:
+        """One line for people of what was measured; the last parts are left out where it would not fit in `columns`.
+
+        The parts: tokens, speed, time to the first token, share of neurons computed, share of firings served hot.
+        """
+        count, ttft, active, hot = self.generated_tokens, self.ttft_seconds, self.active_share, self.hot_share
         parts = [
-            f"{self.generated_tokens} tokens",
-            f"{self.tokens_per_second:.1f} tok/s",
-            f"TTFT {1000 * self.ttft_seconds:.0f} ms",
-            f"active {_percent(self.active_share)}",
-            *([] if self.hot_share is None else [f"hot {_percent(self.hot_share)}"]),
-            f"ms/token: predictor {each * self.predictor_seconds:.1f}, attention {each * self.attention_seconds:.1f}, "
-            f"FFN {each * self.ffn_seconds:.1f}, head {each * self.head_seconds:.1f}",
+            "1 token" if count == 1 else f"{count:,} tokens",
+            f"{self.tokens_per_second:,.1f} tok/s" if self.tokens_per_second else "",
+            f"TTFT {1000 * ttft:.0f} ms" if ttft < 10 else f"TTFT {ttft:,.1f} s",
+            "" if active is None else f"active {100 * active:.1f}%",
+            "" if hot is None else f"hot {100 * hot:.1f}%",
         ]
-        return " | ".join(parts)
+        line, *more = filter(None, parts)
+        for part in more:
+            if columns is not None and len(line) + len(f" | {part}") > columns:
+                break
+            line += f" | {part}"
+        return line
 
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
+    def times(self) -> str:
+        """One line for people of where the time of a token went; empty where no second token was made."""
+        if self.generated_tokens < 2:
+            return ""
+        each = 1000 / (self.generated_tokens - 1)
+        return (
+            f"ms/token: predictor {each * self.predictor_seconds:.1f}, attention {each * self.attention_seconds:.1f}, "
+            f"FFN {each * self.ffn_seconds:.1f}, head {each * self.head_seconds:.1f}"
+        )
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ pipe.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
+from typing import Any
 
-from hybrid.chat.repl import Style, run_repl
+from hybrid.chat.protocols import Style
+from hybrid.chat.repl import run_repl
 from hybrid.chat.terminal import open_terminal
 from hybrid.errors import HybridError
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
@@ -22,7 +25,8 @@ class FakeModel:
     """Answers `echo: MESSAGE` word by word; one token per word, and per message one more for its role.
 
     Some messages make it behave: `fail` raises after one word, `silent` ends without text, `interrupt` raises
-    KeyboardInterrupt after two words, `hang` before the first, and `slow` goes on until it is stopped.
+    KeyboardInterrupt after two words, `hang` before the first, and `slow` goes on until it is stopped. Prompts are read
+    in pieces of 10 tokens.
     """
 
     def __init__(self, context: int = 1000, pause: float = 0.0) -> None:
@@ -42,13 +46,22 @@ class FakeModel:
     def reset(self) -> None:
         self.resets += 1
 
-    def reply(self, messages: Messages, settings: SamplingSettings) -> Generator[GenerationStep, None, None]:
+    def reply(
+        self, messages: Messages, settings: SamplingSettings, progress: Callable[[int, int], None]
+    ) -> Generator[GenerationStep, None, None]:
         self.prompts.append(messages)
         self.settings.append(settings)
         try:
+            self._read_prompt(self.count_tokens(messages), progress)
             yield from self._steps(messages, settings)
         finally:
             self.closed += 1
+
+    def _read_prompt(self, tokens: int, progress: Callable[[int, int], None]) -> None:
+        for done in range(0, tokens, 10):
+            progress(done, tokens)
+            time.sleep(self._pause)
+        progress(tokens, tokens)
 
     def _steps(self, messages: Messages, settings: SamplingSettings) -> Generator[GenerationStep, None, None]:
         question = messages[-1]["content"]
@@ -84,7 +97,9 @@ class ScriptedTerminal:
     def __init__(self, lines: Iterable[str | BaseException], interactive: bool = True) -> None:
         self.interactive = interactive
         self.answers = ""
+        self.columns: int | None = None
         self.shown: list[tuple[Style, str]] = []
+        self.statuses: list[str] = []
         self.on_write: Callable[[str], None] = lambda text: None
         self._lines = deque(lines)
 
@@ -101,9 +116,34 @@ class ScriptedTerminal:
     def line(self, text: str, style: Style) -> None:
         self.shown.append((style, text))
 
+    def status(self, text: str) -> None:
+        self.statuses.append(text)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def of(self, style: Style) -> list[str]:
         """The lines shown in `style`, in order."""
         return [text for shown, text in self.shown if shown == style]
+
+
+def chat(
+    *lines: str | BaseException,
+    model: FakeModel | None = None,
+    interactive: bool = True,
+    system: str | None = None,
+    **settings: Any,
+) -> tuple[FakeModel, ScriptedTerminal]:
+    """Run the loop over `lines`; returns the model and the terminal, which say what happened."""
+    model = model or FakeModel()
+    terminal = ScriptedTerminal(lines, interactive)
+    run_repl(model, terminal, SamplingSettings(**settings), system)
+    return model, terminal
+
+
+def contents(messages: Messages) -> list[str]:
+    """The texts of a prompt's messages."""
+    return [message["content"] for message in messages]
 
 
 if __name__ == "__main__":

@@ -85,8 +85,36 @@ def test_decode_speed_counts_the_tokens_after_the_first(tokens, seconds, speed):
     assert stats.tokens_per_second == speed
 
 
+STATS = GenerationStats(9, 4, 11, 0.25, 2.0, 0.125, 0.75, 0.1, 0.2, 0.3, 0.4)
+
+
 def test_the_summary_names_every_number_and_leaves_out_what_was_not_measured():
-    stats = GenerationStats(9, 4, 11, 0.25, 2.0, 0.125, 0.75, 0.1, 0.2, 0.3)
-    for part in ("11 tokens", "5.0 tok/s", "TTFT 250 ms", "12.5%", "75.0%", "predictor 10.0", "FFN 30.0"):
-        assert part in stats.summary()
-    assert "hot" not in GenerationStats(prompt_tokens=9, generated_tokens=1).summary()
+    assert STATS.summary() == "11 tokens | 5.0 tok/s | TTFT 250 ms | active 12.5% | hot 75.0%"
+    assert GenerationStats(prompt_tokens=9, generated_tokens=1, ttft_seconds=0.03).summary() == "1 token | TTFT 30 ms"
+
+
+def test_the_summary_of_a_long_answer_fits_a_window_of_80_columns():
+    slow = GenerationStats(10**6, 0, 123_456, 4321.0, 41.0, 1.0, 1.0)
+    assert slow.summary() == "123,456 tokens | 3,011.1 tok/s | TTFT 4,321.0 s | active 100.0% | hot 100.0%"
+    assert len(slow.summary()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("columns", "last"),
+    [
+        (62, "hot 75.0%"),
+        (61, "active 12.5%"),
+        (50, "active 12.5%"),
+        (49, "TTFT 250 ms"),
+        (40, "TTFT 250 ms"),
+        (5, "11 tokens"),
+    ],
+)
+def test_the_summary_leaves_out_what_does_not_fit_in_the_window(columns, last):
+    whole = STATS.summary()
+    assert STATS.summary(columns) == whole[: whole.index(last) + len(last)]
+
+
+def test_the_times_are_those_of_one_token_after_the_first():
+    assert STATS.times() == "ms/token: predictor 10.0, attention 20.0, FFN 30.0, head 40.0"
+    assert GenerationStats(prompt_tokens=9, generated_tokens=1).times() == ""

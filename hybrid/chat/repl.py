@@ -1,65 +1,23 @@
 """The chat loop: reads messages and commands, streams answers, keeps the conversation.
 
-It knows no terminal and no model, only the two protocols below, so a test can feed it a transcript. Everything runs on
-the calling thread. A turn commits the conversation at its end, in one assignment: whatever ends a turn early leaves the
-conversation as it was before.
+It knows no terminal and no model, only `protocols`, so a test can feed it a transcript. Everything runs on the calling
+thread. A turn commits the conversation at its end, in one assignment: whatever ends a turn early leaves it as it was.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
 
 from hybrid.chat.conversation import Conversation, Message, load_conversation, read_text_file, save_conversation
 from hybrid.chat.interrupts import InterruptGuard
+from hybrid.chat.protocols import ChatModel, Terminal
+from hybrid.chat.screen import reading
 from hybrid.errors import ContextError, HybridError, InputError
-from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
-
-Style = Literal["info", "notice", "error"]
-
-
-class ChatModel(Protocol):
-    """What the loop needs of a model."""
-
-    @property
-    def context(self) -> int:
-        """Tokens that prompt and answer may have together."""
-
-    def reply(
-        self, messages: list[dict[str, str]], settings: SamplingSettings
-    ) -> Generator[GenerationStep, None, None]:
-        """Stream the answer to `messages`, reusing the KV cache of the common prefix with the call before.
-
-        Any exception inside the generator, KeyboardInterrupt included, and closing it must leave the model usable.
-        """
-
-    def count_tokens(self, messages: list[dict[str, str]]) -> int:
-        """Tokens of the prompt that `reply` would make of `messages`."""
-
-    def describe_placement(self) -> str:
-        """The placement in use, as text of one or more lines."""
-
-    def reset(self) -> None:
-        """Drop the KV cache."""
-
-
-class Terminal(Protocol):
-    """What the loop needs of a terminal. `interactive` tells whether a person is there to be asked again."""
-
-    interactive: bool
-
-    def read(self) -> str:
-        """The next message or command; raises EOFError at the end and KeyboardInterrupt on Ctrl-C."""
-
-    def write(self, text: str) -> None:
-        """Show a piece of an answer at once."""
-
-    def line(self, text: str, style: Style) -> None:
-        """Show whole lines: `info` was asked for, a `notice` was not, an `error` tells why nothing was done."""
+from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -89,6 +47,7 @@ class Repl:
         self.conversation = Conversation(system)
         self.settings = settings
         self.leaving = False
+        self.shows_stats = True
         self._model = model
         self._terminal = terminal
         self._guard = guard
@@ -102,16 +61,17 @@ class Repl:
             self._run_command(text)
         elif text.strip():
             content = "\n\n".join([*self._attached, text.strip()])
-            self._turn(self.conversation.with_message(Message("user", content)))
-            self._attached = []
+            if self._turn(self.conversation.with_message(Message("user", content))):
+                self._attached = []
 
     def _run_command(self, text: str) -> None:
         slashed, *rest = text.split(maxsplit=1)
         word = slashed[1:]
         argument = rest[0].strip() if rest else ""
         if word not in COMMANDS:
-            nearest = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0)[0]
-            raise InputError(f"unknown command /{word}, the nearest is /{nearest}; /help lists all")
+            near = difflib.get_close_matches(word.lower(), COMMANDS, n=1, cutoff=0.5)
+            hint = f", the nearest is /{near[0]}" if near else ""
+            raise InputError(f"unknown command /{word}{hint}; /help lists all")
         command = COMMANDS[word]
         if argument and not command.argument:
             raise InputError(f"/{word} takes no argument, found {argument!r}")
@@ -121,17 +81,20 @@ class Repl:
 
     # One turn
 
-    def _turn(self, asked: Conversation) -> None:
-        """Answer `asked`, which ends with the user's message, and keep both unless no answer came."""
+    def _turn(self, asked: Conversation) -> bool:
+        """Answer `asked`, which ends with the user's message; both are kept, and True returned, unless Ctrl-C came
+        before the answer."""
         asked = self._fit(asked)
         text, last, stopped = self._stream(asked)
-        if stopped and not text:
-            self._notice("stopped before the first token; the message is not kept")
-        else:
+        kept = bool(text) or not stopped
+        if kept:
             self.conversation = asked.with_message(Message("assistant", text, partial=stopped))
-            self._report(last, stopped)
+            self._report(text, last, stopped)
+        else:
+            self._notice("stopped before the answer began; the conversation is as it was")
         if stopped and not self._terminal.interactive:
             raise KeyboardInterrupt
+        return kept
 
     def _fit(self, asked: Conversation) -> Conversation:
         """`asked` without its oldest exchanges, as many as leave room for an answer."""
@@ -157,8 +120,10 @@ class Repl:
         pieces: list[str] = []
         last = None
         stopped = False
-        with contextlib.closing(self._model.reply(asked.for_template(), self.settings)) as steps:
+        with contextlib.closing(self._model.reply(asked.for_template(), self.settings, self._show_reading)) as steps:
             try:
+                if self._guard.pressed:  # while the prompt was counted
+                    raise KeyboardInterrupt
                 with self._guard.allowed():
                     for last in steps:
                         pieces.append(last.text)
@@ -168,21 +133,26 @@ class Repl:
             except KeyboardInterrupt:
                 stopped = True
             finally:
+                self._terminal.status("")
                 text = "".join(pieces)
                 if text and not text.endswith("\n"):
                     self._terminal.write("\n")
         return text, last, stopped
 
-    def _report(self, last: GenerationStep | None, stopped: bool) -> None:
+    def _show_reading(self, done: int, total: int) -> None:
+        self._terminal.status(reading(done, total))
+
+    def _report(self, text: str, last: GenerationStep | None, stopped: bool) -> None:
         if stopped:
             self._notice("stopped; the partial answer is kept, /undo or /regen changes that")
-        elif last is not None and last.finish == "context":
-            self._notice(f"the answer ends here: the context of {self._model.context} tokens is full")
-        elif last is not None and last.finish == "length":
-            self._notice(f"the answer ends here: max_new_tokens is {self.settings.max_new_tokens}")
+        elif not text.strip():
+            self._notice("the answer is empty; /regen asks again, /undo removes it")
         if last is not None:
+            if early := early_end(last.finish, self.settings, self._model.context):
+                self._notice(early)
             self._last = last.stats
-            self._notice(last.stats.summary())
+            if self.shows_stats:
+                self._notice(last.stats.summary(self._terminal.columns))
 
     def _notice(self, text: str) -> None:
         self._terminal.line(text, "notice")
@@ -230,12 +200,16 @@ class Repl:
 
     def _set(self, argument: str) -> None:
         name, *rest = argument.split(maxsplit=1) or [""]
-        if rest or (name and name not in SamplingSettings.names()):
-            self.settings = self.settings.with_value(name, *(rest or [""]))
+        if name and name not in SETTINGS:
+            raise InputError(f"unknown setting {name!r}, expected one of: {', '.join(SETTINGS)}")
+        if rest and name == _STATS:
+            self.shows_stats = _parse_switch(rest[0])
+        elif rest:
+            self.settings = self.settings.with_value(name, rest[0])
         self._info("\n".join(f"{key} {shown}" for key, shown in self._shown_settings().items() if name in ("", key)))
 
     def _shown_settings(self) -> dict[str, str]:
-        values = asdict(self.settings) | {"stop": list(self.settings.stop)}
+        values = asdict(self.settings) | {"stop": list(self.settings.stop), _STATS: "on" if self.shows_stats else "off"}
         return {name: "none" if value is None or value == [] else str(value) for name, value in values.items()}
 
     def _stats(self, argument: str) -> None:
@@ -246,6 +220,7 @@ class Repl:
             last = self._last
             lines.append(f"last prompt: {last.prompt_tokens} tokens, {last.cached_tokens} of them from the KV cache")
             lines.append(f"last answer: {last.summary()}")
+            lines += filter(None, [last.times()])
         self._info("\n".join(lines))
 
     def _placement(self, argument: str) -> None:
@@ -277,10 +252,28 @@ class Repl:
         self._notice(f"read {len(text)} characters; they go before your next message")
 
 
+_STATS = "stats"  # the one setting that is of the chat and not of the sampling
+SETTINGS = (*SamplingSettings.names(), _STATS)
+
 _KEYS = (
     "Enter sends, Alt-Enter starts a new line, Tab completes. Ctrl-C stops an answer, Ctrl-D leaves.",
     "A message that begins with / is sent when a space stands before it.",
 )
+
+
+def early_end(finish: FinishReason | None, settings: SamplingSettings, context: int) -> str:
+    """Why an answer ends where its model did not end it; empty where the model did."""
+    reasons = {
+        "context": f"the context of {context} tokens is full",
+        "length": f"max_new_tokens is {settings.max_new_tokens}",
+    }
+    return f"the answer ends here: {reasons[finish]}" if finish in reasons else ""
+
+
+def _parse_switch(text: str) -> bool:
+    if text.strip().lower() not in ("on", "off"):
+        raise InputError(f"{_STATS} is {text!r}, expected on or off")
+    return text.strip().lower() == "on"
 
 
 def _path(argument: str) -> Path:
@@ -295,7 +288,7 @@ def _path(argument: str) -> Path:
 COMMANDS = {
     "help": Command(Repl._help, "", "list the commands"),
     "exit": Command(Repl._exit, "", "leave, as Ctrl-D does"),
-    "clear": Command(Repl._clear, "", "forget all messages; the system prompt and the settings stay"),
+    "clear": Command(Repl._clear, "", "forget all messages, keep the system prompt and the settings"),
     "regen": Command(Repl._regen, "", "answer the last message again"),
     "undo": Command(Repl._undo, "", "remove the last message and its answer"),
     "system": Command(Repl._system, "[TEXT]", "set the system prompt, `none` removes it; alone it is shown"),
@@ -324,7 +317,7 @@ def run_repl(
     """
     if header:
         terminal.line(header, "notice")
-    with InterruptGuard() as guard:
+    with InterruptGuard() as guard, terminal.quiet():
         repl = Repl(model, terminal, settings, guard, system, model_name)
         while not repl.leaving:
             try:

@@ -1,46 +1,40 @@
-"""How the chat is drawn: prompt_toolkit where a person sits at a terminal, plain lines where input is piped.
+"""How the chat reads and draws: prompt_toolkit where a person sits at a terminal, plain lines where input is piped.
 
 Colour follows NO_COLOR and TERM=dumb; nothing else here looks at the environment but the place of the history file.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
-from hybrid.chat.repl import COMMANDS, Style, Terminal
+from hybrid.chat.keyboard import quiet_keyboard
+from hybrid.chat.protocols import Style, Terminal
+from hybrid.chat.repl import COMMANDS, SETTINGS
+from hybrid.chat.screen import DIM, RED, Screen
 from hybrid.errors import InputError
-from hybrid.generation import SamplingSettings
 
-_ESCAPES: Mapping[Style, str] = {"info": "", "notice": "\x1b[2m", "error": "\x1b[31m"}
-_RESET = "\x1b[0m"
-
-# Control characters that a model may emit and that would move the cursor or worse; newline and tab stay.
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {ord("\r"): None}
+_ESCAPES: Mapping[Style, str] = {"info": "", "notice": DIM, "error": RED}
 
 
 def open_terminal() -> Terminal:
     """The terminal of this process: `PromptTerminal` when both stdin and stdout are one, else `PlainTerminal`."""
+    out = Screen(sys.stdout, os.environ)
     if sys.stdin.isatty() and sys.stdout.isatty():
-        return PromptTerminal(sys.stdout, open_history(os.environ), colour=use_colour(os.environ))
-    return PlainTerminal(sys.stdin.buffer, sys.stdout, sys.stderr)
-
-
-def use_colour(environment: Mapping[str, str]) -> bool:
-    """False where NO_COLOR is set and not empty (no-color.org), or TERM is `dumb`."""
-    return not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+        return PromptTerminal(out, open_history(os.environ))
+    return PlainTerminal(sys.stdin.buffer, out, Screen(sys.stderr, os.environ))
 
 
 class PlainTerminal:
@@ -48,16 +42,23 @@ class PlainTerminal:
 
     interactive = False
 
-    def __init__(self, source: BinaryIO, out: TextIO, err: TextIO) -> None:
+    def __init__(self, source: BinaryIO, out: Screen, err: Screen) -> None:
         self._source = source
         self._out = out
         self._err = err
+        self._mark = codecs.BOM_UTF8  # some editors and shells put it before the first line
+
+    @property
+    def columns(self) -> int | None:
+        """The width of the window that notices are shown in, if they are."""
+        return self._err.columns
 
     def read(self) -> str:
         """The next line without its end; raises EOFError, and `InputError` for a line that is not UTF-8."""
         line = self._source.readline()
         if not line:
             raise EOFError
+        line, self._mark = line.removeprefix(self._mark), b""
         try:
             return line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -65,31 +66,30 @@ class PlainTerminal:
 
     def write(self, text: str) -> None:
         """Write a piece of an answer to `out`, at once."""
-        _put(self._out, text)
+        self._err.status("")
+        self._out.write(text)
 
     def line(self, text: str, style: Style) -> None:
         """Write whole lines, `info` to `out` and the rest to `err`."""
-        _put(self._out if style == "info" else self._err, text + "\n")
+        self._err.status("")
+        (self._out if style == "info" else self._err).line(text)
+
+    def status(self, text: str) -> None:
+        """Show on `err`, where that is a terminal, a line that the next thing shown replaces."""
+        self._err.status(text)
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to keep from being shown: nobody types here."""
+        return contextlib.nullcontext()
 
 
 class PromptTerminal:
-    """Line editing, history and completion by prompt_toolkit; answers go straight to `out`.
-
-    `source` and `display` replace the process's own terminal in tests.
-    """
+    """Line editing, history and completion by prompt_toolkit; answers go straight to `screen`."""
 
     interactive = True
 
-    def __init__(
-        self,
-        out: TextIO,
-        history: History,
-        colour: bool,
-        source: Input | None = None,
-        display: Output | None = None,
-    ) -> None:
-        self._out = out
-        self._colour = colour
+    def __init__(self, screen: Screen, history: History) -> None:
+        self._screen = screen
         self._session: PromptSession[str] = PromptSession(
             "> ",
             prompt_continuation=". ",
@@ -100,31 +100,42 @@ class PromptTerminal:
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
             enable_suspend=True,
-            input=source,
-            output=display,
         )
+
+    @property
+    def columns(self) -> int | None:
+        """The window's width now."""
+        return self._screen.columns
 
     def read(self) -> str:
         """What the user sends, of one or more lines; raises EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C."""
+        text = self._session.prompt()
+        self._mark_pastes(True)  # the prompt has switched it off
         # Bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes.
-        return self._session.prompt().encode("utf-8", "replace").decode("utf-8")
+        return text.encode("utf-8", "replace").decode("utf-8")
 
     def write(self, text: str) -> None:
         """Show a piece of an answer at once, without the control characters in it."""
-        _put(self._out, text.translate(_CONTROLS))
+        self._screen.write(text)
 
     def line(self, text: str, style: Style) -> None:
         """Show whole lines, dim for a notice and red for an error where colour is on."""
-        shown = text.translate(_CONTROLS)
-        escape = _ESCAPES[style] if self._colour else ""
-        _put(self._out, f"{escape}{shown}{_RESET}\n" if escape else f"{shown}\n")
+        self._screen.line(text, _ESCAPES[style])
 
+    def status(self, text: str) -> None:
+        """Show a line that the next thing shown replaces."""
+        self._screen.status(text)
 
-def _put(stream: TextIO, text: str) -> None:
-    # A locale without UTF-8 must not end the chat: what it lacks becomes a question mark.
-    encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "replace").decode(encoding))
-    stream.flush()
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, keys pressed while nothing is read are not shown but kept for the next `read`; Ctrl-C is a signal."""
+        return quiet_keyboard(self._session.input.fileno(), self._mark_pastes)
+
+    def _mark_pastes(self, wanted: bool) -> None:
+        """Have the terminal mark what is pasted, so that lines pasted during an answer are one message to look over."""
+        if self._screen.knows_escapes:
+            output = self._session.output
+            (output.enable_bracketed_paste if wanted else output.disable_bracketed_paste)()
+            output.flush()
 
 
 def _key_bindings() -> KeyBindings:
@@ -140,6 +151,7 @@ def _key_bindings() -> KeyBindings:
             buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
+    @bindings.add("escape", "c-j")  # typed before the prompt was there
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -169,7 +181,7 @@ class CommandCompleter(Completer):
         if not space:
             yield from _matching(COMMANDS, word)
         elif word == "set":
-            yield from _matching(SamplingSettings.names(), argument)
+            yield from _matching(SETTINGS, argument)
         elif word in COMMANDS and COMMANDS[word].argument == "FILE":
             argument = argument.lstrip()
             yield from self._paths.get_completions(Document(argument, len(argument)), complete_event)

@@ -81,10 +81,13 @@ class Engine:
         return self._stream(tokens, settings or self.settings, progress)
 
     def reply(
-        self, messages: Sequence[Message], settings: SamplingSettings | None = None
+        self,
+        messages: Sequence[Message],
+        settings: SamplingSettings | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Generator[GenerationStep, None, None]:
         """Answer a conversation. Keys and values of what it shares with the last call are reused."""
-        return self._stream(self.codec.encode_chat(messages), settings or self.settings, None)
+        return self._stream(self.codec.encode_chat(messages), settings or self.settings, progress)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Length of the prompt that `reply` would make of `messages`."""

@@ -1,26 +1,13 @@
-"""The chat loop over a fake model and a scripted terminal: turns, the full context, Ctrl-C, errors, every command."""
+"""The chat loop over a fake model and a scripted terminal: turns, the full context, Ctrl-C, errors."""
 
 import json
 import signal
 
 import pytest
-from fake_chat import FakeModel, ScriptedTerminal
+from fake_chat import FakeModel, ScriptedTerminal, chat, contents
 
-from hybrid.chat.repl import COMMANDS, run_repl
-from hybrid.generation import SamplingSettings
-
-
-def chat(*lines, model=None, interactive=True, system=None, **settings):
-    """Run the loop over `lines`; returns the model and the terminal, which say what happened."""
-    model = model or FakeModel()
-    terminal = ScriptedTerminal(lines, interactive)
-    run_repl(model, terminal, SamplingSettings(**settings), system)
-    return model, terminal
-
-
-def contents(messages):
-    return [message["content"] for message in messages]
-
+from hybrid.chat.repl import run_repl
+from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
 
 # Turns
 
@@ -56,10 +43,36 @@ def test_a_multi_line_message_is_one_message():
     assert contents(model.prompts[0]) == ["one\ntwo"]
 
 
-def test_an_empty_answer_is_kept():
+def test_the_counters_fit_the_window_and_can_be_switched_off():
+    terminal = ScriptedTerminal(["a b", "/set stats off", "c", "/set stats", "/set stats ON", "d"])
+    terminal.columns = 40
+    run_repl(FakeModel(), terminal, SamplingSettings())
+    assert terminal.of("notice") == ["3 tokens | 2.0 tok/s | TTFT 250 ms", "2 tokens | 2.0 tok/s | TTFT 250 ms"]
+    assert terminal.of("info") == ["stats off", "stats off", "stats on"]
+
+
+def test_an_empty_answer_is_kept_and_said_to_be_empty():
     model, terminal = chat("silent", "next")
     assert contents(model.prompts[1]) == ["silent", "", "next"]
     assert terminal.answers == "echo: next\n"
+    assert terminal.of("notice")[0] == "the answer is empty; /regen asks again, /undo removes it"
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_an_answer_without_a_word_is_empty_whatever_ends_it(text):
+    model = FakeModel()
+    step = GenerationStep(text, 0, GenerationStats(1, generated_tokens=1), "length")
+    model.reply = lambda messages, settings, progress: (item for item in [step])
+    _, terminal = chat("a", model=model, max_new_tokens=1)
+    empty, early, _ = terminal.of("notice")
+    assert empty.startswith("the answer is empty") and early == "the answer ends here: max_new_tokens is 1"
+
+
+def test_how_far_the_prompt_is_read_is_shown_until_the_answer_begins():
+    _, terminal = chat("w " * 24)
+    assert terminal.statuses[:4] == [*(f"reading the prompt: {done} of 25 tokens" for done in (0, 10, 20)), ""]
+    _, terminal = chat("hang " * 24, "hang")
+    assert terminal.statuses[-1] == ""
 
 
 def test_a_leading_space_sends_a_message_that_begins_with_a_slash():
@@ -137,7 +150,22 @@ def test_an_interrupted_answer_is_kept_and_marked(tmp_path):
 def test_an_interrupt_before_the_first_token_leaves_the_conversation_as_it_was():
     model, terminal = chat("a", "hang", "b")
     assert contents(model.prompts[2]) == ["a", "echo: a", "b"]
-    assert "stopped before the first token; the message is not kept" in terminal.of("notice")
+    assert "stopped before the answer began; the conversation is as it was" in terminal.of("notice")
+
+
+def test_an_interrupt_while_the_prompt_is_counted_stops_the_answer():
+    model = FakeModel()
+    count = model.count_tokens
+
+    def press(messages):
+        if messages[-1]["content"] == "long":
+            signal.raise_signal(signal.SIGINT)
+        return count(messages)
+
+    model.count_tokens = press
+    _, terminal = chat("a", "long", "b", model=model)
+    assert terminal.answers == "echo: a\necho: b\n"
+    assert contents(model.prompts[-1]) == ["a", "echo: a", "b"]
 
 
 def test_a_hasty_second_interrupt_does_not_lose_the_chat():
@@ -180,157 +208,3 @@ def test_without_a_person_an_interrupt_ends_the_chat(lines):
     with pytest.raises(KeyboardInterrupt):
         chat(*lines, model=model, interactive=False)
     assert ["never"] not in [contents(prompt)[-1:] for prompt in model.prompts]
-
-
-# Commands
-
-
-def test_exit_leaves_at_once():
-    model, _ = chat("/exit", "a")
-    assert model.prompts == []
-
-
-def test_help_lists_every_command():
-    _, terminal = chat("/help")
-    (text,) = terminal.of("info")
-    assert all(f"/{name}" in text for name in COMMANDS)
-
-
-@pytest.mark.parametrize(
-    ("typed", "nearest"), [("/hlep", "/help"), ("/saev x", "/save"), ("/EXIT", "/"), ("/ exit", "/")]
-)
-def test_an_unknown_command_names_the_nearest(typed, nearest):
-    model, terminal = chat(typed, "a")
-    (error,) = terminal.of("error")
-    assert f"unknown command {typed.split()[0]}, the nearest is {nearest}" in error
-    assert len(model.prompts) == 1
-
-
-@pytest.mark.parametrize("typed", ["/clear all", "/exit now", "/save", "/load", "/read"])
-def test_an_argument_too_many_or_too_few_is_one_line(typed):
-    _, terminal = chat(typed)
-    assert len(terminal.of("error")) == 1
-    assert "argument" in terminal.of("error")[0]
-
-
-def test_clear_forgets_the_messages_and_the_cache_and_keeps_system_and_settings():
-    model, _ = chat("a", "/set top_k 3", "/clear", "b", system="s")
-    assert contents(model.prompts[1]) == ["s", "b"]
-    assert model.resets == 1
-    assert model.settings[1].top_k == 3
-
-
-def test_regen_answers_the_last_message_again():
-    model, terminal = chat("a", "b", "/regen", "c")
-    assert model.prompts[2] == model.prompts[1]
-    assert contents(model.prompts[3]) == ["a", "echo: a", "b", "echo: b", "c"]
-    assert terminal.answers.count("echo: b\n") == 2
-
-
-def test_regen_that_gives_nothing_keeps_the_answer_before():
-    model = FakeModel()
-    terminal = ScriptedTerminal(["a", "/regen", "b"])
-    reply, calls = model.reply, []
-
-    def failing_second(messages, settings):
-        calls.append(messages)
-        return reply([{"role": "user", "content": "hang"}] if len(calls) == 2 else messages, settings)
-
-    model.reply = failing_second
-    run_repl(model, terminal, SamplingSettings())
-    assert contents(calls[2]) == ["a", "echo: a", "b"]
-
-
-def test_undo_removes_the_last_exchange():
-    model, terminal = chat("a", "b\n" + "long " * 30, "/undo", "c")
-    assert contents(model.prompts[2]) == ["a", "echo: a", "c"]
-    removed = [line for line in terminal.of("notice") if line.startswith("removed")]
-    assert len(removed) == 1 and "\n" not in removed[0] and len(removed[0]) < 90
-
-
-@pytest.mark.parametrize("command", ["/undo", "/regen"])
-def test_nothing_to_undo_or_to_regenerate(command):
-    model, terminal = chat(command)
-    assert len(terminal.of("error")) == 1
-    assert model.prompts == []
-
-
-def test_system_sets_shows_and_removes():
-    model, terminal = chat("/system", "/system be\nbrief", "a", "/system", "/system none", "b")
-    assert contents(model.prompts[0]) == ["be\nbrief", "a"]
-    assert contents(model.prompts[1]) == ["a", "echo: a", "b"]
-    assert terminal.of("info") == ["there is no system prompt; /system TEXT sets one", "be\nbrief"]
-
-
-def test_set_changes_the_next_answer():
-    model, terminal = chat("/set temperature 0", '/set stop ["\\n"]', "/set  seed\t4", "a")
-    assert model.settings[0].greedy
-    assert model.settings[0].stop == ("\n",)
-    assert model.settings[0].seed == 4
-    assert terminal.of("info")[0] == "temperature 0.0"
-
-
-def test_set_alone_lists_all_and_with_a_name_one():
-    _, terminal = chat("/set", "/set top_p")
-    listing, one = terminal.of("info")
-    assert [line.split()[0] for line in listing.splitlines()] == list(SamplingSettings.names())
-    assert "seed none" in listing.splitlines()
-    assert one == "top_p 0.95"
-
-
-@pytest.mark.parametrize("typed", ["/set heat", "/set heat 1", "/set top_p 2"])
-def test_a_wrong_setting_changes_nothing(typed):
-    model, terminal = chat(typed, "a")
-    assert len(terminal.of("error")) == 1
-    assert model.settings[0] == SamplingSettings()
-
-
-def test_stats_before_and_after_an_answer():
-    _, terminal = chat("/stats", "a", "/stats", "/clear", "/stats")
-    before, after, cleared = terminal.of("info")
-    assert before == cleared == "context: 0 of 1000 tokens, 0 messages"
-    assert after.splitlines()[0] == "context: 5 of 1000 tokens, 2 messages"
-    assert "last prompt: 2 tokens" in after and "last answer: 2 tokens" in after
-
-
-def test_placement_is_shown():
-    _, terminal = chat("/placement")
-    assert terminal.of("info") == ["all hot\nno cold"]
-
-
-def test_a_saved_chat_goes_on_in_another_run(tmp_path):
-    path = tmp_path / "my chat.json"
-    chat("a", "/set seed 3", f"/save {path}", system="s")
-    model, _ = chat("old", f"/load {path}", "b")
-    assert contents(model.prompts[1]) == ["s", "a", "echo: a", "b"]
-    assert model.settings[1].seed == 3
-
-
-def test_a_failed_load_leaves_the_conversation(tmp_path):
-    path = tmp_path / "chat.json"
-    path.write_text("{}")
-    model, terminal = chat("a", f"/load {path}", f"/load {tmp_path}", "/load a\0b", "/load ~nobody-here/x", "b")
-    assert len(terminal.of("error")) == 4
-    assert contents(model.prompts[1]) == ["a", "echo: a", "b"]
-
-
-def test_read_puts_files_before_the_next_message_only(tmp_path):
-    (tmp_path / "one").write_text("first\n")
-    (tmp_path / "two").write_text("second")
-    model, _ = chat(f"/read {tmp_path / 'one'}", f"/read {tmp_path / 'two'}", "go", "on")
-    assert contents(model.prompts[0]) == ["first\n\nsecond\n\ngo"]
-    assert contents(model.prompts[1])[-1] == "on"
-
-
-@pytest.mark.parametrize("content", [b"", b" \n", b"\xff", b"a\0", b"w " * 30])
-def test_a_file_that_cannot_be_asked_about_is_refused_when_it_is_read(tmp_path, content):
-    (tmp_path / "file").write_bytes(content)
-    model, terminal = chat(f"/read {tmp_path / 'file'}", "a", model=FakeModel(context=20))
-    assert len(terminal.of("error")) == 1
-    assert contents(model.prompts[0]) == ["a"]
-
-
-def test_clear_forgets_a_file_that_was_read(tmp_path):
-    (tmp_path / "file").write_text("text")
-    model, _ = chat(f"/read {tmp_path / 'file'}", "/clear", "a")
-    assert contents(model.prompts[0]) == ["a"]

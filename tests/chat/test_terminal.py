@@ -16,7 +16,8 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-from hybrid.chat.terminal import CommandCompleter, PlainTerminal, PromptTerminal, open_history, use_colour
+from hybrid.chat.screen import Screen
+from hybrid.chat.terminal import CommandCompleter, PlainTerminal, open_history
 from hybrid.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -50,19 +51,21 @@ def test_piped_lines_are_answered_in_turn_with_nothing_but_answers_on_stdout(tmp
     assert "\x1b" not in result.stderr.decode()
 
 
+def test_a_byte_order_mark_before_piped_lines_is_no_part_of_them(tmp_path):
+    assert piped(b"\xef\xbb\xbfhello\n", tmp_path).stdout == b"echo: hello\n"
+
+
 def test_no_input_is_no_error(tmp_path):
     result = piped(b"", tmp_path)
     assert (result.returncode, result.stdout) == (0, b"")
 
 
-def test_a_stream_that_lacks_a_character_shows_a_question_mark():
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    PlainTerminal(io.BytesIO(), out, out).write("a\u00e4b")
-    assert out.buffer.getvalue() == b"a?b"
+def lines_of(source: bytes) -> PlainTerminal:
+    return PlainTerminal(io.BytesIO(source), Screen(io.StringIO(), {}), Screen(io.StringIO(), {}))
 
 
 def test_a_line_that_is_not_utf8_is_skipped_and_the_next_is_read():
-    terminal = PlainTerminal(io.BytesIO(b"a\xff\nb\r\n"), io.StringIO(), io.StringIO())
+    terminal = lines_of(b"a\xff\nb\r\n")
     with pytest.raises(InputError, match="byte 1"):
         terminal.read()
     assert terminal.read() == "b"
@@ -70,25 +73,12 @@ def test_a_line_that_is_not_utf8_is_skipped_and_the_next_is_read():
         terminal.read()
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line():
+    terminal = lines_of(b"\xef\xbb\xbf/help\n\xef\xbb\xbfsecond\n")
+    assert [terminal.read(), terminal.read()] == ["/help", "\ufeffsecond"]
+
+
 # Parts of the drawing
-
-
-@pytest.mark.parametrize(
-    ("variables", "colour"),
-    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
-)
-def test_colour_follows_the_environment(variables, colour):
-    assert use_colour(variables) is colour
-
-
-@pytest.mark.parametrize(("colour", "line"), [(True, "\x1b[2mdone\x1b[0m\n"), (False, "done\n")])
-def test_colour_changes_nothing_but_escapes_and_a_model_cannot_send_any(colour, line):
-    out = io.StringIO()
-    terminal = PromptTerminal(out, InMemoryHistory(), colour)
-    terminal.line("done", "notice")
-    terminal.write("a\x1b[2J\tb\r\n\x9b\x07")
-    terminal.line("x\x1by", "info")
-    assert out.getvalue() == line + "a\ufffd[2J\tb\n\ufffd\ufffd" + "x\ufffdy\n"
 
 
 def completions(text: str) -> list[str]:
@@ -101,6 +91,7 @@ def test_completion_of_commands_settings_and_paths(tmp_path, monkeypatch):
     (tmp_path / "my notes.txt").touch()
     (tmp_path / "sub").mkdir()
     assert completions("/s") == ["/system ", "/set ", "/stats ", "/save "]
+    assert completions("/set s") == ["/set seed ", "/set stop ", "/set stats "]
     assert completions("/set t") == ["/set temperature ", "/set top_k ", "/set top_p "]
     assert completions("/read my") == ["/read my notes.txt"]
     assert completions("/load su") == ["/load sub"]
@@ -147,9 +138,12 @@ def person(tmp_path):
     pexpect = pytest.importorskip("pexpect")
     started = []
 
-    def start(**changes: str):
-        variables = environment(tmp_path, **changes)
-        child = pexpect.spawn(sys.executable, [PROGRAM], env=variables, encoding="utf-8", timeout=10, cwd=tmp_path)
+    def start(columns: int = 80, command: str = "exec {program}", **changes: str):
+        line = command.format(program=f"{sys.executable} {PROGRAM}")
+        variables, size = environment(tmp_path, **changes), (24, columns)
+        child = pexpect.spawn(
+            "/bin/sh", ["-c", line], env=variables, encoding="utf-8", timeout=10, cwd=tmp_path, dimensions=size
+        )
         started.append(child)
         child.expect("fake model")
         child.expect(PROMPT)
@@ -231,6 +225,46 @@ def test_ctrl_c_clears_what_was_typed_and_hints_when_there_is_nothing(person):
     child.expect(PROMPT)
     child.sendintr()
     child.expect("Ctrl-D or /exit leaves")
+    leave(child)
+
+
+def test_what_is_typed_or_pasted_during_an_answer_is_not_shown_in_it_but_is_the_next_message(person):
+    child = person()
+    child.send("slow\r")
+    child.expect("no no no")
+    assert child.before.rindex("\x1b[?2004h") > child.before.rindex("\x1b[?2004l")  # pastes are marked
+    child.send("typed\x1b\rahead\r")
+    child.send("\x1b[200~pasted\nlines\x1b[201~\r")
+    child.expect("the context of 60 tokens is full")
+    assert "typed" not in child.before and "pasted" not in child.before
+    child.expect("echo: typed ahead\r\n")
+    child.expect("echo: pasted lines\r\n")
+    leave(child)
+
+
+def test_words_and_counters_fit_the_window_also_when_it_changes(person):
+    child = person(columns=40)
+    child.send("an answer that is longer than the window of this person\r")
+    child.expect("echo: an answer that is longer than the\r\nwindow of this person\r\n")
+    child.expect("\x1b\\[2m12 tokens \\| 2.0 tok/s \\| TTFT 250 ms\x1b\\[0m\r\n")
+    child.expect(PROMPT)
+    child.setwinsize(24, 30)
+    child.send("an answer that is longer than it\r")
+    child.expect("echo: an answer that is longer\r\nthan it\r\n")
+    leave(child)
+
+
+def test_ctrl_z_during_an_answer_leaves_the_terminal_as_it_was_found(person):
+    child = person(command="set -m; {program}; stty -a; fg")
+    child.send("slow\r")
+    child.expect("no no no")
+    child.sendcontrol("z")
+    child.expect(" icanon .* echo ")
+    child.expect("(no ){5}")
+    child.send("hidden\r")
+    child.expect("the context of 60 tokens is full")
+    assert "hidden" not in child.before
+    child.expect("echo: hidden\r\n")
     leave(child)
 
 

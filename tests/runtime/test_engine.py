@@ -100,8 +100,11 @@ def test_a_conversation_reuses_the_cache_and_answers_the_same(engine):
     *_, last = engine.reply(chat, GREEDY)
     answer = engine.codec.decode(tokens(engine.reply(chat, GREEDY)))
     longer = [*chat, {"role": "assistant", "content": answer}, {"role": "user", "content": "more"}]
-    again = list(engine.reply(longer, GREEDY))
+    told = []
+    again = list(engine.reply(longer, GREEDY, lambda *progress: told.append(progress)))
     assert again[-1].stats.cached_tokens >= last.stats.prompt_tokens
+    read = again[-1].stats.prompt_tokens - again[-1].stats.cached_tokens
+    assert (told[0], told[-1]) == ((0, read), (read, read))
     engine.reset()
     fresh = list(engine.reply(longer, GREEDY))
     assert fresh[-1].stats.cached_tokens == 0
