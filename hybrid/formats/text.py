@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from hybrid.errors import InputError, ModelError
 from hybrid.formats.config import read_json
+from hybrid.formats.long_text import PIECE_CHARACTERS, encode_pieces
 from hybrid.generation import SamplingSettings
 
 Message = Mapping[str, str]
@@ -45,20 +47,40 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special` adds what the tokenizer itself puts around a text (often a start token)."""
+    def encode(self, text: str, *, special: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of `text`; `special` adds what the tokenizer itself puts around a text (often a start token).
+
+        most: no more tokens than these are given, the first, and little more text is read than they take.
+        """
+        return _first(self.pieces(text, special=special), most)
+
+    def encode_document(self, text: str, most: int | None = None) -> list[int]:
+        """A whole text as language models are trained on it: start token, text, end token, where there are such."""
+        return _first(self.document_pieces(text), most)
+
+    def pieces(self, text: str, *, special: bool = True) -> Iterator[list[int]]:
+        """What `encode` gives, piece by piece as they are asked for, in memory that does not grow with the text."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=special).ids
+            if len(text) <= PIECE_CHARACTERS:
+                yield self._tokenizer.encode(text, add_special_tokens=special).ids
+                return
+            before, after = self._surroundings if special else ([], [])
+            yield before
+            yield from encode_pieces(self._tokenizer, text)
+            yield after
         except (TypeError, UnicodeError) as error:
             raise InputError("the text is not valid Unicode; expected UTF-8") from error
 
-    def encode_document(self, text: str) -> list[int]:
-        """A whole text as language models are trained on it: start token, text, end token, where there are such."""
-        tokens = self.encode(text)
-        start = self.token_id(self._special.get("bos_token", ""))
-        if start is not None and tokens[:1] != [start]:
-            tokens = [start, *tokens]
-        return tokens + [end for end in self.eos_tokens() if tokens[-1:] != [end]]
+    def document_pieces(self, text: str) -> Iterator[list[int]]:
+        """What `encode_document` gives, piece by piece as they are asked for."""
+        start, last = self.token_id(self._special.get("bos_token", "")), None
+        waiting = [] if start is None else [start]  # until it is known whether the tokenizer gives it too
+        for piece in filter(None, self.pieces(text)):
+            yield [] if waiting[:1] == piece[:1] else waiting
+            yield piece
+            waiting, last = [], piece[-1]
+        yield waiting
+        yield [end for end in self.eos_tokens() if end != last]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
@@ -83,8 +105,31 @@ class TextCodec:
         except Exception as error:
             raise InputError(f"the model's chat template refuses these messages: {error}") from error
 
-    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt), special=False)
+    def encode_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
+        """Token ids of the prompt that `render` makes, at most `most` of them."""
+        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt), special=False, most=most)
+
+    @cached_property
+    def _surroundings(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before and after a text."""
+        word = self._tokenizer.encode("a", add_special_tokens=False).ids
+        around = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for at in range(len(around) - len(word) + 1):
+            if around[at : at + len(word)] == word:
+                return around[:at], around[at + len(word) :]
+        return around, []
+
+
+def _first(pieces: Iterable[list[int]], most: int | None) -> list[int]:
+    """The tokens of `pieces`, at most `most`; pieces beyond are not asked for."""
+    tokens: list[int] = []
+    for piece in pieces:
+        tokens += piece
+        if most is not None and len(tokens) >= most:
+            return tokens[:most]
+    return tokens
 
 
 class StreamDecoder:
