@@ -1,5 +1,7 @@
 """Sampling settings, as built and as typed by a user, and the numbers derived from the counters of an answer."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 
 from hybrid.errors import InputError
@@ -72,6 +74,53 @@ def test_an_unknown_setting_is_refused_with_the_known_ones():
 def test_wrong_types_are_refused_when_built(values):
     with pytest.raises(InputError, match="expected"):
         SamplingSettings(**values)
+
+
+def test_stop_strings_may_come_as_a_list():
+    assert SamplingSettings(stop=["x", "y"]).stop == ("x", "y")
+    with pytest.raises(InputError, match="stop is"):
+        SamplingSettings(stop=[1])
+
+
+# For each setting: its name in a model's generation_config.json, a value there, and what becomes of it.
+STORED = {
+    "temperature": ("temperature", 0.5, 0.5),
+    "top_k": ("top_k", 7, 7),
+    "top_p": ("top_p", 0.5, 0.5),
+    "min_p": ("min_p", 0.1, 0.1),
+    "repetition_penalty": ("repetition_penalty", 1.5, 1.5),
+    "seed": None,
+    "max_new_tokens": ("max_new_tokens", 3, 3),
+    "stop": ("stop_strings", "###", ("###",)),
+}
+
+
+def test_a_models_file_sets_every_setting_but_the_seed():
+    assert set(STORED) == set(SamplingSettings.names())
+    plain, notes = SamplingSettings.from_file({"do_sample": True, "seed": 5})
+    assert notes == [] and plain == SamplingSettings(temperature=1.0, top_k=0, top_p=1.0)
+    for name, (stored, value, expected) in ((name, case) for name, case in STORED.items() if case):
+        found, notes = SamplingSettings.from_file({"do_sample": True, stored: value})
+        assert (found, notes) == (replace(plain, **{name: expected}), [])
+
+
+def test_a_setting_without_a_rule_cannot_be_forgotten():
+    @dataclass(frozen=True)
+    class More(SamplingSettings):
+        forgotten: int = 3
+
+    with pytest.raises(KeyError, match="rule"):
+        More()
+
+
+@pytest.mark.parametrize("value", ["x", None, True, [], -5])
+def test_any_value_in_a_models_file_is_used_or_noted(value):
+    for stored, _, _ in filter(None, STORED.values()):
+        found, notes = SamplingSettings.from_file({"do_sample": True, stored: value})
+        plain, _ = SamplingSettings.from_file({"do_sample": True})
+        usable = value is None or (stored == "stop_strings" and value in ("x", []))
+        assert (notes == []) is usable and (found == plain or usable)
+        assert all(note.startswith(f"{stored} is {value!r}, expected ") and "is taken" in note for note in notes)
 
 
 def test_greedy_is_temperature_zero():
