@@ -15,7 +15,8 @@ import torch
 
 from hybrid.errors import ContextError, InputError
 from hybrid.formats.bundle import EMBEDDED_MODEL
-from hybrid.formats.text import Message, StreamDecoder, TextCodec
+from hybrid.formats.messages import Message
+from hybrid.formats.text import StreamDecoder, TextCodec
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.kv_cache import KVCache
@@ -41,7 +42,7 @@ class Engine:
         self.placement = self.plan.placement
         self._cache, self._cached_tokens = KVCache(self.plan.spec, self.plan.context), list[int]()
         self.runner = loaded.runner(self._cache)
-        self.notices = (*self.plan.notices, *self.runner.notices)
+        self.notices = (*self.plan.notices, *loaded.notices, *self.runner.notices)
         self._answer = 0
         self.runner.load_kernels()
         load_sampling_kernels()
@@ -77,7 +78,7 @@ class Engine:
 
         Raises `ContextError` when the prompt leaves no room in the context.
         """
-        tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.codec.encode_prompt(prompt, enough=self.context)
         return self._stream(tokens, settings or self.settings, progress)
 
     def reply(
@@ -86,12 +87,15 @@ class Engine:
         settings: SamplingSettings | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generator[GenerationStep, None, None]:
-        """Answer a conversation. Keys and values of what it shares with the last call are reused."""
-        return self._stream(self.codec.encode_chat(messages), settings or self.settings, progress)
+        """Answer a conversation. Keys and values of what it shares with the last call are reused.
+
+        Raises `InputError` for messages that are none, `ContextError` when they leave no room in the context.
+        """
+        return self._stream(self.codec.encode_chat(messages, enough=self.context), settings or self.settings, progress)
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Length of the prompt that `reply` would make of `messages`."""
-        return len(self.codec.encode_chat(messages))
+        """Tokens of the prompt that `reply` would make of `messages`; counting a long one ends beyond the context."""
+        return len(self.codec.encode_chat(messages, enough=self.context))
 
     def reset(self) -> None:
         """Forget the KV cache."""
@@ -126,7 +130,7 @@ class Engine:
             raise InputError("the prompt is empty, expected at least one token; write something")
         if len(tokens) >= self.context:
             raise ContextError(
-                f"prompt of {len(tokens)} tokens leaves no room in a context of {self.context}; "
+                f"prompt of at least {len(tokens)} tokens leaves no room in a context of {self.context}; "
                 "shorten it, or raise the context if the model allows"
             )
         top = self.model.spec.vocab_size
@@ -151,14 +155,15 @@ class Engine:
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
         seen, first = list(tokens), 0.0
+        ends = self.end_tokens | self.codec.special_ids(settings.stop)
         token = sampler.pick(logits, seen)
         for count in range(1, settings.max_new_tokens + 1):
             seen.append(token)
             now = perf_counter()
             first = first or now
             piece, finish = (
-                text.push(token, ended=token in self.end_tokens),
-                self._finish(text, token, seen, count, settings),
+                text.push(token, ended=token in ends),
+                self._finish(text, token in ends, seen, count, settings),
             )
             if finish:
                 piece += text.rest()
@@ -182,9 +187,9 @@ class Engine:
         return following
 
     def _finish(
-        self, text: AnswerText, token: int, seen: list[int], count: int, settings: SamplingSettings
+        self, text: AnswerText, ended: bool, seen: list[int], count: int, settings: SamplingSettings
     ) -> FinishReason | None:
-        if text.stopped or token in self.end_tokens:
+        if text.stopped or ended:
             return "stop"
         if count == settings.max_new_tokens:
             return "length"
@@ -250,6 +255,7 @@ class AnswerText:
             self.stopped, self._held = True, ""
             return text[: min(found)]
         # Hold back an ending that may be the start of a stop string.
-        keep = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        starts = (n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        keep = max(starts, default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

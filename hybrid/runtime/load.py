@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.errors import InputError
+from hybrid.formats.generation_config import generation_defaults
 from hybrid.formats.packed import PackedModel
-from hybrid.formats.text import TextCodec, generation_defaults
+from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
@@ -22,7 +23,10 @@ _FEW_TOKENS = 32
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """What engines share. settings: the model's own; end_tokens: those that end an answer."""
+    """What engines share.
+
+    settings: the model's own; end_tokens: those that end an answer; notices: what its files say that cannot be used.
+    """
 
     plan: RunPlan
     model: Transformer
@@ -30,6 +34,7 @@ class LoadedModel:
     runtime: FFNRuntime
     settings: SamplingSettings
     end_tokens: frozenset[int]
+    notices: tuple[str, ...] = ()
 
     def runner(self, cache: KVCache) -> Runner:
         """What reads and writes the sequence of `cache`. Raises `InputError` where a GPU's packages are missing."""
@@ -50,7 +55,8 @@ class LoadedModel:
 def load_model(plan: RunPlan) -> LoadedModel:
     """Read the weights of `plan` as its placement lays them out. Raises as `ModelFolder.build` does."""
     spec, codec = plan.spec, plan.folder.codec
-    settings, ends = generation_defaults(plan.folder.path)
+    defaults = generation_defaults(plan.folder.path)
+    ends = frozenset((*defaults.end_tokens, *codec.eos_tokens()))
     runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
     model = plan.folder.build(runtime, plan.placement, plan.bank)
-    return LoadedModel(plan, model, codec, runtime, settings, frozenset(ends or codec.eos_tokens()))
+    return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

@@ -106,11 +106,13 @@ def test_a_long_text_is_encoded_by_calls_of_a_bounded_length(counted):
 
 
 def test_no_more_is_encoded_than_is_wanted(counted):
-    tokens = counted.encode("ab" * 10**5, most=5)
-    assert len(tokens) == 5 and tokens[0] == 1
-    assert sum(counted._tokenizer.calls) <= 3 * PIECE_CHARACTERS
-    assert counted.encode("ab", most=3) == counted.encode("ab")[:3]
-    assert counted.encode_document("ab" * 10**5, most=5) == tokens
+    text, pair = "ab" * 500_000, counted.encode("ab", special=False)
+    counted._tokenizer.calls.clear()
+    tokens = counted.encode(text, enough=5)
+    assert 5 <= len(tokens) <= PIECE_CHARACTERS and tokens[:5] == [1, *pair, *pair]
+    assert counted.encode_document(text, enough=5) == counted.encode_prompt(text, enough=5) == tokens
+    assert sum(counted._tokenizer.calls) <= 3 * 2 * PIECE_CHARACTERS + 10
+    assert counted.encode("ab", enough=100) == counted.encode("ab")
 
 
 def test_a_long_document_has_its_start_and_end_once():

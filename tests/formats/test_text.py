@@ -2,14 +2,15 @@
 
 import json
 
-import jinja2
+import numpy as np
 import pytest
+import torch
 from model_cases import save_byte_tokenizer
 from tokenizers import Tokenizer, decoders, models
 
 from hybrid.errors import InputError, ModelError
 from hybrid.formats.bundle import EMBEDDED_MODEL
-from hybrid.formats.text import StreamDecoder, TextCodec, generation_defaults
+from hybrid.formats.text import StreamDecoder, TextCodec
 
 
 @pytest.fixture(scope="module")
@@ -60,31 +61,6 @@ def test_documents_start_and_end_as_in_training(codec):
     assert tokens[0] == 0 and tokens[-1] == 1 and codec.decode(tokens) == "Once"
 
 
-def test_template_from_its_own_file_wins(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("F{{ messages[0]['content'] }}")
-    assert with_template(tmp_path, "C").render([{"role": "user", "content": "x"}]) == "Fx"
-
-
-def test_named_templates(tmp_path):
-    codec = with_template(tmp_path, [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}])
-    assert codec.render([]) == "D"
-
-
-def test_special_tokens_reach_the_template(tmp_path):
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<map>"}, "eos_token": "E"}))
-    assert with_template(tmp_path, "{{ bos_token }}{{ eos_token }}", bos_token="<own>").render([]) == "<own>E"
-
-
-def test_templates_are_sandboxed_and_may_refuse(tmp_path):
-    codec = with_template(tmp_path, "{{ raise_exception('only user messages') }}")
-    with pytest.raises(InputError, match="refuses these messages: only user messages"):
-        codec.render([])
-    codec = with_template(tmp_path, "{{ messages.__class__.__mro__ }}")
-    with pytest.raises(InputError, match="unsafe") as caught:
-        codec.render([])
-    assert isinstance(caught.value.__cause__, jinja2.sandbox.SecurityError)
-
-
 def test_missing_template_says_what_to_do(tmp_path):
     save_byte_tokenizer(tmp_path)
     codec = TextCodec(tmp_path, 128)
@@ -93,22 +69,33 @@ def test_missing_template_says_what_to_do(tmp_path):
         codec.encode_chat([])
 
 
+@pytest.mark.parametrize("template", ["{% broken", 7, "a" * 10**6])
+def test_a_broken_template_stops_only_chat(template, tmp_path):
+    codec = with_template(tmp_path, template)
+    assert codec.decode(codec.encode("Hi")) == "Hi" and codec.decode(codec.encode_document("Hi")) == "Hi"
+    for use in (lambda: codec.has_chat_template, lambda: codec.encode_chat([{"role": "user", "content": "Hi"}])):
+        with pytest.raises(ModelError, match=r"the chat template in .*tokenizer_config\.json"):
+            use()
+
+
+@pytest.mark.parametrize("prompt", [b"ab", ["a"], [1.5], None, 5, [None]])
+def test_what_is_no_prompt(prompt, codec):
+    with pytest.raises(InputError, match="expected text, or whole numbers that are token ids"):
+        codec.encode_prompt(prompt, enough=10)
+
+
+def test_prompts_are_text_or_ids(codec):
+    ids = codec.encode("Hello")
+    for prompt in ("Hello", ids, tuple(ids), np.array(ids), torch.tensor(ids)):
+        assert codec.encode_prompt(prompt, enough=10) == ids
+    with pytest.raises(InputError, match="the prompt has 16,777,217 characters, at most 16,777,216 are taken"):
+        codec.encode_prompt("a" * (2**24 + 1), enough=10)
+
+
 def test_damaged_tokenizers(tmp_path):
     with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
         TextCodec(tmp_path, 128)
     save_byte_tokenizer(tmp_path)
-    with pytest.raises(ModelError, match="has token id 127, the model has 100"):
-        TextCodec(tmp_path, 100)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match="is not a tokenizer"):
         TextCodec(tmp_path, 128)
-
-
-def test_generation_defaults(tmp_path):
-    settings, ends = generation_defaults(EMBEDDED_MODEL)
-    assert (settings.temperature, settings.top_k, settings.top_p, ends) == (0.7, 40, 0.95, [1, 2])
-    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    assert generation_defaults(tmp_path)[0].greedy and generation_defaults(tmp_path)[1] == [7]
-    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": -1, "eos_token_id": 5}')
-    with pytest.raises(ModelError, match="temperature is"):
-        generation_defaults(tmp_path)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numba
 import pytest
 import torch
 from model_cases import make_model
+from tokenizers import Tokenizer
 
 from cpu_kernels.worker_pool import Each, WorkerPool
 from hybrid import Engine, EngineConfig, SamplingSettings
@@ -64,6 +66,13 @@ def test_answers_need_no_kernels_but_those_that_were_loaded(folder, monkeypatch)
         list(engine.generate([5] * prompt_tokens, GREEDY))
     engine.close()
     assert needed == loaded
+
+
+@pytest.mark.parametrize("messages", ["text", [{"role": "user"}], [("user", "text")], {"role": "user", "content": "x"}])
+def test_what_is_no_conversation(engine, messages):
+    for use in (engine.reply, engine.count_tokens):
+        with pytest.raises(InputError, match=r'expected a list such as \[{"role": "user", "content": "Hello"}\]'):
+            use(messages)
 
 
 def test_statistics_of_the_last_step(engine):
@@ -165,11 +174,30 @@ def test_an_engine_is_a_context_manager(folder):
     assert engine.runtime.pool.threads == 1
 
 
-def test_the_end_token_may_stand_in_the_configuration(folder, tmp_path):
+def test_end_tokens_of_all_files_end_an_answer(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "m")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     assert Engine.load(copy, EngineConfig("dense")).end_tokens == {7}
+    (copy / "generation_config.json").write_text('{"eos_token_id": [8], "top_k": "many", "do_sample": true}')
+    (copy / "tokenizer_config.json").write_text('{"eos_token": "A"}')
+    engine = Engine.load(copy, EngineConfig("dense"))
+    assert engine.end_tokens == {7, 8, *engine.codec.encode("A")}
+    note = "generation_config.json: top_k is 'many', expected an integer, 0 (off) or more; 0 is taken"
+    assert engine.notices[-1] == note
+
+
+def test_a_stop_string_that_is_a_special_token_stops(folder, tmp_path, engine):
+    said = tokens(engine.generate("xyz", GREEDY))
+    count = next(n for n, token in enumerate(said) if n and token < 128 and token not in said[:n])
+    marker = Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(said[count])
+    copy = shutil.copytree(folder, tmp_path / "m")
+    (copy / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [marker]}))
+    special = Engine.load(copy, EngineConfig("exact", threads=1))
+    assert tokens(special.generate("xyz", GREEDY)) == said
+    cut = list(special.generate("xyz", replace(GREEDY, stop=("no", marker))))
+    assert tokens(cut) == said[: count + 1] and cut[-1].finish == "stop"
+    assert "".join(step.text for step in cut) == engine.codec.decode(said[:count])
 
 
 def test_long_prompts_are_read_in_chunks(folder, monkeypatch):
@@ -205,7 +233,7 @@ def test_a_full_context_ends_the_answer(folder):
     engine = Engine.load(folder, EngineConfig("exact", context=10))
     steps = list(engine.generate("abcd", GREEDY))
     assert steps[-1].finish == "context" and len(steps) == 6
-    with pytest.raises(ContextError, match="prompt of 10 tokens leaves no room in a context of 10"):
+    with pytest.raises(ContextError, match="prompt of at least 10 tokens leaves no room in a context of 10"):
         engine.generate("a" * 10, GREEDY)
 
 
@@ -214,7 +242,16 @@ def test_seeded_sampling_repeats(engine):
     assert tokens(engine.generate("abc", settings)) == tokens(engine.generate("abc", settings))
 
 
-@pytest.mark.parametrize(("prompt", "message"), [("", "prompt is empty"), ([1, 500], "0 to 130, got 1 to 500")])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty"),
+        ([1, 500], "0 to 130, got 1 to 500"),
+        (b"abc", "the prompt is of type bytes"),
+        ("a" * 70, "prompt of at least 70 tokens leaves no room in a context of 64"),
+        ("a" * 10**6, "prompt of at least 64004 tokens leaves no room in a context of 64"),
+    ],
+)
 def test_bad_prompts(engine, prompt, message):
     with pytest.raises(InputError, match=message):
         engine.generate(prompt, GREEDY)
