@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from hybrid.chat.terminal import open_terminal
 from hybrid.console import percent, progress, size, table
 from hybrid.errors import BudgetError, InputError
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
+from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
 from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
@@ -358,9 +359,12 @@ def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:
 
 
 def _read_prompt(path: Path) -> str:
+    """The text of a file, or of standard input for `-`, without the newline that ends its last line."""
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        # The newline that ends a file's last line is not part of a prompt.
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(MAX_CHARACTERS + 1)
+        if len(data) > MAX_CHARACTERS:
+            raise InputError(f"the prompt in {path} has more than {MAX_CHARACTERS:,} bytes; give a shorter text")
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise InputError(f"cannot read the prompt from {path}: {error.strerror}; give a UTF-8 text file") from error
