@@ -164,7 +164,7 @@ class PackedModel:
         spec = packed_spec(parse_config(config, str(folder / "config.json"), header.model_fingerprint), dtype)
         table = read_table(path)
         # What the source's weights said, and config.json does not.
-        spec = replace(spec, tied=spec.tied and "head" not in table)
+        spec = replace(spec, tied=spec.tied and "head" not in table, wide_kv=header.made_from.get("wide_kv") is True)
         for part in parts(spec):
             _check(path, part, table.get(part.name))
         try:

@@ -17,6 +17,7 @@ from hybrid.formats.packed_predictors import open_predictors
 from hybrid.formats.tensors import TensorNames, check_tensors
 from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime, HybridFFN
+from hybrid.model.kv_range import needs_wide_kv
 from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
 from hybrid.model.transformer import Attention, Block, Linear, Transformer
 from placement.placement import Placement
@@ -47,7 +48,7 @@ class ModelFolder:
             raise ModelError(f"model folder {path} {problem}; give a Hugging Face model folder (nothing is downloaded)")
         if PackedModel.is_packed(path):
             packed = PackedModel.open(path)
-            return cls(path, packed.spec, packed)
+            return cls(path, packed.spec, packed, _kv_notice(packed.spec))
         notices: list[str] = []
         config = read_json(path / "config.json")
         spec = parse_config(config, str(path / "config.json"), notices=notices)
@@ -56,8 +57,9 @@ class ModelFolder:
         check_tensors(spec, checkpoint, notices)
         up = TensorNames(spec, checkpoint).of("up", 0)
         dtype = _DTYPE_NAMES[checkpoint.infos[f"{up}.weight"].dtype]
-        spec = replace(spec, dtype=dtype, fingerprint=checkpoint.fingerprint(config))
-        return cls(path, spec, checkpoint, tuple(notices))
+        wide = needs_wide_kv(spec, CheckpointReader(spec, checkpoint))
+        spec = replace(spec, dtype=dtype, wide_kv=wide, fingerprint=checkpoint.fingerprint(config))
+        return cls(path, spec, checkpoint, (*notices, *_kv_notice(spec)))
 
     @cached_property
     def codec(self) -> TextCodec:
@@ -137,3 +139,9 @@ def _is_tied(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> boo
         "config.json ties the head to the embedding, but a head that differs is stored: the stored one is used"
     )
     return False
+
+
+def _kv_notice(spec: ModelSpec) -> tuple[str, ...]:
+    if not spec.wide_kv or spec.dtype == "f32":
+        return ()
+    return ("f16 does not hold this model's keys and values: they are kept in f32, in twice the memory",)

@@ -132,6 +132,7 @@ class Packer:
             "config": config_hash(self._folder.path),
             "dtype": self._dtype,
             "order": order_hash(self._order),
+            "wide_kv": self._spec.wide_kv,
             "profile": self.profile.key if self.profile else None,
         }
         return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)
