@@ -268,7 +268,10 @@ def quality_report(found: list[StrategyQuality]) -> str:
 
 def _project(model: Path | None, options: Options) -> Project:
     threads = EngineConfig(threads=options.get("threads")).threads
-    return Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
+    project = Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
+    for notice in project.folder.notices:
+        click.echo(f"note: {notice}", err=True)
+    return project
 
 
 def _window(project: Project, options: Options) -> int:

@@ -37,6 +37,8 @@ def inspect(model: Path | None, bundle: Path | None) -> None:
     spec = folder.spec
     files = Bundle.of(folder.path, spec, bundle)
     click.echo(details(f"model {model or '(embedded)'}", _model_rows(spec)))
+    for notice in folder.notices:
+        click.echo(f"note: {notice}")
     for title, show in (
         ("profile", lambda: _show_profile(files, spec)),
         ("predictors", lambda: _show_predictors(files, spec)),
@@ -62,6 +64,7 @@ def _or_reason(show: Callable[[], str]) -> str:
 
 def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     attention = f"{spec.n_heads} heads, {spec.n_kv_heads} for keys and values, {spec.head_dim} wide"
+    kv = "f32" if spec.kv_element_bytes == 4 else "f16"
     ffn = f"{spec.d_ff:,} neurons per layer, {spec.activation}, {'gated' if spec.gated else 'not gated'}"
     return [
         ("family", spec.family),
@@ -75,7 +78,7 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
         ("context", f"{spec.max_context:,} tokens"),
         ("weights", f"{spec.dtype}, {size(spec.model_bytes)}"),
         ("of which FFN", size(spec.n_layers * spec.layer_ffn_bytes)),
-        ("KV cache at full context", size(spec.n_layers * spec.kv_bytes_per_layer(spec.max_context))),
+        ("KV cache at full context", f"{size(spec.n_layers * spec.kv_bytes_per_layer(spec.max_context))} in {kv}"),
     ]
 
 

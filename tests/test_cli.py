@@ -1,6 +1,7 @@
 """The command line as a user meets it: the whole loop on a small model; every mistake is one line and exit code 2."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from model_cases import make_model
+from safetensors.torch import load_file, save_file
 
 from hybrid.bench.hardware import hardware_report
 from hybrid.cli import main, repeat_corpus
@@ -162,9 +164,52 @@ def drop(path, name):
     path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != name}))
 
 
+def poison(m, name, value):
+    """One weight of a model is `value`, and there is a corpus."""
+    weights = load_file(m / "model.safetensors")
+    weights[name].view(-1)[7] = value
+    save_file(weights, m / "model.safetensors")
+    (m / "c.jsonl").write_text("".join(json.dumps({"text": f"{n} words and others " * 9}) + "\n" for n in range(60)))
+
+
+def overlap(path):
+    """Two tensors of one shape have the same bytes."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["model.layers.0.mlp.up_proj.weight"] = header["model.layers.0.mlp.gate_proj.weight"]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+FFN = "model.layers.1.mlp."
+PREPARE = ["prepare", "{m}", "--corpus", "{m}/c.jsonl", *QUICK]
 MISTAKES = {
     "missing folder": (lambda m: None, ["chat", "{m}/nowhere"], "does not exist"),
     "truncated weights": (lambda m: truncate(m / "model.safetensors"), ["chat", "{m}"], "truncated"),
+    "NaN in weights": (
+        lambda m: poison(m, f"{FFN}up_proj.weight", math.nan),
+        PREPARE,
+        f"'{FFN}up_proj.weight' has NaN",
+    ),
+    "too large a weight": (
+        lambda m: poison(m, "model.layers.1.post_attention_layernorm.weight", 3e38),
+        PREPARE,
+        "computes infinite numbers or NaN",
+    ),
+    "inspect overlapping tensors": (lambda m: overlap(m / "model.safetensors"), ["inspect", "{m}"], "overlaps another"),
+    "pack overlapping tensors": (
+        lambda m: overlap(m / "model.safetensors"),
+        ["pack", "{m}", "--dtype", "int8"],
+        "overlaps another",
+    ),
+    "inspect other shapes": (lambda m: edit(m / "config.json", vocab_size=10**9), ["inspect", "{m}"], "has shape [131"),
+    "absurd layers": (lambda m: edit(m / "config.json", num_hidden_layers=10**9), ["inspect", "{m}"], "is 1000000000"),
+    "absurd context": (
+        lambda m: edit(m / "config.json", max_position_embeddings=2**31 - 1),
+        ["generate", "{m}", "-p", "a", "--sparsity", "dense", "--bundle", "{m}/none"],
+        "lower the context",
+    ),
     "no needed field": (lambda m: drop(m / "config.json", "hidden_size"), ["inspect", "{m}"], "no field 'hidden_size'"),
     "unknown architecture": (lambda m: edit(m / "config.json", model_type="x"), ["chat", "{m}"], "architecture 'x'"),
     "unknown activation": (lambda m: edit(m / "config.json", hidden_act="x"), ["chat", "{m}"], "activation 'x'"),
@@ -229,6 +274,13 @@ def test_mistakes_are_one_line_and_lose_nothing(case, model, capfd):
     last = err.strip().splitlines()[-1]
     assert message in last and "Traceback" not in err and out == ""
     assert contents(model) == before
+
+
+def test_inspect_says_what_is_ignored(model, capfd):
+    edit(model / "config.json", sliding_window=5)
+    code, out, _ = hybrid(capfd, "inspect", model)
+    assert code == 0 and "note: config.json's 'sliding_window' (5) has no part in a llama model and is ignored" in out
+    assert "in f32\n" in out
 
 
 def test_a_newer_format_is_refused(model, capfd):

@@ -10,21 +10,31 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cpu_kernels.lanes import widen_ref
 from hybrid.errors import ModelError
-from hybrid.formats.config import Family, read_json
+from hybrid.formats.config import read_json, shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ARRAY_TYPES = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}  # as kernels see them
 _SAMPLE = 4096
+_BLOCK_ROWS = 1024
+_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_ELEMENT_BYTES = {
+    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    2: ("U16", "I16", "F16", "BF16"),
+    4: ("U32", "I32", "F32"),
+    8: ("U64", "I64", "F64", "C64"),
+}
+_BYTES_OF = {name: size for size, names in _ELEMENT_BYTES.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -42,28 +52,31 @@ class Checkpoint:
     """The tensors of a model folder by name. Opening reads headers only; `tensor` maps one tensor's bytes."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `ModelError` when no safetensors are there, a shard is missing, or a file is truncated."""
+        """Raises `ModelError` when no safetensors are there, a shard is missing, or a file is truncated or damaged."""
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
-        for path in _shards(folder):
-            self.infos.update(read_table(path))
         self._open: dict[Path, Any] = {}
-        self._read: set[str] = set()
+        for path in _shards(folder):
+            found = read_table(path)
+            if twice := self.infos.keys() & found.keys():
+                raise ModelError(f"{folder} has tensor {shown(min(twice))} in two files; fetch the model again")
+            self.infos.update(found)
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _corrupt(path, error) from error
 
     def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """Where the tensor `name` lies. Raises `ModelError` when missing, not of `shape`, or of a type not known."""
         info = self.infos.get(name)
-        self._read.add(name)
         if info is None:
             raise ModelError(f"{self.folder} has no tensor '{name}'; the checkpoint is incomplete for its config.json")
         if info.shape != shape:
             raise ModelError(
-                f"{info.path}: tensor '{name}' has shape {list(info.shape)}, config.json asks for {list(shape)}"
+                f"{info.path}: tensor '{name}' has shape {shown(list(info.shape))}, config.json asks for {list(shape)}"
             )
         if info.dtype not in DTYPES:
             raise ModelError(f"{info.path}: tensor '{name}' is {info.dtype}; supported are bf16, f16 and f32")
-        if info.end - info.start != math.prod(shape) * DTYPES[info.dtype].itemsize:
-            raise ModelError(f"{info.path}: tensor '{name}' has {info.end - info.start} bytes; fetch the model again")
         return info
 
     def mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -76,19 +89,34 @@ class Checkpoint:
         """The tensor `name`, in its stored type. Raises `ModelError` when missing or not of `shape`."""
         info = self.info(name, shape)
         try:
-            if info.path not in self._open:
-                self._open[info.path] = safe_open(info.path, framework="pt")
             return self._open[info.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{info.path} is corrupt ({error}); fetch the model again") from error
+            raise _corrupt(info.path, error) from error
 
-    def refuse_unread(self, ignored: Callable[[str], bool]) -> None:
-        """Raise `ModelError` for a tensor that was never asked for: the model would compute something else with it."""
-        left = sorted(name for name in self.infos if name not in self._read and not ignored(name))
-        if left:
+    def same(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
+        """Whether two tensors hold the same numbers, whatever their types. Raises `ModelError` as `info` does."""
+        rows = zip(*(self.tensor(name, shape).split(_BLOCK_ROWS) for name in (first, second)), strict=True)
+        return all(torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float()) for a, b in rows)
+
+    def largest(self, name: str, shape: tuple[int, ...]) -> float:
+        """The largest magnitude in a tensor. Raises `ModelError` for one that is not a number or infinite."""
+        stored = self.mapped(name, shape)
+        # As integers, as floats of either sign are in order there, NaN and infinity last; 40 times as fast.
+        signed, unsigned = (stored.view(f"{kind}{stored.itemsize}").max() for kind in "iu")
+        ends = np.array([max(signed, 0), unsigned]).astype(f"u{stored.itemsize}").view(stored.dtype)
+        found = float(np.abs(widen_ref(ends)).max())
+        if not math.isfinite(found):
             raise ModelError(
-                f"{self.folder} has tensor '{left[0]}' that config.json gives no place to; the files do not match"
+                f"{self.folder}: tensor '{name}' has {'infinite numbers' if found == math.inf else 'NaN'} among its "
+                "weights; fetch the model again"
             )
+        return found
+
+    def check_finite(self) -> None:
+        """Read all weights. Raises `ModelError` for a tensor with infinite numbers or NaN."""
+        for name, info in self.infos.items():
+            if info.dtype in DTYPES and info.end > info.start:
+                self.largest(name, info.shape)
 
     def fingerprint(self, config: Mapping[str, Any]) -> str:
         """16 hex digits that identify these weights under this configuration (see the module's docstring)."""
@@ -104,22 +132,8 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-class TensorNames:
-    """Tensor names of a family; a checkpoint saved without its head may lack the leading `model.`."""
-
-    def __init__(self, family: Family, checkpoint: Checkpoint) -> None:
-        self._family = family
-        self._prefixed = any(name.startswith("model.") for name in checkpoint.infos)
-
-    def of(self, part: str, layer: int | None = None) -> str:
-        """The checkpoint's name of `part`, such as `gate`, without `.weight` or `.bias`."""
-        name = self._family.tensors[part].format(layer)
-        return name if self._prefixed else name.removeprefix("model.")
-
-
-def is_redundant(name: str) -> bool:
-    """Whether a tensor that was never asked for is harmless: a tied head stored again, or stored RoPE frequencies."""
-    return name.startswith("lm_head.") or name.endswith("rotary_emb.inv_freq")
+def _corrupt(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"{path} is corrupt ({' '.join(str(error).split())}); fetch the model again")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -130,36 +144,88 @@ def _shards(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ModelError(f"{index} has no 'weight_map' of file names; fetch the model again")
-        paths = [folder / name for name in sorted(set(weight_map.values()))]
-        for path in paths:
-            if not path.is_file():
-                raise ModelError(f"shard {path.name} is missing from {folder}; {index.name} lists it, fetch it again")
-        return paths
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index} lists {shown(name)}, expected names of files beside it; fetch it again")
+            if not (folder / name).is_file():
+                raise ModelError(f"shard {name} is missing from {folder}; {index.name} lists it, fetch it again")
+        return [folder / name for name in names]
     if list(folder.glob("*.bin")):
         raise ModelError(f"{folder} holds .bin weights only; save the model as safetensors and try again")
     raise ModelError(f"{folder} has neither model.safetensors nor model.safetensors.index.json; no weights to load")
 
 
 def read_table(path: Path) -> dict[str, TensorInfo]:
-    """Tensor table of one safetensors file, checked against the file's size. Raises `ModelError`."""
+    """Tensor table of one safetensors file, checked against the file's size: tensors fill it without gap or overlap.
+
+    Raises `ModelError` for anything else.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size - 8:
+            if length > min(size - 8, _MOST_HEADER_BYTES):
                 raise ValueError(f"its header wants {length} bytes of a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        base = 8 + length
-        infos = {
-            name: TensorInfo(path, entry["dtype"], tuple(entry["shape"]), *(base + at for at in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            header = _parse_header(file.read(length))
+        infos = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
+    except RecursionError as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file (its header nests too deeply); fetch it again"
+        ) from error
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, struct.error) as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    if any(info.start < base or info.end < info.start for info in infos.values()):
-        raise ModelError(f"{path} has tensors outside of its data; fetch it again")
-    last = max((info.end for info in infos.values()), default=base)
-    if last != size:
-        raise ModelError(f"{path} is truncated or padded: {size} bytes, its header says {last}; fetch it again")
+    at = 8 + length
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != at:
+            raise ModelError(f"{path}: tensor {shown(name)} overlaps another, or follows a gap; fetch the file again")
+        expected = math.prod(info.shape) * _BYTES_OF.get(info.dtype, 0)
+        if info.dtype in _BYTES_OF and info.end - info.start != expected:
+            raise ModelError(
+                f"{path}: tensor {shown(name)} has {info.end - info.start} bytes, expected {expected} for "
+                f"{info.dtype} {shown(list(info.shape))}; fetch the file again"
+            )
+        at = info.end
+    if at != size:
+        raise ModelError(f"{path} is truncated or padded: {size} bytes, its header says {at}; fetch it again")
     return infos
+
+
+def _parse_header(data: bytes) -> dict[str, Any]:
+    """The table of a safetensors file, without its metadata. Raises `ValueError` or `RecursionError`."""
+    header = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_no_number)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is {shown(header)}, expected an object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no table of texts")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    for name in found:
+        name.encode()  # no surrogate
+    if len(found) != len(pairs):
+        raise ValueError(f"its header names something twice, beside {shown(pairs[0][0])}")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"its header has {shown(text)}, expected whole numbers")
+
+
+def _info(path: Path, entry: object, base: int) -> TensorInfo:
+    """One entry of a header. Raises `ValueError`."""
+    if isinstance(entry, dict):
+        dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+        if isinstance(dtype, str) and _whole(shape) and _whole(offsets) and len(offsets) == 2:
+            return TensorInfo(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+    raise ValueError(f"its header has {shown(entry)}, expected dtype, shape and two data_offsets")
+
+
+def _whole(values: object) -> TypeGuard[list[int]]:
+    """Whether `values` is a list of whole numbers from 0 on."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

@@ -163,6 +163,8 @@ class PackedModel:
             raise ModelError(f"{folder / 'config.json'} is not the one that was packed; pack the model again")
         spec = packed_spec(parse_config(config, str(folder / "config.json"), header.model_fingerprint), dtype)
         table = read_table(path)
+        # What the source's weights said, and config.json does not.
+        spec = replace(spec, tied=spec.tied and "head" not in table, wide_kv=header.made_from.get("wide_kv") is True)
         for part in parts(spec):
             _check(path, part, table.get(part.name))
         try:

@@ -22,7 +22,7 @@ def check_context(spec: ModelSpec, tokens: int | None) -> int:
 class KVCache:
     """Keys and values of one sequence in blocks of tokens: [n_layers, blocks, 2, n_kv_heads, block, head_dim].
 
-    Those of f32 models are f32, of others f16, in which they are clamped to what it can hold.
+    f32 or f16 as the spec says (`kv_element_bytes`); in f16 they are clamped to what it can hold.
 
     `table` int32 holds the sequence's blocks in order. The whole capacity is reserved at once, but the system commits a
     page only when a token is written to it.
@@ -36,7 +36,7 @@ class KVCache:
         try:
             shape = spec.n_layers, blocks, 2, spec.n_kv_heads, self.block_size, spec.head_dim
             self.data = np.empty(shape, np.float32 if spec.kv_element_bytes == 4 else np.float16)
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:  # NumPy raises the second beyond its own limits
             size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
             raise ContextError(
                 f"keys and values of {capacity} tokens take {size / 2**30:.1f} GiB, more than this machine gives; "

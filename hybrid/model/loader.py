@@ -10,12 +10,14 @@ import torch
 
 from cpu_kernels.low_rank import PredictorView
 from hybrid.errors import InputError, ModelError
-from hybrid.formats.checkpoint import Checkpoint, TensorNames
-from hybrid.formats.config import FAMILIES, parse_config, read_json
+from hybrid.formats.checkpoint import Checkpoint
+from hybrid.formats.config import parse_config, read_json
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.packed_predictors import open_predictors
+from hybrid.formats.tensors import TensorNames, check_tensors
 from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime, HybridFFN
+from hybrid.model.kv_range import needs_wide_kv
 from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
 from hybrid.model.transformer import Attention, Block, Linear, Transformer
 from placement.placement import Placement
@@ -27,33 +29,37 @@ _DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 @dataclass(frozen=True, eq=False)
 class ModelFolder:
-    """A Hugging Face or packed model folder: its spec and its weights, opened but none read."""
+    """A Hugging Face or packed model folder: its spec and its weights, opened and checked, and what is to be known.
+
+    Of the weights only keys' and values' are read, and a tied embedding where the head is stored too.
+    """
 
     path: Path
     spec: ModelSpec
     weights: Checkpoint | PackedModel
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
-        """Read config and tensor tables. Raises `ModelError` when anything is missing, truncated or unknown."""
+        """Read config and tensor tables. Raises `ModelError` for what is missing, truncated, unknown or too much."""
         path = path.absolute()
         if not path.is_dir():
             problem = "is not a folder" if path.exists() else "does not exist"
             raise ModelError(f"model folder {path} {problem}; give a Hugging Face model folder (nothing is downloaded)")
         if PackedModel.is_packed(path):
             packed = PackedModel.open(path)
-            return cls(path, packed.spec, packed)
+            return cls(path, packed.spec, packed, _kv_notice(packed.spec))
+        notices: list[str] = []
         config = read_json(path / "config.json")
-        spec = parse_config(config, str(path / "config.json"))
+        spec = parse_config(config, str(path / "config.json"), notices=notices)
         checkpoint = Checkpoint(path)
-        names = TensorNames(FAMILIES[spec.family], checkpoint)
-        up = checkpoint.infos.get(names.of("up", 0) + ".weight")
-        if up is None:
-            raise ModelError(f"{path} has no tensor '{names.of('up', 0)}.weight'; config.json and weights do not match")
-        if up.dtype not in _DTYPE_NAMES:
-            raise ModelError(f"{path}: weights are {up.dtype}; supported are bf16, f16 and f32")
-        spec = replace(spec, dtype=_DTYPE_NAMES[up.dtype], fingerprint=checkpoint.fingerprint(config))
-        return cls(path, spec, checkpoint)
+        spec = replace(spec, tied=_is_tied(spec, checkpoint, notices))
+        check_tensors(spec, checkpoint, notices)
+        up = TensorNames(spec, checkpoint).of("up", 0)
+        dtype = _DTYPE_NAMES[checkpoint.infos[f"{up}.weight"].dtype]
+        wide = needs_wide_kv(spec, CheckpointReader(spec, checkpoint))
+        spec = replace(spec, dtype=dtype, wide_kv=wide, fingerprint=checkpoint.fingerprint(config))
+        return cls(path, spec, checkpoint, (*notices, *_kv_notice(spec)))
 
     @cached_property
     def codec(self) -> TextCodec:
@@ -70,6 +76,14 @@ class ModelFolder:
         if isinstance(self.weights, PackedModel):
             raise InputError(f"{self.path} is packed; profile and train the model that it was packed from")
         return self.weights
+
+    def check_finite(self) -> None:
+        """Read all of a checkpoint's weights; a packed folder's were read when it was packed.
+
+        Raises `ModelError` for a tensor with infinite numbers or NaN.
+        """
+        if isinstance(self.weights, Checkpoint):
+            self.weights.check_finite()
 
     def ffn_tensors(self, layer: int) -> FFNTensors:
         """One layer's neurons in the checkpoint's order; `down` is a transposed view. Raises as `checkpoint` does."""
@@ -97,7 +111,6 @@ class ModelFolder:
             block.ffn.set_predictor(predictor)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         head = embedding if self.spec.tied else reader.head()
-        reader.finish()
         return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
 
     def _block(
@@ -112,3 +125,23 @@ class ModelFolder:
         ffn = HybridFFN(reader.ffn(layer), self.spec.activation, hot, predictor, runtime)
         attention = Attention(self.spec, layer, *reader.attention(layer))
         return Block(reader.norm("attention_norm", layer), attention, reader.norm("ffn_norm", layer), ffn)
+
+
+def _is_tied(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> bool:
+    """Whether the head is the embedding: where both are stored and differ, it is not, whatever config.json says."""
+    names = TensorNames(spec, checkpoint)
+    embedding, head = (f"{names.of(part)}.weight" for part in ("embedding", "head"))
+    if not spec.tied or embedding == head or not {embedding, head} <= checkpoint.infos.keys():
+        return spec.tied
+    if checkpoint.same(embedding, head, (spec.vocab_size, spec.d_model)):
+        return True
+    notices.append(
+        "config.json ties the head to the embedding, but a head that differs is stored: the stored one is used"
+    )
+    return False
+
+
+def _kv_notice(spec: ModelSpec) -> tuple[str, ...]:
+    if not spec.wide_kv or spec.dtype == "f32":
+        return ()
+    return ("f16 does not hold this model's keys and values: they are kept in f32, in twice the memory",)

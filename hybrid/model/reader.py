@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from cpu_kernels.matrix import Matrix
-from hybrid.formats.checkpoint import Checkpoint, TensorNames, is_redundant
-from hybrid.formats.config import FAMILIES
+from hybrid.formats.checkpoint import Checkpoint
+from hybrid.formats.families import FAMILIES
 from hybrid.formats.packed import PackedModel
+from hybrid.formats.tensors import TensorNames, layer_shapes, outer_shapes
 from hybrid.model.ffn import FFNMatrices, FFNRuntime
 from hybrid.model.transformer import Linear, Norm
 from placement.placement import Placement
@@ -36,9 +36,6 @@ class Reader(Protocol):
 
     def head(self) -> Matrix: ...
 
-    def finish(self) -> None:
-        """Raise `ModelError` if the folder holds weights that nothing asked for."""
-
 
 @dataclass(frozen=True)
 class FFNTensors:
@@ -57,63 +54,53 @@ class CheckpointReader:
 
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
         self._spec, self._checkpoint = spec, checkpoint
-        self._names = TensorNames(FAMILIES[spec.family], checkpoint)
+        self._names = TensorNames(spec, checkpoint)
+        self._shapes = outer_shapes(spec) | layer_shapes(spec)
 
-    def tensor(self, part: str, shape: tuple[int, ...], layer: int | None = None, kind: str = "weight") -> torch.Tensor:
-        return self._checkpoint.tensor(f"{self._names.of(part, layer)}.{kind}", shape)
+    def tensor(self, part: str, layer: int | None = None, kind: str = "weight") -> torch.Tensor:
+        return self._checkpoint.tensor(*self._place(part, layer, kind))
 
-    def norm(self, part: str, layer: int | None = None, width: int | None = None) -> Norm:
-        shape = (width or self._spec.d_model,)
-        bias = self.tensor(part, shape, layer, "bias") if self._spec.norm == "layer" else None
-        return Norm(self.tensor(part, shape, layer), bias, self._spec.norm_eps)
+    def largest(self, part: str, layer: int | None = None, kind: str = "weight") -> float:
+        """The largest magnitude in a tensor. Raises `ModelError` for infinite numbers or NaN."""
+        return self._checkpoint.largest(*self._place(part, layer, kind))
 
-    def embedding(self) -> torch.Tensor:
-        return self.tensor("embedding", (self._spec.vocab_size, self._spec.d_model))
+    def _place(self, part: str, layer: int | None, kind: str) -> tuple[str, tuple[int, ...]]:
+        return f"{self._names.of(part, layer)}.{kind}", self._shapes[f"{part}.{kind}"]
 
-    def positions(self) -> torch.Tensor | None:
-        if self._spec.rope is not None:
-            return None
-        return self.tensor("positions", (self._spec.max_context + 2, self._spec.d_model))
+    def vector(self, part: str, layer: int | None = None, kind: str = "bias") -> torch.Tensor | None:
+        """A bias, or the weights of a norm; None where the model has none."""
+        return self.tensor(part, layer, kind) if f"{part}.{kind}" in self._shapes else None
 
-    def head(self) -> torch.Tensor:
-        return self.tensor("head", (self._spec.vocab_size, self._spec.d_model))
+    def finite(self, part: str, layer: int | None = None, kind: str = "bias") -> torch.Tensor | None:
+        """`vector` as f32. Raises as `largest` does."""
+        found = self.vector(part, layer, kind)
+        if found is not None:
+            self.largest(part, layer, kind)
+        return None if found is None else found.float()
+
+    def norm(self, part: str, layer: int | None = None) -> Norm:
+        return Norm(self.tensor(part, layer), self.vector(part, layer), self._spec.norm_eps)
 
     def qkv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows and bias of q, k and v, one after another."""
-        spec = self._spec
-        weights = [self.tensor(part, (rows, spec.d_model), layer) for part, rows in self._qkv.items()]
-        if not spec.qkv_bias:
-            return torch.cat(weights), None
-        return torch.cat(weights), torch.cat(
-            [self.tensor(part, (rows,), layer, "bias") for part, rows in self._qkv.items()]
-        )
+        weight = torch.cat([self.tensor(part, layer) for part in ("q", "k", "v")])
+        if not self._spec.qkv_bias:
+            return weight, None
+        return weight, torch.cat([self.tensor(part, layer, "bias") for part in ("q", "k", "v")])
 
     def out(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        spec = self._spec
-        weight = self.tensor("out", (spec.d_model, spec.n_heads * spec.head_dim), layer)
-        return weight, self.tensor("out", (spec.d_model,), layer, "bias") if spec.out_bias else None
-
-    @cached_property
-    def _qkv(self) -> dict[str, int]:
-        spec = self._spec
-        kv = spec.n_kv_heads * spec.head_dim
-        return {"q": spec.n_heads * spec.head_dim, "k": kv, "v": kv}
+        return self.tensor("out", layer), self.vector("out", layer)
 
     def ffn(self, layer: int) -> FFNTensors:
-        spec, bias = self._spec, self._spec.ffn_bias
-        rows, shape = (spec.d_ff,), (spec.d_ff, spec.d_model)
+        gated = self._spec.gated
         return FFNTensors(
-            gate=self.tensor("gate", shape, layer) if spec.gated else None,
-            up=self.tensor("up", shape, layer),
-            down=self.tensor("down", (spec.d_model, spec.d_ff), layer).T,
-            gate_bias=self.tensor("gate", rows, layer, "bias") if bias and spec.gated else None,
-            up_bias=self.tensor("up", rows, layer, "bias") if bias else None,
-            down_bias=self.tensor("down", (spec.d_model,), layer, "bias") if bias else None,
+            gate=self.tensor("gate", layer) if gated else None,
+            up=self.tensor("up", layer),
+            down=self.tensor("down", layer).T,
+            gate_bias=self.vector("gate", layer),
+            up_bias=self.vector("up", layer),
+            down_bias=self.vector("down", layer),
         )
-
-    def finish(self) -> None:
-        """Raise `ModelError` if the checkpoint holds weights that nothing asked for."""
-        self._checkpoint.refuse_unread(is_redundant)
 
 
 def _ordered(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -137,7 +124,7 @@ class MatrixReader:
     ) -> None:
         self._spec, self._source, self._placement = spec, CheckpointReader(spec, checkpoint), placement
         self._runtime = runtime
-        names, family = TensorNames(FAMILIES[spec.family], checkpoint), FAMILIES[spec.family].tensors
+        names, family = TensorNames(spec, checkpoint), FAMILIES[spec.family].tensors
 
         def mixed(*parts: str) -> bool:
             stored = {names.of(part, layer) + ".weight" for part in parts for layer in range(spec.n_layers)}
@@ -173,24 +160,20 @@ class MatrixReader:
             linears.append(Linear(matrix, bias, self._runtime))
         norms: list[Norm | None] = [None, None]
         if self._spec.qk_norm:
-            norms = [self._source.norm(part, layer, self._spec.head_dim) for part in ("q_norm", "k_norm")]
+            norms = [self._source.norm(part, layer) for part in ("q_norm", "k_norm")]
         return (linears[0], linears[1], norms[0], norms[1])
 
     def norm(self, part: str, layer: int | None = None) -> Norm:
         return self._source.norm(part, layer)
 
     def embedding(self) -> Matrix:
-        return Matrix.of(self._source.embedding())
+        return Matrix.of(self._source.tensor("embedding"))
 
     def positions(self) -> Matrix | None:
-        positions = self._source.positions()
-        return None if positions is None else Matrix.of(positions)
+        return None if self._spec.rope is not None else Matrix.of(self._source.tensor("positions"))
 
     def head(self) -> Matrix:
-        return Matrix.of(self._source.head())
-
-    def finish(self) -> None:
-        self._source.finish()
+        return Matrix.of(self._source.tensor("head"))
 
 
 class PackedReader:
@@ -242,9 +225,6 @@ class PackedReader:
 
     def head(self) -> Matrix:
         return self._packed.matrix("head", self._spec.vocab_size, self._spec.d_model)
-
-    def finish(self) -> None:
-        """A packed file holds nothing else: it was written by the same list of parts."""
 
     def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
         bias = self._vector(f"{name}.bias", shape[0]) if biased else None

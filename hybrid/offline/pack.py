@@ -27,8 +27,6 @@ from cpu_kernels.lanes import widen_ref
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
-from hybrid.formats.checkpoint import TensorNames, is_redundant
-from hybrid.formats.config import FAMILIES
 from hybrid.formats.new_folder import copy_if_changed, new_folder
 from hybrid.formats.packed import (
     ALIGNMENT,
@@ -44,6 +42,7 @@ from hybrid.formats.packed import (
     parts,
 )
 from hybrid.formats.packed_predictors import pack_predictors
+from hybrid.formats.tensors import TensorNames
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.pack_check import within_bounds
 from hybrid.offline.pack_feedback import FFNFeedback
@@ -79,14 +78,13 @@ class Packer:
         self._order = placement.order if placement else Placement.all_cold(folder.spec).order
         self._spec = packed_spec(folder.spec, dtype)
         self._parts = list(parts(self._spec))
-        names = TensorNames(FAMILIES[folder.spec.family], folder.checkpoint)
+        names = TensorNames(folder.spec, folder.checkpoint)
         self._sources = {
             part.name: Source.of(part, folder.spec, names, self._order) for part in self._parts if part.name != "order"
         }
         for source in self._sources.values():
             for name, shape in source.tensors:
                 folder.checkpoint.info(name, shape)
-        folder.checkpoint.refuse_unread(is_redundant)
         # Only int4 errs so much that error feedback pays; it needs the profile's sample of FFN inputs.
         self.profile = bundle.current(bundle.profile, neuron_profile.KIND, folder.spec) if dtype == "int4" else None
         self._feedback = FFNFeedback(bundle.profile, folder.spec, folder.checkpoint, self._sources)
@@ -134,6 +132,7 @@ class Packer:
             "config": config_hash(self._folder.path),
             "dtype": self._dtype,
             "order": order_hash(self._order),
+            "wide_kv": self._spec.wide_kv,
             "profile": self.profile.key if self.profile else None,
         }
         return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)

@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 
 from cpu_kernels.lanes import widen_ref
-from hybrid.formats.checkpoint import Checkpoint, TensorNames
+from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.packed import Part
+from hybrid.formats.tensors import TensorNames
 from profiler.common.spec import ModelSpec
 
 _BLOCK_WEIGHTS = 2**21

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.worker_pool import WorkerPool
-from hybrid.errors import ContextError, InputError
+from hybrid.errors import ContextError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.text import TextCodec
@@ -88,7 +88,8 @@ class Project:
 
     @cached_property
     def model(self) -> Transformer:
-        """The model with every neuron in the checkpoint's order and no predictors: dense."""
+        """The model with every neuron in the checkpoint's order and no predictors: dense. Raises as `check_finite`."""
+        self.folder.check_finite()
         return self.folder.build(self.runtime, None, None)
 
     def encode(self, document: Document) -> list[int]:
@@ -164,7 +165,10 @@ class Project:
 
     def _run_dense(self, tokens: torch.Tensor) -> object:
         self.runtime.as_decode = False
-        return self.model(tokens)
+        hidden = self.model(tokens)
+        if not hidden.isfinite().all():
+            raise ModelError(f"{self.folder.path} computes infinite numbers or NaN; its weights may be damaged")
+        return hidden
 
     def current_profile(self, request: ProfileRequest) -> ArtifactHeader | None:
         """The header of the stored profile if `request` would make the same again."""
@@ -184,6 +188,7 @@ class Project:
         self.require_source()
         self.require_sparse()
         check_seed(seed)
+        self.folder.check_finite()
         layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
         with self._progress("train", self.spec.n_layers, "layer") as progress:
             bank, report = train_predictors(

@@ -76,7 +76,8 @@ def plan_run(
     config, spec = config or EngineConfig(), folder.spec
     context = check_context(spec, config.context)
     bundle = Bundle.of(folder.path, spec, config.bundle)
-    notices = [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
+    notices = list(folder.notices)
+    notices += [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:
         bank = _predictors(bundle, spec)

@@ -35,7 +35,7 @@ class ModelSpec:
 
     `rope=None` means learned positions. `sliding_window` applies to the layers marked in `sliding_layers`.
     `dtype` is that of the matrices, but for `embedding_dtype` of embedding, positions and head where it is given;
-    norms and biases have it too, or are f32 beside int8 and int4 blocks.
+    norms and biases have it too, or are f32 beside int8 and int4 blocks. `wide_kv`: f16 does not hold keys and values.
     `fingerprint` identifies the weights; artefacts carry it and are refused against any other model.
     """
 
@@ -63,6 +63,7 @@ class ModelSpec:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
     embedding_dtype: DType | None = None
+    wide_kv: bool = False
 
     @property
     def fires_sparsely(self) -> bool:
@@ -85,8 +86,8 @@ class ModelSpec:
 
     @property
     def kv_element_bytes(self) -> int:
-        """Bytes of a key's or value's element: f16 holds what bf16, f16 and smaller weights give; f32 keep all."""
-        return 4 if self.dtype == "f32" else 2
+        """Bytes of a key's or value's element: f32 beside f32 weights and where f16 does not hold them, else f16."""
+        return 4 if self.dtype == "f32" or self.wide_kv else 2
 
     @property
     def rows_per_neuron(self) -> int:

@@ -3,7 +3,8 @@
 import pytest
 
 from hybrid.errors import ModelError
-from hybrid.formats.config import parse_config
+from hybrid.formats.config import parse_config, read_json
+from profiler.common.spec import RopeSpec
 
 LLAMA = {
     "model_type": "llama",
@@ -67,11 +68,28 @@ def test_each_needed_field_is_named_when_missing(name):
         ({"model_type": "mistral", "sliding_window": -3}, "'sliding_window' is -3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE type 'linear' has no field 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
+        ({"rope_parameters": {"rope_theta": 10.0}, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        ({"rope_theta": 10**400}, "'rope_theta' is '1000.*, expected a number of at least 1e-30, at most 1e.30"),
+        ({"model_type": "lla\nma"}, r"unknown architecture 'lla\\nma'"),
+        ({"hidden_act": "\ud800"}, r"unknown activation '\\ud800'"),
+        ({"logit_\nscale": "long" * 1000}, r"field 'logit_\\nscale' \('long.{0,80}\) is not known"),
+        ({"layer_types": ["sliding_attention"] * 2, "model_type": "qwen3"}, "there is no window; set 'sliding_window'"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"], "model_type": "mistral", "sliding_window": None},
+            "there is no window; set 'sliding_window'",
+        ),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(change, message):
     with pytest.raises(ModelError, match=message):
         parse_config(LLAMA | change)
+
+
+@pytest.mark.parametrize("name", [name for name, value in LLAMA.items() if isinstance(value, int)])
+@pytest.mark.parametrize("size", [0, -1, 10**10, 10**30, 1e9, True, float("nan"), float("inf"), [2], "2"])
+def test_absurd_sizes_are_refused_before_anything_is_made_of_them(name, size):
+    with pytest.raises(ModelError, match=f"'{name}' is .{{1,50}}, expected a whole number of at least 1"):
+        parse_config(LLAMA | {name: size})
 
 
 @pytest.mark.parametrize(
@@ -92,6 +110,73 @@ def test_an_unknown_field_that_is_switched_off_is_accepted(value):
     assert parse_config(LLAMA | {"some_new_feature": value}) == parse_config(LLAMA)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_sequence_length": 2048},
+        {"max_length": 20, "temperature": 0.7, "repetition_penalty": 1.1},
+        {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "classifier_dropout": 0.1},
+        {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+        {"mask_token_id": 3, "unk_token_id": 0, "num_labels": 1, "_commit_hash": "abc", "torchscript": True},
+    ],
+)
+def test_bookkeeping_is_accepted_without_a_word(change):
+    notices = []
+    assert parse_config(LLAMA | change, notices=notices) == parse_config(LLAMA) and notices == []
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (LLAMA, {"sliding_window": 5}),
+        (LLAMA, {"enable_bias": True}),
+        (LLAMA | {"model_type": "mistral"}, {"attention_bias": True}),
+        (LLAMA | {"model_type": "qwen2"}, {"mlp_bias": True}),
+        (OPT, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
+        (OPT, {"num_key_value_heads": 1}),
+        (OPT, {"rms_norm_eps": 0.5}),
+    ],
+)
+def test_a_field_that_only_other_families_read_is_ignored_with_a_notice(base, change):
+    notices = []
+    assert parse_config(base | change, notices=notices) == parse_config(base)
+    (notice,) = notices
+    assert f"'{next(iter(change))}'" in notice and notice.endswith("is ignored")
+
+
+def test_rope_scaling_goes_before_rope_parameters():
+    notices = []
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    both["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
+    spec = parse_config(LLAMA | both, notices=notices)
+    assert spec.rope == RopeSpec(10000.0, "linear", 2.0)  # the base of the field that is not used is not used either
+    assert len(notices) == 1 and "'rope_scaling' and 'rope_parameters'" in notices[0]
+    both["rope_parameters"] = both["rope_scaling"]
+    assert parse_config(LLAMA | both | {"rope_theta": 7.0}, notices=notices).rope == RopeSpec(7.0, "linear", 2.0)
+    assert len(notices) == 1
+    assert parse_config(LLAMA | {"rope_theta": 7.0, "rope_scaling": {"rope_theta": None}}).rope == RopeSpec(7.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nests deeper than 64 levels"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nests deeper than 64 levels"),
+        ('{"vocab_size": 1' + "0" * 5000 + "}", "is not readable JSON"),
+        (" " * (2**26 + 1), "more than 64 MiB"),
+        ('{"a": "\xff"}'.encode("latin-1"), "is not readable JSON"),
+        ("[1]", "holds a list"),
+    ],
+    ids=["unclosed", "nested", "digits", "size", "encoding", "list"],
+)
+def test_hostile_json_is_one_line(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelError, match=message) as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
 def test_sliding_window_layers():
     assert parse_config(LLAMA | {"model_type": "mistral", "sliding_window": 5}).sliding_layers == (True, True)
     assert parse_config(LLAMA | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
@@ -103,8 +188,11 @@ def test_sliding_window_layers():
     for wrong in (["chunked_attention", "full_attention"], ["full_attention"], 5):
         with pytest.raises(ModelError, match="'layer_types' is"):
             parse_config(qwen | {"use_sliding_window": True, "layer_types": wrong})
-    # transformers' Mistral slides in every layer, whatever this field says.
-    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 5, "layer_types": ["full_attention"] * 2}
-    assert parse_config(mistral).sliding_layers == (True, True)
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 5}
+    assert parse_config(mistral | {"layer_types": ["full_attention"] * 2}).sliding_window is None
+    assert parse_config(mistral | {"layer_types": ["full_attention", "sliding_attention"]}).sliding_layers == (
+        False,
+        True,
+    )
     types = {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]}
     assert parse_config(qwen | types).sliding_layers == (True, False)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from gpu_cases import DEVICE
+from model_cases import make_model
+from safetensors.torch import load_file, save_file
 from step_cases import VOCAB, random_predictor, some_tokens, tiny_model, use_references
 
 from hybrid import Engine, EngineConfig, SamplingSettings
@@ -132,6 +134,22 @@ def test_what_is_taken_is_within_the_plan(models, name, strategy, where):
         assert spent["hot neurons"] == planned["hot neurons"] if planned["hot neurons"] else "hot neurons" not in spent
         assert spent["KV cache"] == planned["KV cache"]
         assert arena.used <= plan.total_bytes(placement.choice), f"{spent} of {planned}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="compiles the CPU's step once more; the GPU's kernels are what counts")
+def test_keys_and_values_that_f16_does_not_hold(tmp_path):
+    folder, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    make_model("qwen2", folder, torch.bfloat16, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    tensors["model.layers.1.self_attn.k_proj.bias"][5] = -2e5
+    save_file(tensors, weights)
+    with load(folder, placed(folder), device=None) as engine:
+        expected = conversation(engine)
+    with load(folder, placed(folder)) as engine:
+        assert "kept in f32" in engine.notices[0] and conversation(engine) == expected
+        planned = dict(VramPlan(engine.model.spec, 40, (0, 0, 0)).rows(engine.placement.choice))
+        assert engine.runner.arena.spent["KV cache"] == planned["KV cache"]
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(models):

@@ -1,0 +1,129 @@
+"""Which tensors a model's checkpoint must have, their names and shapes, and what may lie beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from hybrid.errors import ModelError
+from hybrid.formats.checkpoint import Checkpoint
+from hybrid.formats.config import shown
+from hybrid.formats.families import FAMILIES
+from profiler.common.spec import ModelSpec
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Recomputed from config.json here, so that nobody need hear of them.
+_CACHES = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$")
+# Of no part in the next token's logits, by what they are.
+_NO_PART = {
+    "a head of another task": re.compile(r"^(v_head|value_head|reward_head|score|classifier)\."),
+    "scales of a quantised KV cache": re.compile(r"\.self_attn\.((q|k|v|qkv)_proj\.|attn\.)?(q|k|v|kv|prob)_scale$"),
+    "masks, which are made anew": re.compile(r"\.(masked_bias|causal_mask)$"),
+}
+_REMEDIES = {
+    "merge the adapter into the weights first (peft: merge_and_unload)": re.compile(
+        r"\.(lora_\w+|base_layer|modules_to_save|ia3_\w+)(\.|$)"
+    ),
+    "weights quantised that way are not read: give the model in bf16, f16 or f32": re.compile(
+        r"\.(weight_\w+|input_scale|output_scale|qweight|qzeros|scales|g_idx|absmax)(\.|$)"
+    ),
+}
+_LAST_REMEDY = (
+    "config.json and weights do not match; save_pretrained of transformers leaves out what a model does not use"
+)
+
+
+class TensorNames:
+    """A model's tensor names in a checkpoint, which lack the leading `model.` where it was saved without its head.
+
+    Of a tied embedding and head either may be the one that was stored.
+    """
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self._tensors = FAMILIES[spec.family].tensors
+        self._prefixed = any(name.startswith("model.") for name in checkpoint.infos)
+        stored = {part for part in ("embedding", "head") if f"{self._plain(part)}.weight" in checkpoint.infos}
+        self._embedding = "head" if spec.tied and stored == {"head"} else "embedding"
+
+    def of(self, part: str, layer: int | None = None) -> str:
+        """The checkpoint's name of `part`, such as `gate`, without `.weight` or `.bias`."""
+        return self._plain(self._embedding if part == "embedding" else part, layer)
+
+    def _plain(self, part: str, layer: int | None = None) -> str:
+        name = self._tensors[part].format(layer)
+        return name if self._prefixed else name.removeprefix("model.")
+
+
+def outer_shapes(spec: ModelSpec) -> Shapes:
+    """The shape of each tensor that belongs to no layer, by part and kind, such as `final_norm.weight`."""
+    vocabulary = (spec.vocab_size, spec.d_model)
+    shapes = {"embedding.weight": vocabulary} | _norm(spec, "final_norm")
+    if spec.rope is None:
+        shapes["positions.weight"] = (spec.max_context + 2, spec.d_model)
+    return shapes if spec.tied else shapes | {"head.weight": vocabulary}
+
+
+def layer_shapes(spec: ModelSpec) -> Shapes:
+    """The shape of each tensor of a layer, by part and kind, such as `q.bias`; matrices are [outputs, inputs]."""
+    d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    shapes = _norm(spec, "attention_norm") | _norm(spec, "ffn_norm")
+    for part, rows, columns, bias in (
+        ("q", q, d, spec.qkv_bias),
+        ("k", kv, d, spec.qkv_bias),
+        ("v", kv, d, spec.qkv_bias),
+        ("out", d, q, spec.out_bias),
+        *((("gate", spec.d_ff, d, spec.ffn_bias),) if spec.gated else ()),
+        ("up", spec.d_ff, d, spec.ffn_bias),
+        ("down", d, spec.d_ff, spec.ffn_bias),
+    ):
+        shapes |= {f"{part}.weight": (rows, columns)} | ({f"{part}.bias": (rows,)} if bias else {})
+    if spec.qk_norm:
+        shapes |= {"q_norm.weight": (spec.head_dim,), "k_norm.weight": (spec.head_dim,)}
+    return shapes
+
+
+def check_tensors(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> None:
+    """Raise `ModelError` for a tensor that is missing, of another shape or type, or of unknown use.
+
+    `notices` get those that are ignored.
+    """
+    names = TensorNames(spec, checkpoint)
+    needed = set()
+    for name, shape in _all(spec, names):
+        checkpoint.info(name, shape)
+        needed.add(name)
+    rest = sorted(checkpoint.infos.keys() - needed)
+    if spec.tied:  # and the head stored again, the same
+        rest = [name for name in rest if name != f"{names.of('head')}.weight"]
+    rest = [name for name in rest if not _CACHES.search(name)]
+    for what, pattern in _NO_PART.items():
+        found = [name for name in rest if pattern.search(name)]
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            notices.append(
+                f"the checkpoint's {shown(found[0])}{more} ({what}) has no part in the answer and is ignored"
+            )
+        rest = [name for name in rest if name not in found]
+    if rest:
+        remedy = next((text for text, pattern in _REMEDIES.items() if pattern.search(rest[0])), _LAST_REMEDY)
+        raise ModelError(
+            f"{checkpoint.folder} has tensor {shown(rest[0])} that config.json gives no place to; {remedy}"
+        )
+
+
+def _norm(spec: ModelSpec, part: str) -> Shapes:
+    kinds = ("weight", "bias") if spec.norm == "layer" else ("weight",)
+    return {f"{part}.{kind}": (spec.d_model,) for kind in kinds}
+
+
+def _all(spec: ModelSpec, names: TensorNames) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor that the model needs."""
+    for key, shape in outer_shapes(spec).items():
+        part, _, kind = key.partition(".")
+        yield f"{names.of(part)}.{kind}", shape
+    shapes = layer_shapes(spec)
+    for layer in range(spec.n_layers):
+        for key, shape in shapes.items():
+            part, _, kind = key.partition(".")
+            yield f"{names.of(part, layer)}.{kind}", shape
