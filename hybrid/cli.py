@@ -18,6 +18,7 @@ import click
 
 from hybrid.errors import HybridError
 from profiler.common.artifact import package_version
+from profiler.common.openmp import passive_waits
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -308,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
-        with cli.make_context("hybrid", arguments) as context:
+        with passive_waits(), cli.make_context("hybrid", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
         code = 0
