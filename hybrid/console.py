@@ -105,4 +105,5 @@ def progress(label: str, total: int, unit: str = "token", done: int = 0) -> Iter
 def _speed(done: int, left: int, seconds: float, unit: str) -> str:
     """Of `done` units in so many seconds: the time, the rate, and how long what is left will take."""
     rate = done / max(1e-3, seconds)
-    return f"{seconds:.0f} s, {rate:{',.0f' if rate >= 10 else '.2g'}} {unit}s/s, {left / rate:.0f} s left"
+    amount = size(round(rate)) if unit == "byte" else f"{rate:{',.0f' if rate >= 10 else '.2g'}} {unit}s"
+    return f"{seconds:.0f} s, {amount}/s, {left / rate:.0f} s left"

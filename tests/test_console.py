@@ -51,13 +51,17 @@ def test_progress_has_rate_and_time_left_of_what_is_done_here(done, lines, monke
     assert said[: len(lines)] == lines and said[-1] == f"work: done in {(1000 - done) // 25} s"
 
 
-def test_a_slow_rate_has_digits(monkeypatch, capfd):
+@pytest.mark.parametrize(
+    ("unit", "count", "rate"),
+    [("layer", 1, "0.33 layers"), ("byte", 3 << 20, "1.0 MiB"), ("token", 3000, "1,000 tokens")],
+)
+def test_rates_have_the_digits_that_people_read(unit, count, rate, monkeypatch, capfd):
     now = 0.0
     monkeypatch.setattr(console, "monotonic", lambda: now)
-    with progress("train", 4, "layer") as advance:
+    with progress("train", 4 * count, unit) as advance:
         now += 3
-        advance(1)
-    assert "train: 25%, 3 s, 0.33 layers/s, 9 s left" in capfd.readouterr().err
+        advance(count)
+    assert f"train: 25%, 3 s, {rate}/s, 9 s left" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("named", [(), ("mine.txt",)])
