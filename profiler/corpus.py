@@ -18,6 +18,7 @@ from profiler.common.errors import CorpusError, InputError
 from profiler.documents import TEXT_SUFFIXES, Advance, Bad, Document, read_file
 
 _SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
+_BLOCK_BYTES = 1 << 20
 # Text is kept for the tokens that are wanted; most take 2 to 5 characters. Where this does not do, more is read.
 _CHARACTERS_PER_TOKEN = 8
 
@@ -86,15 +87,19 @@ def _inside(folder: Path) -> list[Path]:
     return found
 
 
-def corpus_hash(paths: Sequence[Path]) -> str:
-    """16 hex digits of a SHA-256 over all corpus files, in order."""
+def corpus_hash(paths: Sequence[Path], advance: Advance = lambda count: None) -> str:
+    """16 hex digits of a SHA-256 over all corpus files, in order; `advance` is called with bytes read meanwhile."""
     digest = hashlib.sha256()
     for path in corpus_files(paths):
+        found = hashlib.sha256()
         try:
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    advance(len(block))
         except OSError as error:
             raise CorpusError(f"cannot read corpus {path}: {error.strerror}") from error
+        digest.update(found.digest())
     return digest.hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ A step's result is current when its artefact says that it was made from what wou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, atomic_write
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
-from profiler.common.progress import Progress
+from profiler.common.progress import Progress, no_progress
 from profiler.corpus import TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.documents import Bad, Document
 from profiler.profile import NeuronProfile
@@ -107,28 +108,27 @@ class Project:
     def encode(self, document: Document, most: int) -> list[int]:
         """The first token ids of a corpus document, at most so many, as the model meets such text."""
         if document.messages:
-            tokens = self.codec.encode_chat(document.messages, add_generation_prompt=False, most=most)
+            tokens = self.codec.encode_chat(document.messages, add_generation_prompt=False, enough=most)
             return (tokens + self.codec.eos_tokens())[:most]
-        return self.codec.encode_document(document.text, most)
+        return self.codec.encode_document(document.text, enough=most)[:most]
 
     def windows(self, request: ProfileRequest) -> TokenWindows:
         """The token windows of `request`. Raises `CorpusError` or `ContextError`."""
         self.check_context(request.window)
-        nbytes = sum(path.stat().st_size for path in corpus_files(request.corpus))
 
         def documents(bad: Bad) -> Iterator[Document]:
-            if nbytes < _LONG_READ:
-                return read_documents(request.corpus, bad)
-            return self._slowly(request.corpus, bad, nbytes)
+            with self._read_bar(request.corpus) as advance:
+                yield from read_documents(request.corpus, bad, advance)
 
         found = token_windows(documents, self.encode, request.window, request.tokens, request.seed, request.skip_bad)
         for line in corpus_summary(found, request.tokens):
             self._say(line)
         return found
 
-    def _slowly(self, corpus: tuple[Path, ...], bad: Bad, nbytes: int) -> Iterator[Document]:
-        with self._progress("corpus", nbytes, "byte") as advance:
-            yield from read_documents(corpus, bad, advance)
+    def _read_bar(self, corpus: tuple[Path, ...]) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar over the bytes of a corpus that takes a while to read, none for others."""
+        nbytes = sum(path.stat().st_size for path in corpus_files(corpus))
+        return (self._progress if nbytes >= _LONG_READ else no_progress)("corpus", nbytes, "byte")
 
     def use_predictors(self, bank: PredictorBank | None) -> None:
         """Make the model's `learned` strategy use `bank`, or have none."""
@@ -164,8 +164,10 @@ class Project:
     def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
         """What a profile made by `request` says of its making."""
         settings = ProfileSettings(seed=request.seed)
+        with self._read_bar(request.corpus) as advance:
+            digest = corpus_hash(request.corpus, advance)
         return {
-            "corpus": corpus_hash(request.corpus),
+            "corpus": digest,
             "corpus_files": [path.name for path in corpus_files(request.corpus)],
             "tokens": request.tokens,
             "window": request.window,

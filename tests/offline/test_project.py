@@ -95,8 +95,10 @@ def test_a_large_corpus_is_read_with_a_bar(project, corpus, monkeypatch):
 
     monkeypatch.setattr(offline, "_LONG_READ", 1000)
     monkeypatch.setattr(project, "_progress", progress)
+    project.profile_origin(ProfileRequest(corpus, window=32))
     project.windows(ProfileRequest(corpus, window=32))
-    assert labels == [("corpus", corpus[0].stat().st_size, "byte")] * 2  # to count documents, then to take some
+    # For its hash, to count documents, and to take some.
+    assert labels == [("corpus", corpus[0].stat().st_size, "byte")] * 3
 
 
 def test_interrupted_steps_go_on_and_torchs_threads_are_put_back(project, corpus, monkeypatch):
