@@ -18,6 +18,7 @@ import click
 
 from hybrid.errors import HybridError
 from profiler.common.artifact import package_version
+from profiler.common.openmp import passive_waits
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -32,6 +33,7 @@ _CORPUS = click.option(
     metavar="FILE...",
     help="Text files, .jsonl files or folders. The embedded model has its own.",
 )
+_SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out and count documents that cannot be used.")
 _THREADS = click.option("--threads", type=int, help="CPU threads  [default: all that this process may use]")
 _SPARSITY = click.option(
     "--sparsity",
@@ -94,6 +96,7 @@ def cli(debug: bool) -> None:
 @cli.command()
 @_MODEL
 @_CORPUS
+@_SKIP_BAD
 @_TOKENS
 @click.option("--window", type=int, help="Tokens per calibration window  [default: 512, or the model's context]")
 @_SEED
@@ -114,6 +117,7 @@ def prepare(model: Path | None, **options: Any) -> None:
 @cli.command()
 @_MODEL
 @_CORPUS
+@_SKIP_BAD
 @_TOKENS
 @click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
 @_SEED
@@ -215,6 +219,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 @cli.command(name="eval")
 @_MODEL
 @_CORPUS
+@_SKIP_BAD
 @click.option("--tokens", type=int, default=16_384, show_default=True, help="Tokens to evaluate.")
 @click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
 @click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
@@ -308,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
-        with cli.make_context("hybrid", arguments) as context:
+        with passive_waits(), cli.make_context("hybrid", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
         code = 0

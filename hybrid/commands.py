@@ -207,7 +207,8 @@ def evaluate(model: Path | None, options: Options) -> None:
     """Print the quality of each strategy, and with `curve` that of the predictors over a sweep of thresholds."""
     project = _project(model, options)
     corpus = _corpus(project, options, "heldout.jsonl")
-    windows = project.windows(ProfileRequest(corpus, options["tokens"], _window(project, options)))
+    request = ProfileRequest(corpus, options["tokens"], _window(project, options), skip_bad=options["skip_bad"])
+    windows = project.windows(request)
     strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
@@ -268,10 +269,14 @@ def quality_report(found: list[StrategyQuality]) -> str:
 
 def _project(model: Path | None, options: Options) -> Project:
     threads = EngineConfig(threads=options.get("threads")).threads
-    project = Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress)
+    project = Project(model or EMBEDDED_MODEL, options["bundle"], threads, progress, _say)
     for notice in project.folder.notices:
-        click.echo(f"note: {notice}", err=True)
+        _say(f"note: {notice}")
     return project
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _window(project: Project, options: Options) -> int:
@@ -288,7 +293,7 @@ def _corpus(project: Project, options: Options, embedded: str) -> tuple[Path, ..
 
 def _profile_request(project: Project, options: Options) -> ProfileRequest:
     corpus = _corpus(project, options, "calibration.jsonl")
-    return ProfileRequest(corpus, options["tokens"], _window(project, options), options["seed"])
+    return ProfileRequest(corpus, options["tokens"], _window(project, options), options["seed"], options["skip_bad"])
 
 
 def _target(options: Options) -> PredictorTarget:

@@ -74,21 +74,36 @@ def compile_notice() -> Iterator[None]:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str = "token") -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with rate and time left; where stderr is no terminal, a line per quarter."""
+def progress(label: str, total: int, unit: str = "token", done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left; where stderr is no terminal, a line per quarter.
+
+    done: of `total`, what was there before; the rate is of what is done here.
+    """
     if sys.stderr.isatty():
-        with tqdm(total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr, dynamic_ncols=True) as bar:
+        look: dict[str, Any] = {"unit": unit, "unit_scale": unit != "layer", "dynamic_ncols": True, "file": sys.stderr}
+        with tqdm(total=total, initial=done, desc=label, **look) as bar:
             yield lambda count: (bar.update(count), None)[1]
         return
-    start, done = monotonic(), 0
-    click.echo(f"{label}: {total:,} {unit}s", err=True)
+    start, first = monotonic(), done
+    kept = f", {done:,} of them kept" if done else ""
+    click.echo(f"{label}: {counted(total, unit)}{kept}", err=True)
 
     def advance(count: int) -> None:
         nonlocal done
         quarter = 4 * done // max(1, total)
         done += count
         if quarter < 4 * done // max(1, total) < 4:
-            click.echo(f"{label}: {done / total:.0%}, {monotonic() - start:.0f} s", err=True)
+            click.echo(
+                f"{label}: {done / total:.0%}, {_speed(done - first, total - done, monotonic() - start, unit)}",
+                err=True,
+            )
 
     yield advance
     click.echo(f"{label}: done in {monotonic() - start:.0f} s", err=True)
+
+
+def _speed(done: int, left: int, seconds: float, unit: str) -> str:
+    """Of `done` units in so many seconds: the time, the rate, and how long what is left will take."""
+    rate = done / max(1e-3, seconds)
+    amount = size(round(rate)) if unit == "byte" else f"{rate:{',.0f' if rate >= 10 else '.2g'}} {unit}s"
+    return f"{seconds:.0f} s, {amount}/s, {left / rate:.0f} s left"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from predictor.samples import FFNWeights, batches
 
@@ -82,7 +83,8 @@ def linear_start(weights: FFNWeights, inputs: np.ndarray, rows: np.ndarray, rank
     mean64, cov = covariance(inputs, rows)
     root, mean, weight = torch.linalg.cholesky(cov).float(), mean64.float(), weights.firing_weight
     whitened = weight @ root
-    left, values, _ = randomized_svd(whitened.numpy(), n_components=rank, random_state=seed)
+    with threadpool_limits(torch.get_num_threads(), "blas"):
+        left, values, _ = randomized_svd(whitened.numpy(), n_components=rank, random_state=seed)
     directions, sizes = torch.from_numpy(left.copy()), torch.from_numpy(values.copy())
     sizes = sizes.clamp_min(float(sizes[0]) * 1e-6 + torch.finfo(torch.float32).tiny)
     return LinearStart(

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from predictor.bank import PredictorBank
 from predictor.linear_start import linear_start
 from predictor.low_rank import LowRankPredictor
+from predictor.partial import TrainingState
 from predictor.quality import LogitHistogram, search_level
 from predictor.report import CurvePoint, PredictorReport, Quality, overall_counts
 from predictor.samples import BATCH, FFNWeights, batches, split_documents
@@ -31,6 +32,7 @@ from predictor.sizing import (
     shares_by_rank,
 )
 from profiler.common.errors import InputError
+from profiler.common.progress import Progress, no_progress
 from profiler.common.spec import ModelSpec
 
 CURVE_LEVELS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.04, 0.08)
@@ -43,6 +45,7 @@ _WARMUP = 20
 _RATE_TIMES_ROOT_D = 0.02
 _MAX_WEIGHT = 30.0
 _ROUNDING_TOKENS = 4096
+_MOST_LEVELS = 5  # whose perplexity is measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +67,15 @@ def train_predictors(
     *,
     seed: int = 0,
     perplexity_of: Callable[[PredictorBank | None], float] | None = None,
-    progress: Callable[[int], None] | None = None,
+    state: TrainingState | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[PredictorBank, PredictorReport]:
     """Train one predictor per layer and set their thresholds for `target`.
 
     inputs: f16 or f32 [n_layers, n, d], what each FFN read, after the norm before it; documents: int [n].
     perplexity_of: validation perplexity with a bank, or dense for None; called at most 6 times. Without it thresholds
-    miss `SIZING_LEVEL` of the output mass. progress: called with 1 after each layer.
+    miss `SIZING_LEVEL` of the output mass. state: what an interrupted call has done, which is not done again; it is
+    saved when this one is interrupted.
     Raises `CorpusError` when there are too few samples, `InputError` when shapes or bytes do not fit.
     """
     if inputs.shape != (spec.n_layers, len(documents), spec.d_model) or len(layers) != spec.n_layers:
@@ -79,29 +84,63 @@ def train_predictors(
             f"[{spec.n_layers}, n, {spec.d_model}]; run: hybrid profile"
         )
     samples = _Samples(inputs, *split_documents(documents, seed), seed)
-    predictors, histograms = [], []
-    for layer, rank in enumerate(_ranks(spec, layers, samples, target)):
-        weights = layers[layer].float()
-        predictor = _train_layer(weights, samples, layer, rank)
-        predictors.append(predictor)
-        histograms.append(_measure(weights, predictor, samples, layer))
-        if progress is not None:
-            progress(1)
-    bank = PredictorBank(tuple(predictors))
-    level, increase = _choose_level(bank, histograms, target, perplexity_of)
+    state = state or TrainingState()
+    try:
+        ranks = _ranks(spec, layers, samples, target, state, progress)
+        histograms = _train_layers(layers, samples, ranks, state, progress)
+        bank = PredictorBank(tuple(state.predictors))
+        level, increase = _choose_level(bank, histograms, target, perplexity_of, progress)
+    except KeyboardInterrupt:
+        if not state.save():
+            raise
+        done = f"{len(state.predictors)} of {len(layers)} layers trained and {len(state.shares)} measured"
+        raise KeyboardInterrupt(f"{done} are kept, run it again to go on") from None
     report = _report(bank, histograms, spec, target, level, increase)
     return bank.with_thresholds([histogram.threshold(level) for histogram in histograms]), report
 
 
-def _ranks(spec: ModelSpec, layers: Sequence[FFNWeights], samples: _Samples, target: PredictorTarget) -> list[int]:
+def _ranks(
+    spec: ModelSpec,
+    layers: Sequence[FFNWeights],
+    samples: _Samples,
+    target: PredictorTarget,
+    state: TrainingState,
+    progress: Progress,
+) -> list[int]:
     """The rank of each layer, from how fast its predicted share falls with rank."""
     candidates = candidate_ranks(spec, target)
-    shares = []
-    for layer, stored in enumerate(layers):
-        weights, inputs = stored.float(), samples.inputs[layer]
-        start = linear_start(weights, inputs, samples.train, candidates[-1], samples.seed)
-        shares.append(shares_by_rank(weights, start, inputs, samples.validation, candidates))
-    return choose_ranks(shares, candidates, rank_budget(spec, target))
+    done = len(state.shares)
+    with progress("ranks", len(layers), "layer", done) as advance:
+        for layer, stored in enumerate(layers[done:], done):
+            weights, inputs = stored.float(), samples.inputs[layer]
+            start = linear_start(weights, inputs, samples.train, candidates[-1], samples.seed)
+            state.shares.append(shares_by_rank(weights, start, inputs, samples.validation, candidates))
+            state.layer_is_done()
+            advance(1)
+    return choose_ranks(state.shares, candidates, rank_budget(spec, target))
+
+
+def _train_layers(
+    layers: Sequence[FFNWeights],
+    samples: _Samples,
+    ranks: Sequence[int],
+    state: TrainingState,
+    progress: Progress,
+) -> list[LogitHistogram]:
+    """Train what `state` lacks; returns all layers' validation logits."""
+    histograms = [
+        _measure(layers[layer].float(), predictor, samples, layer) for layer, predictor in enumerate(state.predictors)
+    ]
+    done = len(state.predictors)
+    with progress("train", len(layers), "layer", done) as advance:
+        for layer in range(done, len(layers)):
+            weights = layers[layer].float()
+            predictor = _train_layer(weights, samples, layer, ranks[layer])
+            histograms.append(_measure(weights, predictor, samples, layer))
+            state.predictors.append(predictor)
+            state.layer_is_done()
+            advance(1)
+    return histograms
 
 
 def _train_layer(weights: FFNWeights, samples: _Samples, layer: int, rank: int) -> LowRankPredictor:
@@ -157,16 +196,21 @@ def _choose_level(
     histograms: Sequence[LogitHistogram],
     target: PredictorTarget,
     perplexity_of: Callable[[PredictorBank | None], float] | None,
+    progress: Progress,
 ) -> tuple[float, float | None]:
     """The missed output mass that every layer may have, and the perplexity increase measured at it."""
     if perplexity_of is None:
         return SIZING_LEVEL, None
-    dense = perplexity_of(None)
+    with progress("thresholds", 1 + _MOST_LEVELS, "trial") as advance:
+        dense = perplexity_of(None)
+        advance(1)
 
-    def increase_of(level: float) -> float:
-        return perplexity_of(bank.with_thresholds([found.threshold(level) for found in histograms])) / dense - 1
+        def increase_of(level: float) -> float:
+            found = perplexity_of(bank.with_thresholds([found.threshold(level) for found in histograms])) / dense - 1
+            advance(1)
+            return found
 
-    return search_level(increase_of, target.max_perplexity_increase)
+        return search_level(increase_of, target.max_perplexity_increase, _MOST_LEVELS)
 
 
 def _report(

@@ -18,6 +18,7 @@ from torch import nn
 
 from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.common.errors import ArtifactError, CorpusError
+from profiler.common.progress import Progress
 from profiler.common.spec import ModelSpec
 from profiler.corpus import TokenWindows
 from profiler.profile import REPAIR, NeuronProfile
@@ -101,13 +102,12 @@ def record_profile(
     settings: ProfileSettings,
     header: ArtifactHeader,
     partial: Path,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> NeuronProfile:
     """Run `forward` over every window and return the profile.
 
     When interrupted, what was recorded so far is kept in the file `partial`, and a later call with the same header goes
-    on from there; the caller removes the file once the profile is safe. `progress` is called with tokens done since
-    its last call.
+    on from there; the caller removes the file once the profile is safe.
     """
     if windows.count == 0:
         raise CorpusError("there is no window of tokens to profile; give a corpus with text in it")
@@ -116,11 +116,10 @@ def record_profile(
     chosen = _sample_positions(windows, held, settings, recorder.spec)
     inputs = np.zeros((recorder.spec.n_layers, sum(map(len, chosen)), recorder.spec.d_model), np.float16)
     done = _resume(partial, header, recorder.counts, inputs)
-    progress(done * context)
     saved = monotonic()
     counted = recorder.counts.copy()
     firsts = np.cumsum([0, *map(len, chosen)])
-    with recorder.recording():
+    with recorder.recording(), progress("profile", windows.tokens.size, "token", done * context) as advance:
         try:
             for index in range(done, windows.count):
                 recorder.pick(chosen[index])
@@ -129,7 +128,7 @@ def record_profile(
                     inputs[layer, firsts[index] : firsts[index + 1]] = rows.numpy()
                 # From here on the window counts; until here an interrupt leaves it to be run again.
                 counted, done = recorder.counts.copy(), index + 1
-                progress(context)
+                advance(context)
                 if monotonic() - saved > _SAVE_SECONDS:
                     _save_partial(partial, header, counted, inputs, done)
                     saved = monotonic()

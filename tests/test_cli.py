@@ -98,8 +98,12 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
 
 def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     folder = shutil.copytree(original, tmp_path / "model")
-    code, out, _ = hybrid(capfd, "profile", folder, "--corpus", corpus, "--tokens", "2000", "--context", "32")
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text("{oops")
+    recorded = ["profile", folder, "--corpus", corpus, odd, "--skip-bad", "--tokens", "2000", "--context", "32"]
+    code, out, err = hybrid(capfd, *recorded)
     assert code == 0 and "hottest 20% cover" in out
+    assert "of 60 documents" in err and f"left out: 1 document, the first: {odd}:1 is not JSON" in err
     code, out, _ = hybrid(capfd, "train", folder, "--target", "50%")
     assert code == 0 and "recall" in out
     report = json.loads((folder / "hybrid" / "predictors.json").read_text())
@@ -225,6 +229,11 @@ MISTAKES = {
         lambda m: None,
         ["profile", "{m}", "--corpus", "{m}/model.safetensors"],
         "is binary, expected UTF-8",
+    ),
+    "odd document": (
+        lambda m: (m / "c.jsonl").write_text('{"text": "a"}\n{oops'),
+        ["profile", "{m}", "--corpus", "{m}/c.jsonl"],
+        "c.jsonl:2 is not JSON",
     ),
     "short corpus": (
         lambda m: (m / "c.txt").write_text("few words"),

@@ -59,6 +59,10 @@ class Bundle:
         return self.path / "predictors.safetensors"
 
     @property
+    def partial_predictors(self) -> Path:
+        return self.path / "predictors.partial.safetensors"
+
+    @property
     def report(self) -> Path:
         return self.path / "predictors.json"
 

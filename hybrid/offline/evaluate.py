@@ -14,6 +14,7 @@ import torch
 
 from hybrid.model.ffn import FFNCounters, FFNRuntime
 from hybrid.model.transformer import Transformer
+from profiler.common.openmp import torch_threads
 from profiler.common.spec import Strategy
 from profiler.corpus import TokenWindows
 
@@ -53,7 +54,7 @@ def as_decode(runtime: FFNRuntime, strategy: Strategy) -> Iterator[None]:
 def perplexity(model: Transformer, runtime: FFNRuntime, strategy: Strategy, windows: TokenWindows) -> float:
     """exp of the mean loss over every predicted token of every window."""
     sums = _Sums()
-    with as_decode(runtime, strategy):
+    with torch_threads(runtime.pool.threads), as_decode(runtime, strategy):
         for window in torch.from_numpy(windows.tokens):
             hidden = model(window)
             sums.add(model, hidden, hidden, window)
@@ -69,15 +70,16 @@ def evaluate(
 ) -> list[StrategyQuality]:
     """Hold `strategies` against dense over `windows`; `progress` is called with tokens done since its last call."""
     sums = {strategy: _Sums() for strategy in strategies}
-    for window in torch.from_numpy(windows.tokens):
-        with as_decode(runtime, "dense"):
-            truth = model(window)
-        for strategy in strategies:
-            runtime.counters = FFNCounters()
-            with as_decode(runtime, strategy):
-                sums[strategy].add(model, truth, truth if strategy == "dense" else model(window), window)
-            sums[strategy].count(runtime.counters)
-            progress(len(window))
+    with torch_threads(runtime.pool.threads):
+        for window in torch.from_numpy(windows.tokens):
+            with as_decode(runtime, "dense"):
+                truth = model(window)
+            for strategy in strategies:
+                runtime.counters = FFNCounters()
+                with as_decode(runtime, strategy):
+                    sums[strategy].add(model, truth, truth if strategy == "dense" else model(window), window)
+                sums[strategy].count(runtime.counters)
+                progress(len(window))
     return [sums[strategy].result(strategy) for strategy in strategies]
 
 

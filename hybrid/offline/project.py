@@ -5,7 +5,7 @@ A step's result is current when its artefact says that it was made from what wou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.worker_pool import WorkerPool
+from hybrid.console import counted
 from hybrid.errors import ContextError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
 from hybrid.formats.packed import PackedModel
@@ -28,17 +29,21 @@ from placement import placement as placement_file
 from placement.placement import Placement, PlacementResult, PlacementSettings, place, predictor_sizes
 from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
+from predictor.partial import TrainingState
 from predictor.samples import FFNWeights
 from predictor.sizing import PredictorTarget
 from predictor.train import train_predictors
 from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, atomic_write
 from profiler.common.hardware import HardwareProfile
-from profiler.corpus import Document, TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
+from profiler.common.openmp import torch_threads
+from profiler.common.progress import Progress, no_progress
+from profiler.corpus import TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
+from profiler.documents import Bad, Document
 from profiler.profile import NeuronProfile
 from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
 
-Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
+_LONG_READ = 64 << 20  # bytes of a corpus from which on reading it is worth a bar
 
 
 def check_seed(seed: int) -> None:
@@ -49,12 +54,16 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built."""
+    """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built.
+
+    skip_bad: leave out and count documents that cannot be used, where the first would else be an error.
+    """
 
     corpus: tuple[Path, ...]
     tokens: int = 100_000
     window: int = 512
     seed: int = 0
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         if not self.corpus:
@@ -69,12 +78,19 @@ class ProfileRequest:
 class Project:
     """One model folder with its bundle, and the steps that fill the bundle."""
 
-    def __init__(self, model: Path, bundle: Path | None, threads: int | None, progress: Progress) -> None:
-        """Raises `ModelError` when the folder is not a model that can be loaded."""
+    def __init__(
+        self,
+        model: Path,
+        bundle: Path | None,
+        threads: int | None,
+        progress: Progress,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """`say` is told what a corpus holds. Raises `ModelError` when the folder is not a model that can be loaded."""
         self.folder = ModelFolder.open(model)
         self.spec = self.folder.spec
         self.bundle = Bundle.of(self.folder.path, self.spec, bundle)
-        self._threads, self._progress = threads, progress
+        self._threads, self._progress, self._say = threads, progress, say
 
     @property
     def codec(self) -> TextCodec:
@@ -82,9 +98,7 @@ class Project:
 
     @cached_property
     def runtime(self) -> FFNRuntime:
-        pool = WorkerPool(self._threads)
-        torch.set_num_threads(pool.threads)
-        return FFNRuntime("dense", pool, self.spec.d_model, self.spec.d_ff)
+        return FFNRuntime("dense", WorkerPool(self._threads), self.spec.d_model, self.spec.d_ff)
 
     @cached_property
     def model(self) -> Transformer:
@@ -92,17 +106,30 @@ class Project:
         self.folder.check_finite()
         return self.folder.build(self.runtime, None, None)
 
-    def encode(self, document: Document) -> list[int]:
-        """Token ids of a corpus document, as the model meets such text."""
+    def encode(self, document: Document, most: int) -> list[int]:
+        """The first token ids of a corpus document, at most so many, as the model meets such text."""
         if document.messages:
-            return self.codec.encode_chat(document.messages, add_generation_prompt=False) + self.codec.eos_tokens()
-        return self.codec.encode_document(document.text)
+            tokens = self.codec.encode_chat(document.messages, add_generation_prompt=False, enough=most)
+            return (tokens + self.codec.eos_tokens())[:most]
+        return self.codec.encode_document(document.text, enough=most)[:most]
 
     def windows(self, request: ProfileRequest) -> TokenWindows:
         """The token windows of `request`. Raises `CorpusError` or `ContextError`."""
         self.check_context(request.window)
-        documents = read_documents(request.corpus)
-        return token_windows(documents, self.encode, request.window, request.tokens, request.seed)
+
+        def documents(bad: Bad) -> Iterator[Document]:
+            with self._read_bar(request.corpus) as advance:
+                yield from read_documents(request.corpus, bad, advance)
+
+        found = token_windows(documents, self.encode, request.window, request.tokens, request.seed, request.skip_bad)
+        for line in corpus_summary(found, request.tokens):
+            self._say(line)
+        return found
+
+    def _read_bar(self, corpus: tuple[Path, ...]) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar over the bytes of a corpus that takes a while to read, none for others."""
+        nbytes = sum(path.stat().st_size for path in corpus_files(corpus))
+        return (self._progress if nbytes >= _LONG_READ else no_progress)("corpus", nbytes, "byte")
 
     def use_predictors(self, bank: PredictorBank | None) -> None:
         """Make the model's `learned` strategy use `bank`, or have none."""
@@ -138,8 +165,10 @@ class Project:
     def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
         """What a profile made by `request` says of its making."""
         settings = ProfileSettings(seed=request.seed)
+        with self._read_bar(request.corpus) as advance:
+            digest = corpus_hash(request.corpus, advance)
         return {
-            "corpus": corpus_hash(request.corpus),
+            "corpus": digest,
             "corpus_files": [path.name for path in corpus_files(request.corpus)],
             "tokens": request.tokens,
             "window": request.window,
@@ -156,11 +185,11 @@ class Project:
         ffns = self.model.ffns
         recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
         settings = ProfileSettings(seed=request.seed)
-        with self._progress("profile", windows.tokens.size, "token") as progress:
-            partial = self.bundle.partial_profile
-            found = record_profile(self._run_dense, recorder, windows, settings, header, partial, progress)
+        partial = self.bundle.partial_profile
+        with torch_threads(self.runtime.pool.threads):
+            found = record_profile(self._run_dense, recorder, windows, settings, header, partial, self._progress)
         found.save(self.bundle.profile)
-        self.bundle.partial_profile.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         return found
 
     def _run_dense(self, tokens: torch.Tensor) -> object:
@@ -184,13 +213,14 @@ class Project:
         return {"profile": profile.key, "target": asdict(target), "seed": seed}
 
     def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> PredictorBank:
-        """Train, write and return predictors; their report is with them."""
+        """Train, write and return predictors; their report is with them. Goes on where an interrupted call ended."""
         self.require_source()
         self.require_sparse()
         check_seed(seed)
         self.folder.check_finite()
         layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
-        with self._progress("train", self.spec.n_layers, "layer") as progress:
+        partial, origin = self.bundle.partial_predictors, self.train_origin(found.header, target, seed)
+        with torch_threads(self.runtime.pool.threads):
             bank, report = train_predictors(
                 self.spec,
                 layers,
@@ -201,11 +231,13 @@ class Project:
                 perplexity_of=(lambda bank: self._validation_perplexity(found, bank))
                 if len(found.validation)
                 else None,
-                progress=progress,
+                state=TrainingState.of(partial, self.spec, origin),
+                progress=self._progress,
             )
         with atomic_write(self.bundle.report) as file:
             file.write(report.to_json().encode())
-        bank.save(self.bundle.predictors, self.spec, self.train_origin(found.header, target, seed), report)
+        bank.save(self.bundle.predictors, self.spec, origin, report)
+        partial.unlink(missing_ok=True)
         return self.load_predictors()
 
     def current_predictors(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> ArtifactHeader | None:
@@ -263,3 +295,16 @@ class Project:
         header = self.bundle.current(path, kind, self.spec)
         fits = header and all(header.made_from.get(name) == value for name, value in wanted.items())
         return header if fits else None
+
+
+def corpus_summary(found: TokenWindows, asked: int) -> list[str]:
+    """What windows were made of, and what is not as it was asked: a corpus that is too short, documents left out."""
+    use, window = found.use, found.tokens.shape[1]
+    if use is None:
+        return []
+    lines = [f"corpus: {found.tokens.size:,} tokens of {use.used:,} of {use.documents:,} documents"]
+    if found.tokens.size <= asked - window:
+        lines.append(f"note: that is all it has in whole windows of {window}; {asked:,} tokens were asked for")
+    if use.skipped:
+        lines.append(f"note: unusable and left out: {counted(use.skipped, 'document')}, the first: {use.first_skipped}")
+    return lines

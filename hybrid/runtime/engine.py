@@ -1,8 +1,9 @@
 """`Engine`: a loaded model that answers. Prefill, decode, the KV cache across calls, stop conditions, statistics.
 
 Everything runs on the calling thread but the kernels, which share the engine's `WorkerPool`, and torch's own threads in
-prefill, whose number the engine sets for the whole process. An engine serves one answer at a time; a generator that is
-closed early leaves it ready for the next.
+prefill, whose number is the caller's again when a token is given. Where torch was not imported before this room, they
+sleep where they wait (`profiler.common.openmp`). An engine serves one answer at a time; a generator that is closed
+early leaves it ready for the next.
 """
 
 from __future__ import annotations

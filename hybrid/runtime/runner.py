@@ -13,6 +13,7 @@ from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.sampling import Sampler, most_likely
+from profiler.common.openmp import torch_threads
 from profiler.common.spec import Strategy
 
 
@@ -79,14 +80,14 @@ class CpuRunner:
     def read(self, tokens: list[int]) -> torch.Tensor:
         if len(tokens) == 1:
             return self._run(tokens[0], "dense")
-        # A child of fork waits for ever for torch's threads, which stayed with its parent.
-        torch.set_num_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1)
         self._runtime.as_decode = False
         if len(tokens) > self._runtime.few:
             self._expect_scattered_reads(False)
-        hidden = self._model(torch.tensor(tokens), self._cache)
-        self._expect_scattered_reads(self._runtime.strategy != "dense")
-        return self._model.logits(hidden[-1:])[0]
+        # A child of fork waits for ever for torch's threads, which stayed with its parent.
+        with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
+            hidden = self._model(torch.tensor(tokens), self._cache)
+            self._expect_scattered_reads(self._runtime.strategy != "dense")
+            return self._model.logits(hidden[-1:])[0]
 
     def decode(self, token: int) -> torch.Tensor:
         return self._run(token, self._runtime.strategy)
@@ -100,7 +101,6 @@ class CpuRunner:
     def rest(self) -> None:
         """Its threads sleep between tokens."""
 
+    @torch_threads(1)  # what is left to torch for one token is too small to share out (8 ms on busy cores for a wait)
     def _run(self, token: int, strategy: Strategy) -> torch.Tensor:
-        # What is left to torch for one token, sampling, is too small to share out (8 ms on busy cores for a wait).
-        torch.set_num_threads(1)
         return self._step.run(token, strategy)

@@ -14,6 +14,7 @@ import torch
 from cpu_kernels.top_k import top_k
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.generation import SamplingSettings
+from profiler.common.openmp import torch_threads
 
 _NUCLEUS = 1024  # tokens that nearly always hold top-p's share; finding them takes a tenth of the sort
 
@@ -49,6 +50,7 @@ class Sampler:
         """The next number in [0, 1) to draw a token by."""
         return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
 
+    @torch_threads(1)
     def pick(self, logits: torch.Tensor, seen: Sequence[int], uniform: float | None = None) -> int:
         """The next token for `logits` [vocab] f32; `seen` are prompt and answer so far, for the repetition penalty.
 

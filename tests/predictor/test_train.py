@@ -1,5 +1,6 @@
 """Training the predictors of a small model, and their file."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 from predictor_cases import SPEC, random_layer, random_samples, small_spec
 from safetensors.numpy import load_file
 
-from predictor import PredictorBank, PredictorTarget, train_predictors
+from predictor import PredictorBank, PredictorTarget, partial, train_predictors
+from predictor.partial import TrainingState
 from predictor.samples import split_documents
 from profiler.common.artifact import ArtifactHeader, write_tensors
 from profiler.common.errors import ArtifactError, ArtifactMismatchError, CorpusError, InputError
@@ -121,16 +123,85 @@ def test_dead_neurons_and_silent_layers():
     assert report.layers[1].predicted_share < 0.2
 
 
-def test_progress_counts_layers_and_an_interrupt_passes_through():
-    seen = []
-    _train(progress=seen.append)
-    assert seen == [1, 1]
+class Told:
+    """A progress that remembers what it is told, and interrupts after so many units."""
 
-    def interrupt(_):
-        raise KeyboardInterrupt
+    def __init__(self, interrupt_after=None):
+        self.said, self._left = [], interrupt_after
 
+    @contextmanager
+    def __call__(self, label, total, unit="token", done=0):
+        self.said.append((label, done, total))
+        yield self._advance
+
+    def _advance(self, count):
+        self.said.append(count)
+        if self._left is not None and len([said for said in self.said if said == 1]) == self._left:
+            raise KeyboardInterrupt
+
+
+def perplexity_of(bank):
+    return 10.0 if bank is None else 10.03
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Bank, report and what a progress is told of a training that nothing interrupts."""
+    told = Told()
+    return *_train(progress=told, perplexity_of=perplexity_of), told
+
+
+def test_progress_counts_layers_and_trials(whole):
+    told = whole[2]
+    assert told.said[:6] == [("ranks", 0, 2), 1, 1, ("train", 0, 2), 1, 1] and told.said[6] == ("thresholds", 0, 6)
+    assert 2 <= told.said[7:].count(1) <= 6
+
+
+@pytest.mark.parametrize(
+    ("after", "kept", "begins"),
+    [
+        (1, "0 of 2 layers trained and 1 measured", [("ranks", 1, 2), 1, ("train", 0, 2), 1, 1]),
+        (3, "1 of 2 layers trained and 2 measured", [("ranks", 2, 2), ("train", 1, 2), 1]),
+        (5, "2 of 2 layers trained and 2 measured", [("ranks", 2, 2), ("train", 2, 2)]),
+    ],
+)
+def test_an_interrupted_training_goes_on_where_it_ended(whole, tmp_path, after, kept, begins):
+    path, made_from = tmp_path / "partial", {"profile": "abc", "seed": 0}
+    with pytest.raises(KeyboardInterrupt, match=f"{kept} are kept, run it again to go on"):
+        _train(state=TrainingState.of(path, SPEC, made_from), progress=Told(after), perplexity_of=perplexity_of)
+    told = Told()
+    bank, report = _train(state=TrainingState.of(path, SPEC, made_from), progress=told, perplexity_of=perplexity_of)
+    assert told.said[: len(begins) + 1] == [*begins, ("thresholds", 0, 6)]
+    assert report == whole[1] and bank.thresholds == whole[0].thresholds
+    for a, b in zip(bank.predictors, whole[0].predictors, strict=True):
+        assert all(torch.equal(getattr(a, part), getattr(b, part)) for part in ("fc1", "b1", "fc1_scale", "fc2", "b2"))
+
+
+def test_what_another_training_kept_is_not_used(tmp_path):
+    path = tmp_path / "partial"
+    assert not TrainingState.of(path, SPEC, {"seed": 0}).save()  # nothing is done
     with pytest.raises(KeyboardInterrupt):
-        _train(progress=interrupt)
+        _train(state=TrainingState.of(path, SPEC, {"seed": 0}), progress=Told(3))
+    assert len(TrainingState.of(path, SPEC, {"seed": 0}).predictors) == 1
+    for other in (
+        TrainingState.of(path, SPEC, {"seed": 1}),
+        TrainingState.of(path, replace(SPEC, fingerprint="x"), {"seed": 0}),
+    ):
+        assert other.shares == other.predictors == []
+    path.write_bytes(path.read_bytes()[:-1])
+    assert TrainingState.of(path, SPEC, {"seed": 0}).shares == []
+
+
+def test_a_killed_training_has_what_was_saved_now_and_then(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "_SAVE_SECONDS", -1.0)
+    path = tmp_path / "partial"
+    _train(state=TrainingState.of(path, SPEC, {}))
+    assert len(TrainingState.of(path, SPEC, {}).predictors) == 2
+
+
+def test_an_interrupt_without_a_file_passes_through():
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        _train(progress=Told(3))
 
 
 def test_bad_inputs_are_refused():

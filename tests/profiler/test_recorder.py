@@ -1,5 +1,6 @@
 """Profiling a small ReLU model by hooks: counts and samples against recomputation, interruption and resumption."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from profiler.common.errors import ArtifactError, ArtifactMismatchError, CorpusError
+from profiler.common.progress import no_progress
 from profiler.common.spec import ModelSpec
 from profiler.corpus import TokenWindows
 from profiler.profile import NeuronProfile
@@ -42,11 +44,11 @@ def windows():
     return TokenWindows(rng.integers(0, 50, (12, CONTEXT)), documents)
 
 
-def record(model, windows, partial, forward=None, settings=None, header=None):
+def record(model, windows, partial, forward=None, settings=None, header=None, progress=no_progress):
     recorder = ActivationRecorder(SPEC, list(model[1:]), [ffn.act for ffn in model[1:]])
     settings = settings or ProfileSettings(sample_tokens=20)
     header = header or NeuronProfile.make_header(SPEC, {"corpus": "x"})
-    return record_profile(forward or model, recorder, windows, settings, header, partial, lambda count: None)
+    return record_profile(forward or model, recorder, windows, settings, header, partial, progress)
 
 
 def test_counts_equal_recomputation(model, windows, tmp_path):
@@ -85,10 +87,17 @@ def test_an_interrupted_run_goes_on_where_it_ended(model, windows, tmp_path, at)
 
     with pytest.raises(KeyboardInterrupt):
         record(model, windows, partial, interrupted)
-    rest = []
-    resumed = record(model, windows, partial, lambda tokens: rest.append(model(tokens)))
+    rest, told = [], []
+
+    @contextmanager
+    def progress(label, total, unit="token", done=0):
+        told.extend([(label, total, done)])
+        yield told.append
+
+    resumed = record(model, windows, partial, lambda tokens: rest.append(model(tokens)), progress=progress)
     whole = record(model, windows, tmp_path / "other")
     assert len(rest) == 12 - at
+    assert told == [("profile", 12 * CONTEXT, at * CONTEXT), *[CONTEXT] * (12 - at)]
     for name in ("counts", "inputs", "documents", "validation"):
         assert (getattr(resumed, name) == getattr(whole, name)).all()
 
@@ -106,7 +115,7 @@ def test_an_interrupt_after_a_window_ran_does_not_count_it_twice(model, windows,
 
     with pytest.raises(KeyboardInterrupt, match="5 of 12 windows are kept"):
         settings = ProfileSettings(sample_tokens=20)
-        record_profile(interrupted, recorder, windows, settings, header, partial, lambda count: None)
+        record_profile(interrupted, recorder, windows, settings, header, partial, no_progress)
     resumed, whole = record(model, windows, partial), record(model, windows, tmp_path / "other")
     assert (resumed.counts == whole.counts).all() and resumed.frequency().max() <= 1
 

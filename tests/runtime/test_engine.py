@@ -15,6 +15,7 @@ from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.chat.interrupts import InterruptGuard
 from hybrid.errors import ArtifactError, ContextError, InputError
 from placement import Placement
+from profiler.common.openmp import torch_threads
 
 pytest.importorskip("transformers")
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
@@ -271,7 +272,18 @@ def test_what_cannot_be_loaded_says_why(folder, tmp_path):
     assert "silu fires densely" in Engine.load(tmp_path).notices[0]
 
 
-def test_torch_threads_are_one_in_decode(engine):
-    steps = engine.generate("abc", GREEDY)
-    next(steps), next(steps)
-    assert torch.get_num_threads() == 1
+@pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(temperature=1, max_new_tokens=3)])
+def test_torch_has_one_thread_in_decode_and_the_callers_number_between_tokens(engine, settings, monkeypatch):
+    inside, run = [], engine.runner._step.run
+
+    def note(token, strategy):
+        inside.append(torch.get_num_threads())
+        return run(token, strategy)
+
+    monkeypatch.setattr(engine.runner._step, "run", note)
+    with torch_threads(3):
+        for prompt_tokens in (1, 40):
+            for _ in engine.generate([5] * prompt_tokens, settings):
+                assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    assert set(inside) == {1}

@@ -33,6 +33,7 @@ from hybrid.runtime.gpu.cold_stream import ColdStream
 from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, scratch_floats, some_rows
 from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
 from placement.workspace import PREFILL_CHUNK, PREFILL_ROWS, PREFILL_WIDE, Workspace
+from profiler.common.openmp import torch_threads
 
 PART = "workspace: prefill"
 _LEAST_QUERIES = 8  # whose scores fit the scratch
@@ -164,17 +165,17 @@ class GpuPrefill:
         if not len(tokens):
             raise ValueError("prefill needs at least one token")
         logits = torch.empty(0)
-        torch.set_num_threads(self._runtime.pool.threads)
         self._runtime.as_decode = False
-        self._wait()  # for what an interrupted call left under way
-        for at in range(0, len(tokens), self._chunk):
-            progress(at, len(tokens))
-            some = tokens[at : at + self._chunk]
-            self._layers(some)
-            if at + len(some) == len(tokens):
-                logits = self._logits(len(some))
-            self._wait()
-            self._cache.advance(len(some))
+        with torch_threads(self._runtime.pool.threads):
+            self._wait()  # for what an interrupted call left under way
+            for at in range(0, len(tokens), self._chunk):
+                progress(at, len(tokens))
+                some = tokens[at : at + self._chunk]
+                self._layers(some)
+                if at + len(some) == len(tokens):
+                    logits = self._logits(len(some))
+                self._wait()
+                self._cache.advance(len(some))
         progress(len(tokens), len(tokens))
         return logits
 

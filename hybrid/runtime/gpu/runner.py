@@ -19,6 +19,7 @@ from placement.placement import Placement
 from placement.prefill import ColdPrefill
 from placement.workspace import PREFILL_CHUNK
 from profiler.common.hardware import HardwareProfile
+from profiler.common.openmp import torch_threads
 from profiler.common.spec import Strategy
 
 # Up to so many tokens of a prompt go through the decode step, 8 at a time; more through prefill's GEMMs.
@@ -75,33 +76,34 @@ class GpuRunner:
         refused = self._zero_copy.refused
         return (f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe",) if refused else ()
 
+    @torch_threads(1)
     def load_kernels(self) -> None:
-        torch.set_num_threads(1)
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: list[int]) -> torch.Tensor:
         self._check_process()
         if len(tokens) <= FEW_TOKENS:
-            return self.step.few(tokens, self._reading)
+            with torch_threads(1):
+                return self.step.few(tokens, self._reading)
         self.rest()
         self._expect_scattered_reads(False)
         logits = self.prefill.read(tokens)
         self._expect_scattered_reads(self._runtime.strategy != "dense")
         return logits
 
+    @torch_threads(1)
     def decode(self, token: int) -> torch.Tensor:
         self._check_process()
-        torch.set_num_threads(1)
         return self.step.run(token, self._runtime.strategy)
 
+    @torch_threads(1)
     def greedy(self, token: int) -> int:
         self._check_process()
-        torch.set_num_threads(1)
         return self.step.greedy(token, self._runtime.strategy)
 
+    @torch_threads(1)
     def draw(self, token: int, sampler: Sampler) -> int:
         self._check_process()
-        torch.set_num_threads(1)
         return self.step.draw(token, self._runtime.strategy, sampler)
 
     def rest(self) -> None:

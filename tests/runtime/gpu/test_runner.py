@@ -16,6 +16,7 @@ from placement.placement import Placement
 from placement.plan import VramPlan
 from placement.workspace import predictor_bytes
 from predictor.bank import PredictorBank
+from profiler.common.openmp import torch_threads
 
 pytest.importorskip("transformers")
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=6)
@@ -49,6 +50,7 @@ def bank_of(folder):
         return PredictorBank(tuple(random_predictor(ffn) for ffn in engine.model.ffns))
 
 
+@torch_threads(3)
 def conversation(engine):
     """Tokens of answers to a short prompt, to a longer one that goes on from it, to another, and to that again."""
     answers = []
@@ -59,6 +61,7 @@ def conversation(engine):
         answers.append([step.token for step in steps])
         cached = steps[-1].stats.cached_tokens
         assert cached == {len(SHORT) + 15: len(SHORT) + 5}.get(len(prompt), 0 if len(answers) == 3 else len(LONG) - 1)
+    assert torch.get_num_threads() == 3  # as many as before
     return answers
 
 
