@@ -17,6 +17,7 @@ from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn
+from gpu_kernels.box import Mailbox
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.kv_cache import KVCache
@@ -129,7 +130,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     The workers have a minute to answer, as the CPU of a test may be shared by many.
     """
     if DEVICE == "cpu":
-        monkeypatch.setattr("hybrid.runtime.gpu.cold_workers.Mailbox", partial(mailbox.Mailbox, timeout=60.0))
+        monkeypatch.setattr(Mailbox, "new", partial(Mailbox.new, timeout=60.0))
         for module, user in product(
             (attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn), _USERS
         ):

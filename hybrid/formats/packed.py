@@ -29,7 +29,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from cpu_kernels.matrix import DTYPES, Matrix, row_width
+from cpu_kernels.contract import LAYOUTS
+from cpu_kernels.matrix import Matrix
+from cpu_kernels.row_types import ROW_TYPES
 from hybrid.console import size
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats.config import parse_config, read_json
@@ -47,7 +49,7 @@ PACKED_DTYPES: tuple[PackedDType, ...] = get_args(PackedDType)
 STORED_AS: dict[PartType, str] = {
     "bf16": "BF16", "f16": "F16", "f32": "F32", "int8": "I8", "int4": "U8", "i32": "I32", "i8": "I8"
 }  # fmt: skip
-_ARRAY_TYPES = {"I32": np.dtype(np.int32)} | {STORED_AS[kind]: DTYPES[kind] for kind in get_args(DType)}
+_ARRAY_TYPES = {"I32": np.dtype(np.int32)} | {STORED_AS[name]: kind.array for name, kind in ROW_TYPES.items()}
 REPAIR = "hybrid pack SOURCE_MODEL"
 
 
@@ -62,8 +64,8 @@ class Part:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """As the file says it: rows in blocks are counted in bytes."""
-        if self.dtype == "int8" or self.dtype == "int4":
-            return self.shape[0], row_width(self.dtype, self.shape[1])
+        if self.dtype in LAYOUTS and len(self.shape) == 2:
+            return self.shape[0], LAYOUTS[self.dtype].elements(self.shape[1])
         return self.shape
 
     @property
@@ -147,6 +149,7 @@ class TensorMap:
     """
 
     path: Path
+    parts: dict[str, Part]
     places: dict[str, Place]
     bytes: mmap.mmap
 
@@ -162,7 +165,7 @@ class TensorMap:
             mapped = mmap.mmap(file.file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelError(f"cannot map {file.path}: {error.strerror or error}") from error
-        return cls(file.path, file.places, mapped)
+        return cls(file.path, {part.name: part for part in expected}, file.places, mapped)
 
     def stored(self, name: str) -> np.ndarray:
         """A tensor as it lies in the file, a view on the map: bf16 as uint16, f16 as int16, blocks as bytes."""
@@ -175,6 +178,14 @@ class TensorMap:
         if name not in self.places:
             raise ModelError(f"{self.path} has no tensor '{name}'; pack the model again")
         return self.places[name]
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Part:
+        """The tensor `name`, which must be of `shape`. Raises `ModelError`."""
+        self.place(name)
+        part = self.parts[name]
+        if part.shape != shape:
+            raise ModelError(f"{self.path}: tensor '{name}' is {list(part.shape)}, expected {list(shape)}")
+        return part
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,14 +226,12 @@ class PackedModel:
 
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """The matrix `name` of [rows, columns] weights, a view on the map. Raises `ModelError` for another shape."""
-        place = self._tensors.place(name)
-        dtype: DType = next((kind for kind in get_args(DType) if STORED_AS[kind] == place.dtype), "f32")
-        _check(self._tensors.path, Part(name, (rows, columns), dtype), place)
+        self._tensors.part(name, (rows, columns))
         return Matrix(self.stored(name), columns)
 
     def vector(self, name: str, n: int) -> np.ndarray:
         """The norm or bias `name`, f32 [n], a view on the map. Raises `ModelError` for another shape."""
-        _check(self._tensors.path, Part(name, (n,), "f32"), self._tensors.place(name))
+        self._tensors.part(name, (n,))
         return self.stored(name)
 
     def stored(self, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cpu_kernels.blocks import dequantize, quantize
+from cpu_kernels.blocks import FORMATS, dequantize, quantize
 from cpu_kernels.lanes import widen_ref
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import ArtifactError, InputError, ModelError
@@ -241,9 +241,9 @@ class Packer:
     def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
         """What was stored of a block, and whether that is the block within what its type may lose."""
         block = read()
-        if part.dtype == "int8" or part.dtype == "int4":
+        if part.dtype in FORMATS:
             wide = dequantize(stored, part.shape[1])
-            return stored, within_bounds(wide, block, part.dtype, self._is_fed(part))
+            return stored, within_bounds(wide, block, FORMATS[part.dtype], self._is_fed(part))
         return stored, np.array_equal(stored, encode(part, block))
 
 
@@ -301,4 +301,6 @@ def _narrow(block: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return block.astype(np.float16).view(np.int16)
-    return block
+    if dtype == "f32":
+        return block
+    raise ValueError(f"{dtype} is not a type of floats")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.blocks import row_bytes
+from cpu_kernels.contract import LAYOUTS
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.packed import Part
 from hybrid.offline.error_feedback import SPAN, feedback_factor, quantize_by_columns, quantize_by_rows
@@ -48,7 +48,7 @@ class FFNFeedback:
         """
         source, f = self._sources[f"layers.{layer}.down"], self._spec.d_ff
         places = np.arange(f) if source.order is None else np.argsort(source.order)
-        out = np.empty((f, row_bytes("int4", self._spec.d_model)), np.uint8)
+        out = np.empty((f, LAYOUTS["int4"].row_bytes(self._spec.d_model)), np.uint8)
         for start in range(0, f, SPAN):
             rows = places[start : start + SPAN]
             factor = feedback_factor(self._fired(layer, rows))

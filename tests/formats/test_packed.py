@@ -10,7 +10,7 @@ from model_cases import make_model
 from packed_cases import pack, place, quiet
 from safetensors.torch import save_file
 
-from cpu_kernels.blocks import dequantize, quantize
+from cpu_kernels.blocks import FORMATS, dequantize, quantize
 from hybrid.cli import main
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats import packed
@@ -58,11 +58,11 @@ def test_bounds_hold_for_what_quantize_makes(kind, d, scale):
     rng = np.random.default_rng(d)
     weight = (rng.standard_normal((5, d)) * scale * rng.choice([1, 30], (5, d))).astype(np.float32)
     found = dequantize(quantize(weight, kind), d)
-    assert within_bounds(found, weight, kind)
+    assert within_bounds(found, weight, FORMATS[kind])
     step = np.abs(weight).max() / {"int8": 127, "int4": 7}[kind]
     worse = found.copy()
     worse[4, d // 2] += 8 * max(step, 2**-18)
-    assert not within_bounds(worse, weight, kind)
+    assert not within_bounds(worse, weight, FORMATS[kind])
 
 
 def test_locking_and_advice(model, tmp_path, monkeypatch):

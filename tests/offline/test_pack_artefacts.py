@@ -13,7 +13,9 @@ from hybrid.cli import main
 from hybrid.console import size
 from hybrid.errors import InputError
 from hybrid.formats.bundle import Bundle
+from hybrid.formats.packed import Part
 from hybrid.model.loader import ModelFolder
+from hybrid.offline.pack import encode
 from profiler.common.artifact import read_tensors, write_tensors
 from profiler.profile import NeuronProfile, StoredInputs
 
@@ -102,6 +104,11 @@ def test_int4_wants_a_profile_that_is_whole_and_has_inputs(model, tmp_path, capf
     path.unlink()
     code, _, err = hybrid(capfd, *command)
     assert code == 0 and "note: no profile, so int4 is rounded plainly" in err
+
+
+def test_a_part_of_a_type_that_is_not_of_weights_is_not_written():
+    with pytest.raises(ValueError, match="i8 is not a type of floats"):
+        encode(Part("x", (1, 2), "i8"), np.zeros((1, 2), np.float32))
 
 
 def test_inputs_that_are_not_finite_are_refused_where_they_are_read_by_layer(model):
