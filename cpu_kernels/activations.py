@@ -1,4 +1,4 @@
-"""The FFN activations: their codes for compiled kernels, and torch and scalar versions of the same formulas."""
+"""The FFN activations: in compiled kernels, by their codes in `contract.py`, and by the same formulas in torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import njit
-
-ACTIVATION_CODES = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 
 @njit(nogil=True, inline="always")

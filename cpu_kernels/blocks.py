@@ -1,12 +1,6 @@
-"""int8 and int4 weights in blocks of 32 along the input dimension, one f16 scale a block, symmetric.
+"""int8 and int4 weights in blocks of 32 along the input dimension, one f16 scale a block, symmetric: see `contract.py`.
 
-A row is one run of bytes, codes first, then the scales, so that reading a neuron is one jump. Rows are padded with
-zeros to P = `padded(d)`, a multiple of 128. With q the codes and s the scales, w[j] = q[j] * s[j // 32]:
-
-    int8   P bytes q, -127 to 127, in order; P / 32 scales                               array int8  [n, P + P / 16]
-    int4   P / 2 bytes q + 8, 0 to 15; P / 32 scales                                     array uint8 [n, P / 2 + P / 16]
-           128 codes are 32 little-endian uint16: bits 4k to 4k + 3 of number j hold code 32 k + j, so that a mask
-           gives the 16-bit lanes of one block, and no lane has to move
+    int8   array int8  [n, P + P / 16]            int4   array uint8 [n, P / 2 + P / 16]
 
 32 to a block and one f16 scale is the format that llama.cpp's Q8_0 and Q4_0 made common: 6% of int8's bytes. Blocks of
 64 would save half of that and lose more in int4. The scale of a block is the best of a few candidates by squared error
@@ -15,36 +9,72 @@ rather than the largest weight over 127 or 8: one is a power of two, which makes
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 from numba.extending import register_jitable
 
-Blocks = Literal["int8", "int4"]
+from cpu_kernels import contract
+from cpu_kernels.compiled import kernel
+from cpu_kernels.contract import BLOCK, GROUP, INT4_OFFSET, LAYOUTS, Blocks, RowLayout
 
-BLOCK = 32
-GROUP = 128
-LARGEST = {"int8": 127, "int4": 7}
-LEAST = {"int8": -127, "int4": -8}
-_OFFSET = 8  # int4 codes are stored with it added
-ARRAY_TYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8)}
-# Scales tried for a block, as shares of the largest weight over the largest code.
-_TRIED = {"int8": np.array([1.0], np.float32), "int4": np.linspace(0.76, 1.12, 13, dtype=np.float32)}
+padded = register_jitable(contract.padded)
 
 
-@register_jitable
-def padded(d: int) -> int:
-    """Codes of a row of `d` weights."""
-    return -(-d // GROUP) * GROUP
+@dataclass(frozen=True, eq=False)
+class BlockFormat:
+    """How weights become codes and codes bytes.
+
+    array: the type of the rows' array. least, largest: codes. tried: scales tried for a block, as shares of the largest
+    weight over the largest code; of several the best may leave that weight beyond the codes. packed: the bytes of codes
+    f32 [n, P]; unpacked: the codes again, f32 [n, P].
+    """
+
+    layout: RowLayout
+    array: np.dtype
+    least: int
+    largest: int
+    tried: np.ndarray
+    packed: Callable[[np.ndarray], np.ndarray]
+    unpacked: Callable[[np.ndarray], np.ndarray]
 
 
-def row_bytes(kind: Blocks, d: int) -> int:
-    """Bytes of a row of `d` weights."""
-    return padded(d) // (1 if kind == "int8" else 2) + padded(d) // 16
+def _as_nibbles(codes: np.ndarray) -> np.ndarray:
+    four = (codes + INT4_OFFSET).astype(np.uint16).reshape(len(codes), -1, GROUP // BLOCK, BLOCK)
+    return four[:, :, 0] | four[:, :, 1] << 4 | four[:, :, 2] << 8 | four[:, :, 3] << 12
 
 
-@njit(nogil=True, cache=True)
+def _from_nibbles(stored: np.ndarray) -> np.ndarray:
+    words = stored.view(np.uint16).reshape(len(stored), -1, 1, BLOCK)
+    shifts = np.arange(0, 16, 4, dtype=np.uint16)[None, None, :, None]
+    return (((words >> shifts) & 15).astype(np.float32) - INT4_OFFSET).reshape(len(stored), -1)
+
+
+FORMATS: dict[str, BlockFormat] = {
+    "int8": BlockFormat(
+        *(LAYOUTS["int8"], np.dtype(np.int8), -127, 127, np.array([1.0], np.float32)),
+        packed=lambda codes: codes.astype(np.int8),
+        unpacked=lambda stored: stored.view(np.int8).astype(np.float32),
+    ),
+    "int4": BlockFormat(
+        *(LAYOUTS["int4"], np.dtype(np.uint8), -8, 7, np.linspace(0.76, 1.12, 13, dtype=np.float32)),
+        packed=_as_nibbles,
+        unpacked=_from_nibbles,
+    ),
+}
+
+
+def format_of(rows: np.ndarray) -> BlockFormat:
+    """The format of rows in blocks, which their array's type tells. Raises `ValueError` for other arrays."""
+    for found in FORMATS.values():
+        if found.array == rows.dtype:
+            return found
+    raise ValueError(f"rows in blocks are arrays of {[str(f.array) for f in FORMATS.values()]}, got {rows.dtype}")
+
+
+@kernel
 def _best_scales(weight, tried, low, high, scales):  # type: ignore[no-untyped-def]
     """scales[i, b]: of the candidates, the one that rounds block b of row i with the least squared error."""
     for i in range(weight.shape[0]):
@@ -107,8 +137,8 @@ def widened(weight: np.ndarray) -> np.ndarray:
 
 def choose_scales(wide: np.ndarray, kind: Blocks) -> np.ndarray:
     """f16 [n, k] scales of wide [n, 32 k] f32, C-contiguous."""
-    scales = np.zeros((len(wide), wide.shape[1] // BLOCK), np.float32)
-    _best_scales(wide, _TRIED[kind], np.float32(LEAST[kind]), np.float32(LARGEST[kind]), scales)
+    scales, form = np.zeros((len(wide), wide.shape[1] // BLOCK), np.float32), FORMATS[kind]
+    _best_scales(wide, form.tried, np.float32(form.least), np.float32(form.largest), scales)
     return scales.astype(np.float16)
 
 
@@ -117,35 +147,21 @@ def codes_of(wide: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
     step = scales.astype(np.float32)[:, :, None]
     blocks = wide.reshape(len(wide), wide.shape[1] // BLOCK, BLOCK)
     codes = np.divide(blocks, step, out=np.zeros_like(blocks), where=step != 0).round()
-    return codes.clip(LEAST[kind], LARGEST[kind]).reshape(wide.shape)
+    return codes.clip(FORMATS[kind].least, FORMATS[kind].largest).reshape(wide.shape)
 
 
 def store(codes: np.ndarray, scales: np.ndarray, kind: Blocks) -> np.ndarray:
     """Rows of `kind` from codes f32 [n, P] and scales f16 [n, P / 32]."""
-    n = len(codes)
-    stored = codes.astype(np.int8) if kind == "int8" else _as_nibbles(codes)
-    parts = [stored.view(np.uint8).reshape(n, -1), scales.view(np.uint8).reshape(n, -1)]
-    return np.concatenate(parts, axis=1).view(ARRAY_TYPES[kind])
+    n, form = len(codes), FORMATS[kind]
+    parts = [form.packed(codes).view(np.uint8).reshape(n, -1), scales.view(np.uint8).reshape(n, -1)]
+    return np.concatenate(parts, axis=1).view(form.array)
 
 
 def dequantize(rows: np.ndarray, d: int) -> np.ndarray:
-    """The weights f32 [n, d] of rows as `quantize` makes them; int8 and int4 are told apart by the array's type."""
-    kind: Blocks = "int8" if rows.dtype == np.int8 else "int4"
-    n, width = len(rows), padded(d)
-    codes_bytes = row_bytes(kind, d) - width // 16
+    """The weights f32 [n, d] of rows as `quantize` makes them. Raises `ValueError` for arrays of another type."""
+    n, width, form = len(rows), padded(d), format_of(rows)
+    codes_bytes = form.layout.codes_bytes(d)
     raw = np.ascontiguousarray(rows).view(np.uint8)
     scales = np.ascontiguousarray(raw[:, codes_bytes:]).view(np.float16).astype(np.float32)
-    stored = np.ascontiguousarray(raw[:, :codes_bytes])
-    codes = stored.view(np.int8).astype(np.float32) if kind == "int8" else _from_nibbles(stored)
+    codes = form.unpacked(np.ascontiguousarray(raw[:, :codes_bytes]))
     return (codes.reshape(n, width // BLOCK, BLOCK) * scales[:, :, None]).reshape(n, width)[:, :d]
-
-
-def _as_nibbles(codes: np.ndarray) -> np.ndarray:
-    four = (codes + _OFFSET).astype(np.uint16).reshape(len(codes), -1, 4, BLOCK)
-    return four[:, :, 0] | four[:, :, 1] << 4 | four[:, :, 2] << 8 | four[:, :, 3] << 12
-
-
-def _from_nibbles(stored: np.ndarray) -> np.ndarray:
-    words = stored.view(np.uint16).reshape(len(stored), -1, 1, BLOCK)
-    shifts = np.arange(0, 16, 4, dtype=np.uint16)[None, None, :, None]
-    return (((words >> shifts) & 15).astype(np.float32) - _OFFSET).reshape(len(stored), -1)

@@ -30,8 +30,9 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate
 from cpu_kernels.addresses import floats, pointer
 from cpu_kernels.attention import attend_heads
-from cpu_kernels.blocks import GROUP, padded
+from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.contract import GROUP
 from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,
@@ -47,11 +48,13 @@ from cpu_kernels.decode_buffers import (
 )
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
-from cpu_kernels.lanes import copy, one_input, prepare, round_input
+from cpu_kernels.lanes import copy, one_input, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
+from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_sum import finish, sum_rows
+from cpu_kernels.row_types import group_bytes, row_group
 
 
 @intrinsic
@@ -67,8 +70,9 @@ def _tick(typing_context: Any) -> Any:
 
 @subroutine
 def row_bytes(like, columns):  # type: ignore[no-untyped-def]
-    """Bytes of a row; in blocks it is made of groups of columns, and `like` has the size of one."""
-    return like.shape[1] * (padded(columns) // GROUP) if like.itemsize == 1 else columns * like.itemsize
+    """Bytes of a row."""
+    group = row_group(like)
+    return (columns + group - 1) // group * group_bytes(like)
 
 
 @subroutine

@@ -8,11 +8,12 @@ import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
-from cpu_kernels.blocks import BLOCK
 from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.contract import BLOCK
 from cpu_kernels.lanes import fetch, one_input
 from cpu_kernels.row_dot import dot_four
-from cpu_kernels.row_sum import column_bytes, columns_unit, finish, four_rows, new_steps, sum_rows
+from cpu_kernels.row_sum import column_bytes, finish, four_rows, new_steps, sum_rows
+from cpu_kernels.row_types import columns_unit
 
 LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
 MAX_PARTS, LEAST_ROWS = 8, 16  # parts in which the rows of down are summed, and rows of one where there are several

@@ -11,14 +11,14 @@ import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
+from cpu_kernels.contract import MAX_BATCH
+from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.row_dot import dot_four
+from cpu_kernels.row_dot import dot_four, prepare
 from cpu_kernels.worker_pool import Each, WorkerPool
 
 # How far ahead in each stream lines are fetched: 1 KB gave 24 GB/s for int4, 2 KB 31, 4 KB 33, 8 KB 30.
 AHEAD = 4096
-MAX_BATCH = 8
 
 
 @subroutine

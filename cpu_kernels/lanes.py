@@ -1,9 +1,7 @@
 """Vector code for rows of weights: dot products, sums of scaled rows, and the view under which kernels see a tensor.
 
 A row is an address, as the decode step finds it in a table of addresses; `like` is any array whose type says how rows
-are stored. NumPy has no bf16 and no 4-bit type, so the five types are told apart by the array's:
-
-    float32 f32    uint16 bf16    int16 f16    int8 blocks of int8    uint8 blocks of int4 (`blocks.py`)
+are stored (`row_types.py`).
 
 bf16, f16 and f32 rows are multiplied with the input in f32. Rows in blocks are multiplied in integers with an input of
 16 bits, one f32 scale a block (`Input`), by the instruction that multiplies pairs of 16-bit lanes and adds them
@@ -23,10 +21,11 @@ import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from cpu_kernels.blocks import BLOCK, padded
+from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine, target_features
+from cpu_kernels.contract import BLOCK, GROUP, INT4_OFFSET
 
 # Sums may be reordered into vector lanes and multiplies fused; infinities and NaN keep their meaning.
 FAST_SUMS = {"reassoc", "contract", "nsz", "arcp"}
@@ -62,10 +61,14 @@ def stored_view(values: np.ndarray) -> np.ndarray:
 
 
 def widen_ref(weight: np.ndarray) -> np.ndarray:
-    """The f32 values of a `kernel_view`, in NumPy."""
+    """The f32 values of a `kernel_view` of floats, in NumPy. Raises `TypeError` for other arrays."""
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
-    return weight.view(np.float16).astype(np.float32) if weight.dtype == np.int16 else weight.astype(np.float32)
+    if weight.dtype == np.int16:
+        return weight.view(np.float16).astype(np.float32)
+    if weight.dtype == np.float32:
+        return weight.astype(np.float32)
+    raise TypeError(f"floats are arrays of uint16 (bf16), int16 (f16) or float32, got {weight.dtype}")
 
 
 # The input of a product, in the forms that the row types want: f32 [d]; int16 [P] and its scale f32 [P / 32]; for int4
@@ -123,19 +126,7 @@ def round_input(v, d):  # type: ignore[no-untyped-def]
         scales[b] = scale
         k = b & 3
         nibble_scales[b] = scale * (one if k == 0 or k == 3 else np.float32(1 / 16) if k == 1 else np.float32(1 / 256))
-        sums[b] = np.float32(8) * scale * np.float32(total)
-
-
-def prepare(like: np.ndarray, v: Input, d: int) -> None:
-    """Bring `v` into the form that rows like `like` are multiplied with; a kernel's helper."""
-    raise NotImplementedError("called from compiled code only")
-
-
-@overload(prepare, inline="always", strict=False)
-def _prepare(like: Any, v: Any, d: Any) -> Any:
-    if like.dtype in FLOATS:
-        return lambda like, v, d: None
-    return lambda like, v, d: round_input(v, d)
+        sums[b] = np.float32(INT4_OFFSET) * scale * np.float32(total)
 
 
 def constant(kind: Any, number: float, lanes: int) -> Any:
@@ -152,6 +143,8 @@ def _widen(builder: Any, value: Any, stored: Any, lanes: int | None, has_f16c: b
     def each(kind: Any, number: float) -> Any:
         return ir.Constant(of(kind), number if lanes is None else [number] * lanes)
 
+    if stored not in FLOATS:
+        raise TypeError(f"weights stored as {stored} are not floats")
     if stored == types.float32:
         return value
     if stored == types.uint16:
@@ -304,6 +297,14 @@ class Code:
         zero = ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes)
         return [cgutils.alloca_once_value(self.builder, zero) for _ in range(count)]
 
+    def each(self, count: Any) -> Any:
+        """A loop over 0 to `count`."""
+        return cgutils.for_range(self.builder, count, intp=I64)
+
+    def groups(self, n: Any) -> Any:
+        """Groups of a row of `n` weights in blocks."""
+        return self.builder.lshr(self.builder.add(n, I64(GROUP - 1)), I64(GROUP.bit_length() - 1))
+
     def scales(self, codes_end: Any, group: Any) -> Any:
         """f32 [4] of a row's f16 scales of one group, which begin at `codes_end`."""
         at = self.builder.add(codes_end, self.builder.mul(group, I64(8)))
@@ -314,12 +315,6 @@ class Code:
         count = vector.type.count
         zeros = ir.Constant(vector.type, [0.0] * count)
         return self.picked(vector, zeros, [min(n, count) for n in range(lanes)])
-
-    def nibbles(self, words: Any, number: int) -> Any:
-        """Codes of block `number` in a group's i16 [32], where they lie, but for the last, which is shifted down."""
-        if number == 3:
-            return self.builder.lshr(words, constant(I16, 12, BLOCK))
-        return self.builder.and_(words, constant(I16, 15 << 4 * number, BLOCK))
 
 
 @intrinsic

@@ -33,7 +33,8 @@ COUNT_STRIDE = 16  # int64 between the counts of two workers: a pair of cache li
 class PredictorView:
     """One layer's predictor as the kernels see it; all arrays C-contiguous, the codes may be memory-mapped.
 
-    fc1: int8 [r, padded(d)] and fc2: int8 [f, padded(r)]; s1, b1: [r] and s2, b2: [f] f32.
+    fc1: int8 [r, padded(d)] and fc2: int8 [f, padded(r)]; s1, b1: [r] and s2, b2: [f] f32. Raises `ValueError` for
+    others, as kernels would read beyond them.
     """
 
     fc1: np.ndarray
@@ -44,6 +45,14 @@ class PredictorView:
     b2: np.ndarray
     threshold: np.float32
     d: int
+
+    def __post_init__(self) -> None:
+        r, f = len(self.b1), len(self.b2)
+        shapes = {"fc1": (r, padded(self.d)), "s1": (r,), "b1": (r,), "fc2": (f, padded(r)), "s2": (f,), "b2": (f,)}
+        for name, shape in shapes.items():
+            part, dtype = getattr(self, name), np.int8 if name.startswith("fc") else np.float32
+            if part.shape != shape or part.dtype != dtype or not part.flags.c_contiguous:
+                raise ValueError(f"predictor shapes do not fit: {name} is {part.dtype} {part.shape}, expected {shape}")
 
     @property
     def nbytes(self) -> int:
@@ -62,9 +71,8 @@ class PredictorView:
         threshold: float,
     ) -> PredictorView:
         """From CPU tensors, of which the codes are padded. Raises `ValueError` when shapes do not fit."""
-        r, f = len(b1), len(b2)
-        if fc1.shape[0] != r or s1.shape != (r,) or fc2.shape != (f, r) or s2.shape != (f,):
-            raise ValueError(f"predictor shapes do not fit: fc1 {tuple(fc1.shape)}, fc2 {tuple(fc2.shape)}, {r}, {f}")
+        if fc2.shape[1] != len(b1):  # which padding would hide
+            raise ValueError(f"predictor shapes do not fit: fc2 {tuple(fc2.shape)} for {len(b1)} hidden units")
         v1, w1, v2, w2 = (tensor.float().contiguous().numpy() for tensor in (s1, b1, s2, b2))
         codes = pad_codes(fc1.numpy()), pad_codes(fc2.numpy())
         return cls(codes[0], v1, w1, codes[1], v2, w2, np.float32(threshold), fc1.shape[1])

@@ -13,7 +13,6 @@ They go home when `stop` is called, or with the barrier's `abort`.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from cpu_kernels import barrier
 from cpu_kernels.barrier import fetch_add, load_acquire, nap, pause, store_release
 from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.contract import MAX_BATCH, Flag, Op, Word
 from cpu_kernels.decode_buffers import DENSE, Column, Shape
 from cpu_kernels.decode_step import attention, ffn, floats, head, row_bytes
 from cpu_kernels.ffn_phases import (
@@ -32,36 +32,19 @@ from cpu_kernels.ffn_phases import (
     new_down_scratch,
     sum_parts,
 )
-from cpu_kernels.lanes import Input, copy, new_inputs, one_input, prepare
-from cpu_kernels.row_sum import columns_unit, new_sums
+from cpu_kernels.lanes import Input, copy, new_inputs, one_input
+from cpu_kernels.row_dot import prepare
+from cpu_kernels.row_sum import new_sums
+from cpu_kernels.row_types import columns_unit
 
-MAX_BATCH = 8  # tokens of one request
 # Polls before the first nap: some 2 ms, longer than the GPU takes between two requests of a token.
 _SPINS = 60_000
 
 
-class Op(IntEnum):
-    """What a request asks for."""
-
-    FFN, LAYER, HEAD = 0, 1, 2
-
-
-class Word(IntEnum):
-    """Words of a request, one cache line. COUNT: neurons, or -1 for all cold ones of the layer. POSTED: number of the
-    input in `Box.x`, which for one token comes ahead of its request; 0 where none did."""
-
-    NUMBER, OP, LAYER, COUNT, TOKENS, POSITION, POSTED = 0, 1, 2, 3, 4, 5, 6
-
-
-class Flag(IntEnum):
-    """Words of `Box.flags`, each in cache lines of its own. READY: the workers have begun to wait for requests."""
-
-    DONE, STOP, ARRIVED, READY = 0, 16, 32, 48
-
-
 class Box(NamedTuple):
-    """What both sides see, in pinned host memory: request int64 [8] and flags int64 [48], inputs x f32 [8, d], neurons'
-    ids int32 [f] and their tokens masks uint8 [f], bit t for token t, and the result out f32 [8, d]."""
+    """What both sides see, in pinned host memory: request and flags int64, whose words `contract.py` names, inputs x
+    f32 [8, d], neurons' ids int32 [f] and their tokens masks uint8 [f], bit t for token t, and the result out f32
+    [8, d]."""
 
     request: np.ndarray
     flags: np.ndarray

@@ -24,16 +24,17 @@ import numpy as np
 import torch
 
 from cpu_kernels import barrier
-from cpu_kernels.activations import ACTIVATION_CODES, activate_ref
+from cpu_kernels.activations import activate_ref
 from cpu_kernels.compiled import kernel
+from cpu_kernels.contract import ACTIVATION_CODES, MAX_BATCH
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts, new_down_scratch, sum_parts
-from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
+from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
+from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_sum import new_sums
 from cpu_kernels.worker_pool import Each, WorkerPool
 
 _NOT_GIVEN = np.bool_(False)  # plain False is a type of its own, for which all phases would be compiled once more
-MAX_BATCH = 8  # tokens whose rows are read once, as their union
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,8 @@ class FFNView:
 def _together(  # type: ignore[no-untyped-def]
     worker, workers, state, ffn, code, skip, x, ids, masks, parts, mine, hidden, places, own, sums, offsets, out, fired
 ):  # fmt: skip
-    """Up to `MAX_BATCH` tokens over the union `ids` of their rows; every worker brings the inputs into form itself."""
+    """Up to `MAX_BATCH` tokens over the union `ids` of their rows, which are read once; every worker brings the inputs
+    into form itself."""
     n, d = ids.shape[0], x.shape[1]
     for t in range(x.shape[0]):
         copy(x[t], d, mine[0][t])

@@ -1,4 +1,4 @@
-"""The FFN activations inside Triton kernels, of the same names and codes as on the CPU, and in torch."""
+"""The FFN activations: in Triton kernels, by their codes in `cpu_kernels/contract.py`, and in torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-ACTIVATION_CODES = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 NO_ACTIVATION = -1
 
 

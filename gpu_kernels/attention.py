@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.gemv import MAX_BATCH
+from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.launch import begin, options
 from gpu_kernels.rope import CACHE_TYPES, check_places
 

@@ -1,8 +1,4 @@
-"""What the mailbox's kernels share with the host and keep on the device.
-
-The state is int64 [4] on the device: the last request's number, whether an answer is due, whether the step failed, and
-the number of the input posted last.
-"""
+"""What the mailbox's kernels share with the host and keep on the device."""
 
 from __future__ import annotations
 
@@ -11,13 +7,23 @@ from enum import IntEnum
 
 import torch
 
-STATE_WORDS = 4
+from cpu_kernels.contract import FLAG_WORDS, MAX_BATCH, REQUEST_WORDS
 
 
 class State(IntEnum):
-    """Words of the state."""
+    """Words of the state, on the device: the last request's number, whether an answer is due, the number of a request
+    that failed, or 0, and the number of the input posted last."""
 
     NUMBER, DUE, FAILED, POSTED = 0, 1, 2, 3
+
+
+class Tally(IntEnum):
+    """What is counted on the device: neurons of each kind since the tallies were zeroed."""
+
+    HOT, SENT, ZERO_COPY = 0, 1, 2
+
+
+REPORT_WORDS = len(State) + len(Tally)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +44,8 @@ class ZeroCopy:
 class Mailbox:
     """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
 
-    request: int64 [8]; flags: int64, of which the first is the last answer's number; x, out: f32 [8, d]; ids: int32
-    [f]; masks: uint8 [f]. state: int64 [4] and tallies int64 [3] (neurons hot, sent, zero-copy), on the device.
+    request, flags: int64, whose words `cpu_kernels/contract.py` names; x, out: f32 [8, d]; ids: int32 [f]; masks: uint8
+    [f]. state and tallies: int64, words of `State` and `Tally`, on the device.
     """
 
     request: torch.Tensor
@@ -50,4 +56,24 @@ class Mailbox:
     out: torch.Tensor
     state: torch.Tensor
     tallies: torch.Tensor
-    timeout: float = 5.0
+    timeout: float
+
+    @classmethod
+    def new(cls, d: int, f: int, report: torch.Tensor, pinned: bool, timeout: float = 5.0) -> Mailbox:
+        """For `f` neurons of width `d`. report: int64 [REPORT_WORDS] on the device, which takes state and tallies;
+        timeout: seconds that the GPU waits for an answer."""
+
+        def host(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, pin_memory=pinned)
+
+        return cls(
+            request=host((REQUEST_WORDS,), torch.int64),
+            flags=host((FLAG_WORDS,), torch.int64),
+            x=host((MAX_BATCH, d), torch.float32),
+            ids=host((f,), torch.int32),
+            masks=host((f,), torch.uint8).fill_(255),
+            out=host((MAX_BATCH, d), torch.float32),
+            state=report[: len(State)],
+            tallies=report[len(State) :],
+            timeout=timeout,
+        )

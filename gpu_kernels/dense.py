@@ -15,11 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
-from gpu_kernels.matrix import DeviceMatrix, padded
+from cpu_kernels.contract import ACTIVATION_CODES, SCALE_BYTES
+from gpu_kernels.activations import activate, activate_ref
+from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET
+from gpu_kernels.matrix import DeviceMatrix
 
 TERMS = 3
 _BLOCK = 1024
+_WORDS = {"int8": torch.int8, "int4": torch.int16}  # what codes are loaded as
 _UNBOUNDED = 2**30  # a window that sees every key
 
 
@@ -54,19 +57,21 @@ def split_ref(x: torch.Tensor, terms: torch.Tensor) -> None:
 
 
 @triton.jit
-def _widen_kernel(rows, scales, out, columns, width, split_at, INT4: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _widen_kernel(rows, scales, out, columns, width, split_at, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """rows: codes in int8 or int16 words, `width` to a row; scales: f16, those of a row start at `split_at`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < columns
-    if INT4:
-        words = tl.load(rows + row * width + c // 128 * 32 + c % 32, mask=mask, other=0).to(tl.int32)
-        codes = ((words >> (c % 128 // 32 * 4)) & 15) - 8
+    if KIND == "int4":
+        at = rows + row * width + c // GROUP_WEIGHTS * BLOCK_WEIGHTS + c % BLOCK_WEIGHTS
+        words = tl.load(at, mask=mask, other=0).to(tl.int32)
+        codes = ((words >> (c % GROUP_WEIGHTS // BLOCK_WEIGHTS * 4)) & 15) - INT4_OFFSET
         scale_width = width
     else:
+        tl.static_assert(KIND == "int8", "unknown kind of rows in blocks")
         codes = tl.load(rows + row * width + c, mask=mask, other=0).to(tl.int32)
         scale_width = width // 2
-    scale = tl.load(scales + row * scale_width + split_at + c // 32, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scales + row * scale_width + split_at + c // BLOCK_WEIGHTS, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * columns + c, codes.to(tl.float32) * scale, mask=mask)
 
 
@@ -74,15 +79,14 @@ def widen(matrix: DeviceMatrix, out: torch.Tensor) -> None:
     """Write all weights as f32 to `out`, contiguous [n, columns]. Raises `ValueError` for a misfit."""
     if out.shape != matrix.shape or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"widen wants contiguous f32 {matrix.shape}, got {out.dtype} {tuple(out.shape)}")
-    if matrix.kind not in ("int8", "int4"):
+    if not matrix.layout.in_blocks:
         out.copy_(matrix.rows)
         return
-    int4 = matrix.kind == "int4"
-    rows = matrix.rows.view(torch.int16 if int4 else torch.int8)
-    codes = padded(matrix.columns) // (2 if int4 else 1)
+    rows, scales = matrix.rows.view(_WORDS[matrix.kind]), matrix.rows.view(torch.float16)
+    split_at = matrix.layout.codes_bytes(matrix.columns) // SCALE_BYTES
     grid = (matrix.shape[0], triton.cdiv(matrix.columns, _BLOCK))
     _widen_kernel[grid](
-        rows, matrix.rows.view(torch.float16), out, matrix.columns, rows.shape[1], codes // 2, INT4=int4, BLOCK=_BLOCK
+        rows, scales, out, matrix.columns, rows.shape[1], split_at, KIND=matrix.kind, BLOCK=_BLOCK
     )  # fmt: skip
 
 

@@ -13,12 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.activations import ACTIVATION_CODES, NO_ACTIVATION, activate, activate_ref
+from cpu_kernels.contract import ACTIVATION_CODES, GROUP, MAX_BATCH
+from gpu_kernels.activations import NO_ACTIVATION, activate, activate_ref
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.tiles import VECTOR, load_step, row_dots
-
-MAX_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Tiling:
     def columns(self, kind: str, columns: int) -> int:
         """Columns of a step: the threads' groups, no more than the row has, a power of two."""
         wanted = self.groups * 32 * self.warps * VECTOR[kind]
-        return max(128, min(wanted, triton.next_power_of_2(columns)))
+        return max(GROUP, min(wanted, triton.next_power_of_2(columns)))
 
 
 # bf16 measured within the decode step of a 7B shape on an H200, the others chosen for what compiles without spills.

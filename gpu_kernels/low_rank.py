@@ -16,12 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from cpu_kernels.contract import MAX_BATCH, padded
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
-from gpu_kernels.matrix import padded
 from gpu_kernels.tiles import load_step, row_dots
-
-MAX_TOKENS = 8  # bits of a mask
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, Any]:
 
 
 def _check(view: DevicePredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
-    if x.ndim != 2 or not 1 <= len(x) <= MAX_TOKENS:
-        raise ValueError(f"predict wants x of 1 to {MAX_TOKENS} tokens, got {tuple(x.shape)}")
+    if x.ndim != 2 or not 1 <= len(x) <= MAX_BATCH:
+        raise ValueError(f"predict wants x of 1 to {MAX_BATCH} tokens, got {tuple(x.shape)}")
     wanted = (
         ("x", x, torch.float32, (len(x), view.d)),
         ("hidden", hidden, torch.float32, (len(x), len(view.b1))),

@@ -5,7 +5,7 @@
     ask       x to the host, and release a request for whole layers or the head
     receive   wait for the answer; x += parts of the hot neurons + answer + bias; out = norm(x) for what follows
 
-`cpu_kernels/mailbox.py` is the other end and has the words' meaning. A request's number is written last, with a fence
+`cpu_kernels/mailbox.py` is the other end. A request's number is written last, with a fence
 that makes all before it visible to the host; `receive` waits for the same number to come back. Who waits: one program
 a token, for at most `timeout` seconds, after which it marks the step failed and every later wait of it returns at once.
 All of this is captured in a CUDA graph; nothing asks the host.
@@ -19,64 +19,32 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.box import STATE_WORDS, Mailbox, State, ZeroCopy
+from cpu_kernels.contract import Flag, Op, Word
+from gpu_kernels.box import Mailbox, State, Tally, ZeroCopy
 from gpu_kernels.compact import compact, compact_indices_ref, count_fired
+from gpu_kernels.constants import (
+    ALL_COLD,
+    OP_FFN,
+    STATE_DUE,
+    STATE_FAILED,
+    STATE_NUMBER,
+    STATE_POSTED,
+    TALLY_SENT,
+    TALLY_ZERO_COPY,
+    WORD_COUNT,
+    WORD_LAYER,
+    WORD_OP,
+    WORD_POSITION,
+    WORD_TOKENS,
+)
+from gpu_kernels.fences import acquire, nanoseconds, next_number, release
 from gpu_kernels.launch import begin, is_native, options
 from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref, row_sizes
 
-__all__ = ["STATE_WORDS", "Mailbox", "State", "ZeroCopy", "ask", "post", "receive", "send"]
-
 _COMPACT_BLOCK, _COUNT_BLOCK = 4096, 16384
 _PIECE = 1024  # of the neurons listed here; those for the host are one program's, whose writes one fence orders
-_POSTED = 6  # word of a request: the number of the input that is there
 # Each warp that waits polls the host's memory; with 16 of them a token of 32 layers took some 0.2 ms more than with 4.
 _POLLING_WARPS = 4
-
-
-@triton.jit
-def _release(address, number, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write `number`, after all that this program wrote before."""
-    tl.debug_barrier()
-    if NATIVE:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.release.sys.b64 [$1], $2; mov.b32 $0, 0;",
-            "=r,l,l",
-            [address.to(tl.int64), number],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(address, number)
-
-
-@triton.jit
-def _next(counter):  # type: ignore[no-untyped-def]
-    """Count on; every thread reads the same number, so none may write before all have read."""
-    number = tl.load(counter) + 1
-    tl.debug_barrier()
-    tl.store(counter, number)
-    return number
-
-
-@triton.jit
-def _acquire(address, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Read a number that the host releases."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.b64 $0, [$1];", "=l,l", [address.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1
-        )
-    return tl.load(address, volatile=True)
-
-
-@triton.jit
-def _nanoseconds(start, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A clock; where there is none, one more than `start`."""
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l,l", [start], dtype=tl.int64, is_pure=False, pack=1
-        )
-    return start + 1
 
 
 @triton.jit
@@ -93,19 +61,19 @@ def _post_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row + columns, values, mask=mask)
     tl.store(host + row + columns, values, mask=mask)
     if AHEAD:
-        _release(posted, _next(state + 3), NATIVE)
+        release(posted, next_number(state + STATE_POSTED), NATIVE)
 
 
 @triton.jit
 def _request(request, state, op, layer, count, tokens, positions, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write a request and release it."""
-    number = _next(state)
-    tl.store(request + 1, op.to(tl.int64))
-    tl.store(request + 2, layer.to(tl.int64))
-    tl.store(request + 3, count.to(tl.int64))
-    tl.store(request + 4, tokens.to(tl.int64))
-    tl.store(request + 5, tl.load(positions).to(tl.int64))
-    _release(request, number, NATIVE)
+    number = next_number(state + STATE_NUMBER)
+    tl.store(request + WORD_OP, op.to(tl.int64))
+    tl.store(request + WORD_LAYER, layer.to(tl.int64))
+    tl.store(request + WORD_COUNT, count.to(tl.int64))
+    tl.store(request + WORD_TOKENS, tokens.to(tl.int64))
+    tl.store(request + WORD_POSITION, tl.load(positions).to(tl.int64))
+    release(request, number, NATIVE)
 
 
 @triton.jit
@@ -131,18 +99,28 @@ def _send_kernel(  # type: ignore[no-untyped-def]
     begin(PDL)
     if tl.program_id(0) == 0:
         count = compact(masks, far, f, cold_ids, cold_masks, BLOCK)
-        due = (count > 0) & (tl.load(state + 2) == 0)
-        tl.store(state + 1, due.to(tl.int64))
-        tl.store(tallies + 1, tl.load(tallies + 1) + count)
+        due = (count > 0) & (tl.load(state + STATE_FAILED) == 0)
+        tl.store(state + STATE_DUE, due.to(tl.int64))
+        tl.store(tallies + TALLY_SENT, tl.load(tallies + TALLY_SENT) + count)
         if due:
-            _request(request, state, tl.full([], 0, tl.int32), layer, count, tokens, positions, NATIVE)
+            _request(request, state, tl.full([], OP_FFN, tl.int32), layer, count, tokens, positions, NATIVE)
     elif tl.program_id(0) <= pieces:
         piece = tl.program_id(0) - 1
         _list_piece(masks, 0, hot, piece, pieces, hot_ids, hot_masks, hot_count, tallies, COUNT, PIECE)
     else:
         piece, last = tl.program_id(0) - 1 - pieces, tl.num_programs(0) - 1 - pieces
         _list_piece(
-            masks, hot, far, piece, last, zero_copy_ids, zero_copy_masks, zero_copy_count, tallies + 2, COUNT, PIECE
+            masks,
+            hot,
+            far,
+            piece,
+            last,
+            zero_copy_ids,
+            zero_copy_masks,
+            zero_copy_count,
+            tallies + TALLY_ZERO_COPY,
+            COUNT,
+            PIECE,
         )
 
 
@@ -156,26 +134,26 @@ def _ask_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, values, BLOCK):
             at = first + tl.arange(0, BLOCK)
             tl.store(host + at, tl.load(x + at, mask=at < values, other=0.0), mask=at < values)
-    due = tl.load(state + 2) == 0
-    tl.store(state + 1, due.to(tl.int64))
-    tl.store(tallies + 1, tl.load(tallies + 1) + cold)
+    due = tl.load(state + STATE_FAILED) == 0
+    tl.store(state + STATE_DUE, due.to(tl.int64))
+    tl.store(tallies + TALLY_SENT, tl.load(tallies + TALLY_SENT) + cold)
     if due:
-        _request(request, state, op, layer, tl.full([], -1, tl.int32), tokens, positions, NATIVE)
+        _request(request, state, op, layer, tl.full([], ALL_COLD, tl.int32), tokens, positions, NATIVE)
 
 
 @triton.jit
 def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Wait for the answer, if one is due; whether it came. When it does not come in time, the step has failed."""
-    number = tl.load(state)
-    due = tl.load(state + 1) != 0
-    begun = _nanoseconds(number, NATIVE)
+    number = tl.load(state + STATE_NUMBER)
+    due = tl.load(state + STATE_DUE) != 0
+    begun = nanoseconds(number, NATIVE)
     now = begun
     done = number - due.to(tl.int64)
     while (done < number) & (now - begun < timeout):
-        done = _acquire(flags, NATIVE)
-        now = _nanoseconds(now, NATIVE)
+        done = acquire(flags, NATIVE)
+        now = nanoseconds(now, NATIVE)
     if done < number:
-        tl.store(state + 2, number)
+        tl.store(state + STATE_FAILED, number)
     tl.debug_barrier()
     return tl.where(done >= number, due.to(tl.int32), 0)
 
@@ -215,7 +193,7 @@ def post(
     _check(x, out, box)
     tokens, d = x.shape
     _post_kernel[(tokens,)](
-        x, weight, bias, out, box.x, box.request[_POSTED:], box.state, eps, d,
+        x, weight, bias, out, box.x, box.request[Word.POSTED :], box.state, eps, d,
         AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=is_native(), **row_sizes(d),
     )  # fmt: skip
 
@@ -284,7 +262,7 @@ def receive(
     _check(x, out, box)
     tokens, d = x.shape
     _receive_kernel[(tokens,)](
-        x, parts, added, box.out, box.flags, box.state, weight, bias, out, eps,
+        x, parts, added, box.out, box.flags[Flag.DONE :], box.state, weight, bias, out, eps,
         d, tokens * d, int(box.timeout * 1e9), PARTS=0 if parts is None else parts.shape[0],
         ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
         **row_sizes(d, _POLLING_WARPS if asked else 16, sums=True),
@@ -307,7 +285,7 @@ def post_ref(
     box.x[: len(x)] = out
     if len(x) == 1:
         box.state[State.POSTED] += 1
-        box.request[_POSTED] = box.state[State.POSTED]
+        box.request[Word.POSTED] = box.state[State.POSTED]
 
 
 def send_ref(
@@ -332,12 +310,13 @@ def send_ref(
             below, zero_copy.stop, zero_copy.ids, zero_copy.masks, zero_copy.count, *nothing, torch.zeros_like(cold)
         )
         zero_copy.ids[: int(zero_copy.count[0])] -= hot
-        box.tallies[2] += int(zero_copy.count[0])
+        box.tallies[Tally.ZERO_COPY] += int(zero_copy.count[0])
         masks = masks.clone()
         masks[hot : zero_copy.stop] = 0
     compact_indices_ref(masks, hot, hot_ids, hot_masks, hot_count, box.ids, cold_masks, cold)
-    box.tallies[:2].add_(torch.stack([hot_count[0].cpu(), cold[0]]).to(box.tallies))
-    _request_ref(box, 0, layer, int(cold), positions, len(positions), due=int(cold) > 0)
+    box.tallies[Tally.HOT] += int(hot_count[0])
+    box.tallies[Tally.SENT] += int(cold[0])
+    _request_ref(box, Op.FFN, layer, int(cold), positions, len(positions), due=int(cold) > 0)
 
 
 def ask_ref(
@@ -346,8 +325,8 @@ def ask_ref(
     """`ask` in torch."""
     if x is not None:
         box.x[: len(x)] = x
-    box.tallies[1] += cold
-    _request_ref(box, op, layer, -1, positions, tokens, due=True)
+    box.tallies[Tally.SENT] += cold
+    _request_ref(box, op, layer, ALL_COLD.value, positions, tokens, due=True)
 
 
 def _request_ref(
@@ -357,8 +336,8 @@ def _request_ref(
     box.state[State.DUE] = due
     if due:
         box.state[State.NUMBER] += 1
-        box.request[1:6] = torch.tensor([op, layer, count, tokens, int(positions[0])])
-        box.request[0] = box.state[State.NUMBER]
+        box.request[Word.OP : Word.POSITION + 1] = torch.tensor([op, layer, count, tokens, int(positions[0])])
+        box.request[Word.NUMBER] = box.state[State.NUMBER]
 
 
 def receive_ref(
@@ -388,7 +367,7 @@ def receive_ref(
 
 def _answered_ref(box: Mailbox, number: int) -> bool:
     end = monotonic() + box.timeout
-    while box.flags[0] < number:
+    while box.flags[Flag.DONE] < number:
         if monotonic() > end:
             box.state[State.FAILED] = number
             return False

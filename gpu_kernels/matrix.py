@@ -1,38 +1,38 @@
 """`DeviceMatrix`: a weight matrix on the GPU, its rows byte for byte as the CPU's kernels store them.
 
-    bf16, f16, f32   rows [n, columns] of that type
-    int8             rows [n, P + P/16] of bytes: P codes, then P/32 f16 scales, one per block of 32 columns
-    int4             rows [n, P/2 + P/16] of bytes: P/4 16-bit words of four codes + 8, then the scales
-
-P is `columns` rounded up to 128. Word i of a group of 128 columns holds the codes of columns i, 32 + i, 64 + i and
-96 + i, lowest bits first. A weight is code * scale.
+bf16, f16, f32   rows [n, columns] of that type
+int8, int4       rows [n, bytes of a row] of bytes, as `cpu_kernels/contract.py` lays them out
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-GROUP, BLOCK = 128, 32
+from cpu_kernels.contract import BLOCK, INT4_OFFSET, LAYOUTS, RowLayout, padded
+
+# Types of the rows' tensors. Kernels know these kinds and refuse to be compiled for another.
 KINDS = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "int8": torch.uint8, "int4": torch.uint8}
 
 
-def padded(columns: int) -> int:
-    """`columns` rounded up to whole groups."""
-    return -(-columns // GROUP) * GROUP
+def _nibbles(stored: torch.Tensor) -> torch.Tensor:
+    words = stored.view(torch.int16).view(len(stored), -1, 1, BLOCK)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=words.device)[:, None]
+    return ((words >> shifts) & 15).float() - INT4_OFFSET
 
 
-def row_width(kind: str, columns: int) -> int:
-    """Elements of a row in its tensor."""
-    if kind == "int8":
-        return padded(columns) + padded(columns) // 16
-    return padded(columns) // 2 + padded(columns) // 16 if kind == "int4" else columns
+# The codes, f32, of uint8 [n, bytes].
+_CODES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "int8": lambda stored: stored.view(torch.int8).float(),
+    "int4": _nibbles,
+}
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceMatrix:
-    """`rows`: contiguous [n, row_width] of `KINDS[kind]`, each row `columns` weights. Raises `ValueError`."""
+    """`rows`: contiguous rows of `columns` weights, of `KINDS[kind]`. Raises `ValueError` for another kind or width."""
 
     rows: torch.Tensor
     columns: int
@@ -41,13 +41,18 @@ class DeviceMatrix:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind {self.kind!r}, expected one of {', '.join(KINDS)}")
-        width = row_width(self.kind, self.columns)
+        width = self.layout.elements(self.columns)
         fits = self.rows.ndim == 2 and self.rows.shape[1] == width and self.rows.dtype == KINDS[self.kind]
         if not fits or not self.rows.is_contiguous():
             raise ValueError(
                 f"{self.kind} rows of {self.columns} weights are contiguous {KINDS[self.kind]} [n, {width}], "
                 f"got {self.rows.dtype} {tuple(self.rows.shape)}"
             )
+
+    @property
+    def layout(self) -> RowLayout:
+        """How a row's weights lie."""
+        return LAYOUTS[self.kind]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,17 +64,10 @@ class DeviceMatrix:
 
     def widen(self) -> torch.Tensor:
         """All weights as f32 [n, columns]: the kernels' reference."""
-        if self.kind not in ("int8", "int4"):
+        if not self.layout.in_blocks:
             return self.rows.float()
-        n, width = self.rows.shape[0], padded(self.columns)
-        split = width if self.kind == "int8" else width // 2
+        n, width, split = self.rows.shape[0], padded(self.columns), self.layout.codes_bytes(self.columns)
         scales = self.rows[:, split:].contiguous().view(torch.float16).float()
-        stored = self.rows[:, :split].contiguous()
-        if self.kind == "int8":
-            codes = stored.view(torch.int8).float()
-        else:
-            words = stored.view(torch.int16).view(n, width // GROUP, 1, BLOCK)
-            shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=words.device)[:, None]
-            codes = ((words >> shifts) & 15).float() - 8
+        codes = _CODES[self.kind](self.rows[:, :split].contiguous())
         wide = codes.reshape(n, width // BLOCK, BLOCK) * scales[:, :, None]
         return wide.view(n, width)[:, : self.columns].contiguous()

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gpu_kernels.activations import ACTIVATION_CODES, activate, activate_ref
-from gpu_kernels.gemv import MAX_BATCH, Tiling
+from cpu_kernels.contract import ACTIVATION_CODES, GROUP, MAX_BATCH
+from gpu_kernels.activations import activate, activate_ref
+from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.tiles import VECTOR, add_rows, append, load_step, row_dots, store_rows, zero_tiles
@@ -36,12 +37,12 @@ MAX_PARTS = 64
 @dataclass(frozen=True)
 class FFNTiling:
     """first: how gate and up are read; depth: rows of down that a thread has under way, for one token; columns (of
-    int8 and int4 at least 128) and warps: of a program of down."""
+    int8 and int4 at least a group) and warps: of a program of down."""
 
     first: Tiling
     depth: int
     warps: int
-    columns: int = 128
+    columns: int = GROUP
 
 
 # bf16 measured within the decode step of a 7B shape on an H200, the others chosen for what compiles without spills.
@@ -208,7 +209,7 @@ def sparse_ffn(
     )  # fmt: skip
     # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
     together = min(tokens, 4) if kind == "int4" else tokens
-    columns = min(chosen.columns, max(128, triton.next_power_of_2(d)))
+    columns = min(chosen.columns, max(GROUP, triton.next_power_of_2(d)))
     wide = max(1, 32 * chosen.warps * VECTOR[kind] // columns)  # rows that all threads load at once
     _down[(triton.cdiv(d, columns), pieces * triton.cdiv(tokens, together))](
         ffn.down.rows, ids, count, hidden, capacity, parts, pieces, tokens,

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET, SCALE_BYTES
+
 # Weights of a group. "codes" are int8 without scales, as predictors have them: rows of bytes, padded to whole 128.
 VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "codes": 16, "int4": 32}
 
@@ -69,7 +71,7 @@ def load_scales(scales, block, mask, R: tl.constexpr, G: tl.constexpr):  # type:
 def int4_columns(c, S: tl.constexpr, G: tl.constexpr):  # type: ignore[no-untyped-def]
     """First columns of the codes at place S of G groups from column `c` on: eight neighbours each."""
     group = tl.arange(0, G)
-    return c + group // 4 * 128 + S * 32 + group % 4 * 8
+    return c + group // 4 * GROUP_WEIGHTS + S * BLOCK_WEIGHTS + group % 4 * 8
 
 
 @triton.jit
@@ -80,8 +82,8 @@ def int4_codes(words, S: tl.constexpr, R: tl.constexpr, G: tl.constexpr):  # typ
     # The bits of 2^23. Axis 2 of the grid is always 1; a number that the compiler cannot know takes one instruction
     # for `and` with `or` where two constants take two.
     exponent = 0x4B000000 + tl.program_id(2)
-    low = ((words & MASK) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * FACTOR)
-    high = (((words >> 16) & MASK) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * FACTOR)
+    low = ((words & MASK) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + INT4_OFFSET * FACTOR)
+    high = (((words >> 16) & MASK) | exponent).to(tl.float32, bitcast=True) - (8388608.0 + INT4_OFFSET * FACTOR)
     return tl.reshape(tl.join(low, high), (R, G, 8))
 
 
@@ -108,9 +110,9 @@ def load_step(  # type: ignore[no-untyped-def]
 
     c, C: multiples of 128, C a power of two. Nothing is read where not `wanted`, and no column beyond the row.
     """
-    P: tl.constexpr = (K + 127) // 128 * 128
+    P: tl.constexpr = (K + GROUP_WEIGHTS - 1) // GROUP_WEIGHTS * GROUP_WEIGHTS
     if KIND == "int4":
-        rows = w + ids * (P // 2 + P // 16)
+        rows = w + ids * (P // 2 + P // BLOCK_WEIGHTS * SCALE_BYTES)
         at = c // 8 + tl.arange(0, C // 8)
         words = rows.to(tl.pointer_type(tl.int32))[:, None] + at[None, :]
         step = (tl.load(words, mask=wanted[:, None] & (at < P // 8)[None, :], other=0),)
@@ -118,9 +120,10 @@ def load_step(  # type: ignore[no-untyped-def]
         for s in tl.static_range(4):
             first = int4_columns(c, s, C // 32)
             mask = wanted[:, None] & (first < P)[None, :]
-            step = append(step, load_scales(scales, first // 32, mask, R, C // 32) * (1.0 / (1 << (4 * s))))
+            found = load_scales(scales, first // BLOCK_WEIGHTS, mask, R, C // 32)
+            step = append(step, found * (1.0 / (1 << (4 * s))))
     elif KIND == "int8" or KIND == "codes":
-        rows = w + ids * (P + P // 16 if KIND == "int8" else P)
+        rows = w + ids * (P + P // BLOCK_WEIGHTS * SCALE_BYTES if KIND == "int8" else P)
         at = c // 4 + tl.arange(0, C // 4)
         words = rows.to(tl.pointer_type(tl.int32))[:, None] + at[None, :]
         step = (tl.load(words, mask=wanted[:, None] & (at < P // 4)[None, :], other=0),)
@@ -128,8 +131,9 @@ def load_step(  # type: ignore[no-untyped-def]
             first = c + tl.arange(0, C // 16) * 16
             scales = (rows + P).to(tl.pointer_type(tl.float16))
             mask = wanted[:, None] & (first < P)[None, :]
-            step = append(step, load_scales(scales, first // 32, mask, R, C // 16))
+            step = append(step, load_scales(scales, first // BLOCK_WEIGHTS, mask, R, C // 16))
     else:
+        tl.static_assert(KIND == "f32" or KIND == "bf16" or KIND == "f16", "unknown kind of rows")
         at = c + tl.arange(0, C)
         rows = w + ids * K
         step = (tl.load(rows[:, None] + at[None, :], mask=wanted[:, None] & (at < K)[None, :], other=0.0),)
@@ -177,6 +181,7 @@ def _step_dots(  # type: ignore[no-untyped-def]
         wide = tl.reshape(step[0], (R, C // 4, 4))
         dots = _dots(wide, None, x, x_stride, c + tl.arange(0, C // 4) * 4, K, T, 4)
     else:
+        tl.static_assert(KIND == "bf16" or KIND == "f16", "unknown kind of rows")
         wide = tl.reshape(step[0].to(tl.float32), (R, C // 8, 8))
         dots = _dots(wide, None, x, x_stride, c + tl.arange(0, C // 8) * 8, K, T, 8)
     return dots
@@ -192,7 +197,7 @@ def row_dots(  # type: ignore[no-untyped-def]
     x: f32, row t at x + t * x_stride, K columns. C: columns of a step, a power of two of at least 128. step: what
     `load_step` found at column 0, for who has loaded it ahead.
     """
-    P: tl.constexpr = (K + 127) // 128 * 128
+    P: tl.constexpr = (K + GROUP_WEIGHTS - 1) // GROUP_WEIGHTS * GROUP_WEIGHTS
     if step is None:
         step = load_step(w, ids, wanted, 0, KIND, K, R, C)
     sums = _step_dots(step, x, x_stride, 0, KIND, K, T, R, C)
@@ -243,6 +248,7 @@ def add_rows(  # type: ignore[no-untyped-def]
             wide = int4_codes(step[0], s, A * W, C // 32)
             sums = _add_scaled(sums, wide, step[1 + s], factors, T, s, 4, A, W, C // 32, 8)
     else:
+        tl.static_assert(KIND == "f32" or KIND == "bf16" or KIND == "f16", "unknown kind of rows")
         wide = tl.reshape(step[0].to(tl.float32), (A * W, 1, C))
         sums = _add_scaled(sums, wide, None, factors, T, 0, 1, A, W, 1, C)
     return sums

@@ -262,11 +262,12 @@ def bench(model: Path | None, ablation: bool, **options: Any) -> None:
 @cli.command()
 @_MODEL
 @_BUNDLE
-def inspect(model: Path | None, bundle: Path | None) -> None:
+@click.option("--check", is_flag=True, help="Read all of a packed model; exit code 2 where an artefact is damaged.")
+def inspect(model: Path | None, bundle: Path | None, check: bool) -> None:
     """Show the model, its artefacts, budgets and where each came from."""
     from hybrid import reports
 
-    reports.inspect(model, bundle)
+    reports.inspect(model, bundle, check)
 
 
 @cli.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,17 @@ from llvmlite import binding
 
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.commands import predictor_report, profile_report
-from hybrid.console import counted, details, percent, size
+from hybrid.console import counted, details, percent, progress, size
 from hybrid.errors import ArtifactError
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
+from hybrid.formats.packed import PACKED_FILE, open_packed
+from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predictors
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.devices import free_bytes
 from hybrid.runtime.plan import plan_run
 from placement.plan import UNLIMITED
 from predictor.sizing import PredictorTarget
-from profiler.common.artifact import package_version
+from profiler.common.artifact import ArtifactFile, package_version
 from profiler.common.spec import ModelSpec
 from profiler.machine.cpu import probe_cpu
 
@@ -31,35 +35,48 @@ _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512b
 _PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "safetensors", "tokenizers", "triton")
 
 
-def inspect(model: Path | None, bundle: Path | None) -> None:
-    """Print the model's shape and each artefact with where it came from, whatever state it is in."""
+def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> None:
+    """Print the model's shape and each artefact with where it came from, whatever state it is in.
+
+    With `check` the files of a packed model, which are mapped and not read to be used, are read whole and held against
+    their digests; raises `ArtifactError` after all where an artefact that is there cannot be used.
+    """
     folder = ModelFolder.open(model or EMBEDDED_MODEL)
     spec = folder.spec
     files = Bundle.of(folder.path, spec, bundle)
     click.echo(details(f"model {model or '(embedded)'}", _model_rows(spec)))
     for notice in folder.notices:
         click.echo(f"note: {notice}")
-    for title, show in (
-        ("profile", lambda: _show_profile(files, spec)),
-        ("predictors", lambda: _show_predictors(files, spec)),
-        ("placement", lambda: _show_placement(files, spec)),
-    ):
-        click.echo(f"\n{title}\n{_or_reason(show)}")
+    shown: list[tuple[str, Path, Callable[[], str]]] = [
+        ("profile", files.profile, lambda: _show_profile(files, spec)),
+        ("predictors", files.predictors, lambda: _show_predictors(files, spec)),
+        ("placement", files.placement, lambda: _show_placement(files, spec)),
+    ]
+    if folder.is_packed:
+        packed = partial(_show_packed, partial(open_packed, folder.path), check)
+        shown.append(("packed weights", folder.path / PACKED_FILE, packed))
+        packed = partial(_show_packed, partial(open_packed_predictors, folder.path, spec), check)
+        shown.append(("packed predictors", folder.path / PREDICTORS_FILE, packed))
+    damaged = []
+    for title, path, show in shown:
+        try:
+            text = show()
+        except ArtifactError as error:
+            text = str(error)
+            damaged += [text] if path.exists() else []
+        except (KeyError, TypeError) as error:  # of `made_from`, which another program may have written
+            text = f"{path} does not say how it was made ({error}); `{files.repair}` makes it anew"
+        click.echo(f"\n{title}\n{text}")
     for line in files.stale(spec):
         click.echo(f"\nstale: {line}")
+    if check and damaged:
+        raise ArtifactError(damaged[0])
 
 
 def doctor(model: Path | None) -> None:
     """Print the machine, the versions and the choices that follow from them."""
     rows = [*_cpu_rows(), *_gpu_rows(), *_version_rows(), *_choice_rows(model)]
     click.echo(details(f"hybrid {package_version()}", rows))
-
-
-def _or_reason(show: Callable[[], str]) -> str:
-    try:
-        return show()
-    except ArtifactError as error:
-        return str(error)
 
 
 def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -119,6 +136,18 @@ def _show_placement(files: Bundle, spec: ModelSpec) -> str:
         ("from predictors", str(made["predictors"])),
     ]
     return details(_file_line(files.placement), rows)
+
+
+def _show_packed(opened: Callable[[], AbstractContextManager[ArtifactFile]], check: bool) -> str:
+    with opened() as file:
+        line = f"{_file_line(file.path)}, {counted(len(file.places), 'tensor')}, key {file.header.key}"
+        if file.digests is None:
+            return f"{line}\nno digests: packed by an earlier version; pack the model again to have them"
+        if not check:
+            return f"{line}\ndigests not held against the file: `hybrid inspect --check` does it"
+        with progress("check", sum(place.end - place.start for place in file.places.values()), "byte") as advance:
+            file.check(advance)
+        return f"{line}\nwhole, by its digests"
 
 
 def _file_line(path: Path) -> str:

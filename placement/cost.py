@@ -24,10 +24,10 @@ COMPACT_KERNELS = 1
 HEAD_SMALL_KERNELS = 1  # logits to the host
 # Of the read bandwidth, that layers on the CPU reach in decode: 89% on 2 cores, 88 and 92% on 16 of a shared host.
 _DECODE_SHARE = 0.88
-# Of the rate at which bf16 neurons are read here and there, that blocks reach, whose rows are short.
-_BLOCK_SHARES = {"int8": 0.75, "int4": 0.4}
-# Bytes of bf16 that the GPU's products and sparse FFN read in the time that a byte of blocks takes them.
-_GPU_BLOCKS = {"int8": (1.4, 3.0), "int4": (1.8, 4.0)}
+# Of the rate at which bf16 neurons are read here and there, that each type reaches: rows in blocks are short.
+_SCATTERED_SHARES = {"bf16": 1.0, "f16": 1.0, "f32": 1.0, "int8": 0.75, "int4": 0.4}
+# Bytes of bf16 that the GPU's products and sparse FFN read in the time that a byte of each type takes them.
+_GPU_FACTORS = {"bf16": (1.0, 1.0), "f16": (1.0, 1.0), "f32": (1.0, 1.0), "int8": (1.4, 3.0), "int4": (1.8, 4.0)}
 # Python between two tokens of a GPU's engine: choosing, text, the next token's row.
 _BETWEEN_TOKENS = 80e-6
 # Of PCIe's bandwidth, that kernels reach which read host memory, and of a layer's cold bytes, the most that they read.
@@ -148,7 +148,7 @@ class CostModel:
         """Bytes/s of neurons' rows in host memory: one after another where every neuron is computed."""
         if self.strategy == "dense":
             return self.hardware.cpu_read_bandwidth
-        return self.hardware.scattered_bandwidth * _BLOCK_SHARES.get(self.plan.spec.dtype, 1.0)
+        return self.hardware.scattered_bandwidth * _SCATTERED_SHARES[self.plan.spec.dtype]
 
     @property
     def _dense_bandwidth(self) -> float:
@@ -158,7 +158,7 @@ class CostModel:
     def _hot_seconds(self, hot: np.ndarray) -> np.ndarray:
         """GPU time [n_layers, n] of the FFN of the first `hot` neurons, compaction and the next norm included."""
         launch = self.hardware.gpu_launch_seconds
-        _, factor = _GPU_BLOCKS.get(self.plan.spec.dtype, (1.0, 1.0))
+        _, factor = _GPU_FACTORS[self.plan.spec.dtype]
         seconds = self.hardware.kernel_seconds("sparse_ffn", factor * self._read_by_first(hot))
         compaction = COMPACT_KERNELS * (self.strategy == "learned") * launch
         return np.where(hot > 0, seconds, SUM_KERNELS * launch) + compaction
@@ -168,7 +168,7 @@ class CostModel:
         """GPU time [n_layers] from the QKV projection to the norm before the FFN."""
         hardware, spec = self.hardware, self.plan.spec
         out = spec.d_model * spec.row_bytes(spec.n_heads * spec.head_dim)
-        factor, _ = _GPU_BLOCKS.get(spec.dtype, (1.0, 1.0))
+        factor, _ = _GPU_FACTORS[spec.dtype]
         projections = factor * np.array([spec.layer_dense_bytes - out, out])
         fixed = float(hardware.kernel_seconds("gemv", projections).sum())
         return fixed + hardware.kernel_seconds("attention", self._kv_bytes())
@@ -256,7 +256,7 @@ class CostModel:
         on_cpu = handoff + read / self._dense_bandwidth
         if not hardware.has_gpu:
             return on_cpu, np.inf
-        factor, _ = _GPU_BLOCKS.get(self.plan.spec.embedding_dtype or self.plan.spec.dtype, (1.0, 1.0))
+        factor, _ = _GPU_FACTORS[self.plan.spec.embedding_dtype or self.plan.spec.dtype]
         product = hardware.kernel_seconds("gemv", np.array(factor * read))
         on_gpu = HEAD_SMALL_KERNELS * hardware.gpu_launch_seconds + product
         return on_cpu, float(on_gpu)

@@ -22,7 +22,9 @@ from profiler.common.spec import ModelSpec, Strategy
 
 KIND = "placement"
 REPAIR = "hybrid place"
-_DTYPES = {"order": np.int32, "hot": np.int32, "layer_on_gpu": np.bool_, "head_on_gpu": np.bool_}
+_DTYPES = {
+    "order": np.int32, "hot": np.int32, "zero_copy": np.int32, "layer_on_gpu": np.bool_, "head_on_gpu": np.bool_
+}  # fmt: skip
 
 Solver = Literal["milp", "greedy"]
 
@@ -33,7 +35,9 @@ class Placement:
 
     order: int32 [n_layers, d_ff], neuron ids of each layer; the first `hot[layer]` are on the GPU ("hot").
     hot: int32 [n_layers]. layer_on_gpu: bool [n_layers], where attention, KV cache and predictor of a layer are.
-    made_from: budget, solver, prediction and whatever else the placement was made from.
+    zero_copy: int32 [n_layers], cold neurons, the first after the hot ones, whose rows the GPU reads from host memory
+    itself, over PCIe, while the CPU computes the rest; where it is not given, none.
+    made_from: budget, solver, prediction and whatever else the placement was made from; it steers nothing.
     """
 
     order: np.ndarray
@@ -42,6 +46,11 @@ class Placement:
     head_on_gpu: bool
     model_fingerprint: str
     made_from: dict[str, Any] = field(default_factory=dict)
+    zero_copy: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        if not len(self.zero_copy):
+            object.__setattr__(self, "zero_copy", np.zeros(len(self.hot), np.int32))
 
     @classmethod
     def all_hot(cls, spec: ModelSpec) -> Placement:
@@ -65,13 +74,6 @@ class Placement:
         order = np.tile(np.arange(spec.d_ff, dtype=np.int32), (spec.n_layers, 1))
         hot_counts = np.full(spec.n_layers, hot, dtype=np.int32)
         return cls(order, hot_counts, np.full(spec.n_layers, on_gpu), on_gpu, spec.fingerprint)
-
-    @property
-    def zero_copy(self) -> np.ndarray:
-        """Cold neurons int64 [n_layers] of each layer, the first after the hot ones, whose rows the GPU reads from host
-        memory itself, over PCIe, while the CPU computes the rest."""
-        stored = np.array(self.made_from.get("zero_copy", ()), np.int64)
-        return np.minimum(stored, self.order.shape[1] - self.hot) if len(stored) else np.zeros(len(self.hot), np.int64)
 
     @property
     def choice(self) -> Choice:
@@ -99,6 +101,7 @@ class Placement:
         tensors = {
             "order": self.order,
             "hot": self.hot,
+            "zero_copy": self.zero_copy,
             "layer_on_gpu": self.layer_on_gpu,
             "head_on_gpu": np.array([self.head_on_gpu]),
         }
@@ -112,12 +115,19 @@ class Placement:
         belongs to another model.
         """
         header, tensors = read_tensors(path, KIND, spec.fingerprint, repair)
+        made_from = dict(header.made_from)
+        if header.format_version == 1:  # which had it there
+            tensors["zero_copy"] = _from_version_1(made_from.pop("zero_copy", []), spec.n_layers)
         if problem := _problem(tensors, spec):
             raise ArtifactError(f"{path} is corrupt: {problem}; rebuild it with: {repair}")
         head_on_gpu = bool(tensors.pop("head_on_gpu")[0])
-        return cls(
-            **tensors, head_on_gpu=head_on_gpu, model_fingerprint=spec.fingerprint, made_from=dict(header.made_from)
-        )
+        return cls(**tensors, head_on_gpu=head_on_gpu, model_fingerprint=spec.fingerprint, made_from=made_from)
+
+
+def _from_version_1(zero_copy: Any, layers: int) -> np.ndarray:
+    """The neurons that a version 1 file notes as zero-copy: none where it has no such note or is not of numbers."""
+    are_counts = isinstance(zero_copy, list) and all(type(n) is int and 0 <= n < 2**31 for n in zero_copy)
+    return np.array(zero_copy if are_counts and zero_copy else [0] * layers, np.int32)
 
 
 def predictor_sizes(spec: ModelSpec, bank: PredictorBank | None) -> tuple[int, ...]:
@@ -129,17 +139,20 @@ def predictor_sizes(spec: ModelSpec, bank: PredictorBank | None) -> tuple[int, .
 def _problem(tensors: Mapping[str, np.ndarray], spec: ModelSpec) -> str | None:
     """What is wrong with the tensors of a placement of `spec`, or None."""
     layers = spec.n_layers
-    shapes = {"order": (layers, spec.d_ff), "hot": (layers,), "layer_on_gpu": (layers,), "head_on_gpu": (1,)}
+    shapes = {"order": (layers, spec.d_ff), "head_on_gpu": (1,)}
+    shapes |= dict.fromkeys(("hot", "zero_copy", "layer_on_gpu"), (layers,))
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found != {name: (shape, np.dtype(_DTYPES[name])) for name, shape in shapes.items()}:
         return f"its tensors are not those of {layers} layers of {spec.d_ff} neurons"
-    hot, on_gpu = tensors["hot"], tensors["layer_on_gpu"]
+    hot, on_gpu, zero_copy = tensors["hot"], tensors["layer_on_gpu"], tensors["zero_copy"]
     if (np.sort(tensors["order"], axis=1) != np.arange(spec.d_ff)).any():
         return "a layer's neuron order is not a permutation"
     if ((hot < 0) | (hot > spec.d_ff)).any():
         return f"a layer's count of hot neurons is not in 0..{spec.d_ff}"
-    if (hot[~on_gpu] > 0).any():
-        return "a layer on the CPU has hot neurons"
+    if ((zero_copy < 0) | (zero_copy > spec.d_ff - hot)).any():
+        return "a layer's count of zero-copy neurons is not in 0 to its cold ones"
+    if (hot[~on_gpu] > 0).any() or (zero_copy[~on_gpu] > 0).any():
+        return "a layer on the CPU has hot or zero-copy neurons"
     return None
 
 
@@ -220,10 +233,11 @@ def place(
         solution = solve_greedy(model, budget)
     made_from = dict(provenance or {}) | _summary(settings, hardware, solution)
     choice = solution.choice
-    if choice.uses_gpu:
-        made_from["zero_copy"] = model.zero_copy(choice).tolist()
-    hot = choice.hot.astype(np.int32)
-    placement = Placement(model.order, hot, choice.layer_on_gpu, choice.head_on_gpu, spec.fingerprint, made_from)
+    zero_copy = model.zero_copy(choice) if choice.uses_gpu else np.zeros(spec.n_layers)
+    counts = choice.hot.astype(np.int32), zero_copy.astype(np.int32)
+    placement = Placement(
+        *(model.order, counts[0], choice.layer_on_gpu, choice.head_on_gpu), spec.fingerprint, made_from, counts[1]
+    )
     return PlacementResult(placement, plan.rows(choice), solution)
 
 

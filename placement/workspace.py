@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cpu_kernels.contract import LAYOUTS, padded
 from profiler.common.spec import ModelSpec
 
 ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
@@ -38,7 +39,7 @@ Bytes = TypeVar("Bytes", int, np.ndarray)
 
 def runtime_reserve(spec: ModelSpec) -> int:
     """Bytes that the process takes on the GPU beside what is planned tensor by tensor."""
-    return _RUNTIME_RESERVE_BLOCKS if spec.dtype in ("int8", "int4") else _RUNTIME_RESERVE
+    return _RUNTIME_RESERVE_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _RUNTIME_RESERVE
 
 
 def aligned(size: Bytes) -> Bytes:
@@ -201,9 +202,5 @@ def predictor_bytes(d_model: int, d_ff: int, rank: int) -> int:
     """Bytes of a predictor on the GPU: int8 codes in rows padded to 128, scales and biases f32; 0 for rank 0."""
     if not rank:
         return 0
-    codes = aligned(rank * _padded(d_model)) + aligned(d_ff * _padded(rank))
+    codes = aligned(rank * padded(d_model)) + aligned(d_ff * padded(rank))
     return codes + 2 * aligned(4 * rank) + 2 * aligned(4 * d_ff)
-
-
-def _padded(columns: int) -> int:
-    return -(-columns // 128) * 128

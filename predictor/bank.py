@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from predictor.low_rank import LowRankPredictor
 from predictor.report import PredictorReport
-from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
-from profiler.common.errors import ArtifactError
+from profiler.common.artifact import ArtifactFile, ArtifactHeader, open_artifact, write_tensors
+from profiler.common.errors import ArtifactError, InputError
 from profiler.common.spec import ModelSpec
 
 KIND = "predictors"
 REPAIR = "hybrid train"
-_FIELDS = {
-    "fc1": torch.int8,
-    "fc1_scale": torch.float32,
-    "b1": torch.float32,
-    "fc2": torch.int8,
-    "fc2_scale": torch.float32,
-    "b2": torch.float32,
-}
+_FIELDS = ("fc1", "fc1_scale", "b1", "fc2", "fc2_scale", "b2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,24 +58,54 @@ class PredictorBank:
     @classmethod
     def load(cls, path: Path, spec: ModelSpec, repair: str = REPAIR) -> PredictorBank:
         """Read a bank and check that it is of `spec`. Raises `ArtifactError` or `ArtifactMismatchError`."""
-        header, tensors = read_tensors(path, KIND, spec.fingerprint, repair)
+        with open_bank(path, spec, repair) as bank:
+            predictors = tuple(bank.predictor(layer) for layer in range(spec.n_layers))
+            return cls(predictors, bank.file.header, bank.report())
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBank:
+    """An open bank of `spec`, whose predictors are read one at a time. Methods raise `ArtifactError` for damage."""
+
+    file: ArtifactFile
+    spec: ModelSpec
+
+    @cached_property
+    def thresholds(self) -> np.ndarray:
+        """f32 [n_layers], on the logits."""
+        found = self.file.array("thresholds")
+        if found.dtype != np.float32 or found.shape != (self.spec.n_layers,):
+            self._refuse(f"its thresholds are {found.dtype} {list(found.shape)}, this model has {self.spec.n_layers}")
+        return found
+
+    def predictor(self, layer: int) -> LowRankPredictor:
+        """One layer's."""
+        parts = {name: torch.from_numpy(self.file.array(f"layers.{layer}.{name}")) for name in _FIELDS}
         try:
-            thresholds = tensors["thresholds"]
-            predictors = tuple(
-                _predictor(tensors, layer, float(thresholds[layer]), spec) for layer in range(spec.n_layers)
-            )
-            report = PredictorReport.from_json(tensors["report"].tobytes().decode())
-        except (KeyError, IndexError, ValueError) as error:
-            raise ArtifactError(f"{path} is not whole ({error}); rebuild it with: {repair}") from error
-        return cls(predictors, header, report)
+            found = LowRankPredictor(**parts, threshold=float(self.thresholds[layer]))
+        except InputError as error:
+            self._refuse(f"layer {layer}: {error}")
+        if found.fc1.shape[1] != self.spec.d_model or len(found.b2) != self.spec.d_ff:
+            self._refuse(f"layer {layer} predicts {len(found.b2)} neurons from {found.fc1.shape[1]} inputs")
+        return found
+
+    def report(self) -> PredictorReport:
+        """The report that was written with the predictors."""
+        try:
+            found = PredictorReport.from_json(self.file.array("report").tobytes().decode())
+        except (ArtifactError, UnicodeDecodeError) as error:
+            self._refuse(str(error))
+        layers = {self.spec.n_layers, len(found.layers), *(len(point.thresholds) for point in found.curve)}
+        if len(layers) > 1:
+            self._refuse(f"its report is of {len(found.layers)} layers and a curve, not all of {self.spec.n_layers}")
+        return found
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise ArtifactError(f"{self.file.path} is corrupt: {problem}; rebuild it with: {self.file.repair}")
 
 
-def _predictor(tensors: dict[str, np.ndarray], layer: int, threshold: float, spec: ModelSpec) -> LowRankPredictor:
-    """One layer's predictor; raises `KeyError` or `ValueError` where a tensor is missing or not as expected."""
-    parts = {name: torch.from_numpy(tensors[f"layers.{layer}.{name}"]) for name in _FIELDS}
-    rank = len(parts["b1"])
-    shapes = {"fc1": (rank, spec.d_model), "fc2": (spec.d_ff, rank), "fc2_scale": (spec.d_ff,), "b2": (spec.d_ff,)}
-    for name, tensor in parts.items():
-        if tensor.dtype != _FIELDS[name] or tuple(tensor.shape) != shapes.get(name, (rank,)):
-            raise ValueError(f"layers.{layer}.{name} is {tensor.dtype} {list(tensor.shape)}")
-    return LowRankPredictor(**parts, threshold=threshold)
+@contextmanager
+def open_bank(path: Path, spec: ModelSpec, repair: str = REPAIR) -> Iterator[StoredBank]:
+    """Open the bank at `path`. Raises `ArtifactError`, or `ArtifactMismatchError` for one that is not of `spec`."""
+    with open_artifact(path, KIND, spec.fingerprint, repair) as file:
+        yield StoredBank(file, spec)

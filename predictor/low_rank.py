@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import linear
 
+from profiler.common.errors import InputError
+
 _INT8_MAX = 127
 
 
@@ -27,7 +29,8 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class LowRankPredictor:
     """fc1: int8 [r, d], fc1_scale and b1: f32 [r]; fc2: int8 [f, r], fc2_scale and b2: f32 [f]; threshold on the logit.
 
-    x is the input of the layer's FFN, after the norm before it.
+    x is the input of the layer's FFN, after the norm before it. Raises `InputError` for other shapes and types, and for
+    scales, biases or a threshold that are not finite: with those it would predict nothing, or everything, silently.
     """
 
     fc1: torch.Tensor
@@ -37,6 +40,21 @@ class LowRankPredictor:
     fc2_scale: torch.Tensor
     b2: torch.Tensor
     threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        rank, f, d = self.b1.numel(), self.b2.numel(), self.fc1.shape[-1]
+        shapes = {"fc1": (rank, d), "fc1_scale": (rank,), "b1": (rank,)}
+        shapes |= {"fc2": (f, rank), "fc2_scale": (f,), "b2": (f,)}
+        for name, shape in shapes.items():
+            part, dtype = getattr(self, name), torch.int8 if name in ("fc1", "fc2") else torch.float32
+            if part.shape != shape or part.dtype != dtype:
+                raise InputError(f"a predictor's {name} is {part.dtype} {list(part.shape)}, expected {dtype} {shape}")
+            if dtype == torch.float32 and not part.isfinite().all():
+                raise InputError(f"a predictor's {name} has values that are not finite")
+        if rank < 1:
+            raise InputError("a predictor has rank 0, expected at least 1")
+        if not abs(self.threshold) <= torch.finfo(torch.float32).max:
+            raise InputError(f"a predictor's threshold is {self.threshold}, expected a finite number")
 
     @classmethod
     def quantized(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 from predictor.quality import Counts
-from profiler.common.errors import ArtifactError
+from profiler.common.errors import ArtifactError, InputError
+from profiler.common.tensor_file import parse_json
+
+
+def _check_numbers(**values: Any) -> None:
+    """Raise `InputError` for a value that is not a finite number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise InputError(f"the predictors' report has {name} {value!r:.40}, expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,12 @@ class Quality:
     predicted_share: float
     fired_share: float
     missed_mass: float
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if name != "layer"}
+        _check_numbers(**numbers)
+        if not isinstance(self.layer, str) or min(numbers.values()) < 0:
+            raise InputError(f"the predictors' report has a line {self}, expected a layer's name and no number below 0")
 
     @classmethod
     def of(cls, layer: str, rank: int, size: int, counts: Counts) -> Quality:
@@ -67,6 +83,12 @@ class CurvePoint:
     active_ratio: float
     perplexity: float | None = None
 
+    def __post_init__(self) -> None:
+        measured = {name: value for name, value in vars(self).items() if name not in ("thresholds", "perplexity")}
+        _check_numbers(**measured, **{f"threshold of layer {n}": value for n, value in enumerate(self.thresholds)})
+        if self.perplexity is not None:
+            _check_numbers(perplexity=self.perplexity)
+
 
 @dataclass(frozen=True)
 class PredictorReport:
@@ -84,6 +106,12 @@ class PredictorReport:
     perplexity_increase: float | None = None
     shortfalls: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        increase = 0.0 if self.perplexity_increase is None else self.perplexity_increase
+        _check_numbers(tokens=self.tokens, level=self.level, perplexity_increase=increase)
+        if not all(isinstance(line, str) for line in self.shortfalls):
+            raise InputError(f"the predictors' report has shortfalls {self.shortfalls!r:.60}, expected lines of text")
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict per layer and a last one for all, for a table."""
         return [asdict(line) | {"active_ratio": line.active_ratio} for line in (*self.layers, self.overall)]
@@ -95,7 +123,7 @@ class PredictorReport:
     def from_json(cls, text: str) -> PredictorReport:
         """Read what `to_json` wrote. Raises `ArtifactError`."""
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             curve = tuple(CurvePoint(**point | {"thresholds": tuple(point["thresholds"])}) for point in fields["curve"])
             return cls(
                 **fields
@@ -106,5 +134,5 @@ class PredictorReport:
                     "shortfalls": tuple(fields["shortfalls"]),
                 }
             )
-        except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"the predictors' report is unreadable ({error}); run: hybrid train") from error
+        except (ValueError, TypeError, KeyError, InputError) as error:
+            raise ArtifactError(f"the predictors' report is unreadable ({error})") from error

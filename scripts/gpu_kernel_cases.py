@@ -14,11 +14,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from cpu_kernels.blocks import FORMATS
+from cpu_kernels.contract import BLOCK, LAYOUTS, padded
 from gpu_kernels.attention import attention_scratch, attention_splits, decode_attention, decode_attention_ref
 from gpu_kernels.compact import compact_indices, compact_indices_ref
 from gpu_kernels.gemv import Tiling, gemv, gemv_ref
 from gpu_kernels.low_rank import TILING, DevicePredictorView, PredictorTiling, predict, predict_ref
-from gpu_kernels.matrix import KINDS, DeviceMatrix, padded, row_width
+from gpu_kernels.matrix import KINDS, DeviceMatrix
 from gpu_kernels.norm import residual_norm, residual_norm_ref
 from gpu_kernels.rope import rope, rope_ref
 from gpu_kernels.sampling import blocks_of, greedy, greedy_ref, top_k, top_k_ref, top_k_scratch
@@ -51,11 +53,11 @@ def random_values(*shape: int) -> torch.Tensor:
 
 def random_matrix(kind: str, n: int, d: int) -> DeviceMatrix:
     """Weights of about 1 / sqrt(d) on the GPU; blocks have random codes and scales."""
-    if kind not in ("int8", "int4"):
+    if not LAYOUTS[kind].in_blocks:
         return DeviceMatrix((random_values(n, d) / d**0.5).to(KINDS[kind]), d, kind)
-    rows = torch.randint(0, 256, (n, row_width(kind, d)), dtype=torch.uint8, device="cuda")
-    largest = 127 if kind == "int8" else 8
-    scales = (torch.rand(n, padded(d) // 32, device="cuda") + 0.5) / (largest * d**0.5)
+    rows = torch.randint(0, 256, (n, LAYOUTS[kind].row_bytes(d)), dtype=torch.uint8, device="cuda")
+    largest = -FORMATS[kind].least
+    scales = (torch.rand(n, padded(d) // BLOCK, device="cuda") + 0.5) / (largest * d**0.5)
     rows[:, -scales.shape[1] * 2 :] = scales.half().view(torch.uint8)
     return DeviceMatrix(rows, d, kind)
 

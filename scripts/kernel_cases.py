@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 
 from cpu_kernels import barrier
-from cpu_kernels.activations import ACTIVATION_CODES
 from cpu_kernels.attention import decode_attention, decode_attention_ref
 from cpu_kernels.compiled import kernel
+from cpu_kernels.contract import ACTIVATION_CODES
 from cpu_kernels.ffn_phases import FFNWeights
 from cpu_kernels.gemv import gemv_ref, gemv_shared
-from cpu_kernels.lanes import copy, new_inputs, one_input, prepare
+from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref
 from cpu_kernels.rope import rope, rope_ref
+from cpu_kernels.row_dot import prepare
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, _together, sparse_ffn_ref
 from cpu_kernels.top_k import top_k, top_k_ref
 from cpu_kernels.worker_pool import Each, WorkerPool

@@ -27,12 +27,13 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, rms_norm, scaled_dot_product_attention
 
-from cpu_kernels.blocks import BLOCK, LARGEST
+from cpu_kernels.blocks import FORMATS
+from cpu_kernels.contract import BLOCK, LAYOUTS
 from hybrid.model.transformer import rope_frequencies
 from predictor.low_rank import LowRankPredictor
 from predictor.quality import Counts
 from profiler.common.errors import InputError
-from profiler.common.spec import DTYPE_BYTES, RopeSpec
+from profiler.common.spec import RopeSpec
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 NORM_EPS = 1e-5
@@ -42,7 +43,7 @@ SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>
 CALIBRATION_TOKENS, WINDOW = 1024, 128
 SAMPLE_TOKENS = 256
 # Entries of A B are sums of so many entries of B: the largest code of an int4 weight.
-TERMS = LARGEST["int4"]
+TERMS = FORMATS["int4"].largest
 # Gates have a standard deviation of about 1. f32 sums move a gate or its logit by up to 5e-6 (d=4096). Activations
 # rounded to 16 bits in blocks of 32 move a gate by up to 1.3e-4 and its logit by 2.3e-3: the largest q, 127, weighs
 # c x0, which is rounded together with values of up to 250. The rest is room; at 10% firing it predicts 1.5% more
@@ -108,7 +109,7 @@ class SyntheticConfig:
     def n_bytes(self) -> int:
         """Bytes of all weights; every matrix and norm has d_model rows or columns."""
         per_layer = 2 * self.d_model + 2 * self.n_kv_heads * self.head_dim + 3 * self.d_ff + 2
-        return self.d_model * (self.layers * per_layer + 2 * self.vocab + 1) * DTYPE_BYTES[self.dtype]
+        return self.d_model * (self.layers * per_layer + 2 * self.vocab + 1) * LAYOUTS[self.dtype].bits // 8
 
 
 def designed_rates(config: SyntheticConfig, tokens: int) -> np.ndarray:

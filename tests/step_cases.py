@@ -8,6 +8,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gpu_cases import DEVICE
@@ -16,6 +17,7 @@ from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn
+from gpu_kernels.box import Mailbox
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.kv_cache import KVCache
@@ -88,8 +90,9 @@ class StepCase:
         spec = opened.spec
         self.placement = replace(Placement.all_hot(spec), head_on_gpu=head)
         self.placement.hot[:] = round(share * spec.d_ff)
-        self.placement.made_from["zero_copy"] = [0 if n in on_cpu else zero_copy for n in range(spec.n_layers)]
-        self.placement.hot[list(on_cpu)], self.placement.layer_on_gpu[list(on_cpu)] = 0, False
+        self.placement.zero_copy[:] = np.minimum(zero_copy, spec.d_ff - self.placement.hot)
+        for counts in (self.placement.hot, self.placement.zero_copy, self.placement.layer_on_gpu):
+            counts[list(on_cpu)] = 0
         self.runtime = FFNRuntime("exact", WorkerPool(threads), spec.d_model, spec.d_ff)
         self.model = opened.build(self.runtime, self.placement, None)
         if predictors:
@@ -127,7 +130,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     The workers have a minute to answer, as the CPU of a test may be shared by many.
     """
     if DEVICE == "cpu":
-        monkeypatch.setattr("hybrid.runtime.gpu.cold_workers.Mailbox", partial(mailbox.Mailbox, timeout=60.0))
+        monkeypatch.setattr(Mailbox, "new", partial(Mailbox.new, timeout=60.0))
         for module, user in product(
             (attention, dense, gemv, low_rank, mailbox, norm, rope, sampling, sparse_ffn), _USERS
         ):

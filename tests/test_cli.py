@@ -295,11 +295,11 @@ def test_inspect_says_what_is_ignored(model, capfd):
 def test_a_newer_format_is_refused(model, capfd):
     path = model / "hybrid" / "predictors.safetensors"
     data = path.read_bytes()
-    assert data.count(b'\\"format_version\\": 1') == 1
-    path.write_bytes(data.replace(b'\\"format_version\\": 1', b'\\"format_version\\": 7'))
+    assert data.count(b'\\"format_version\\": 2') == 1
+    path.write_bytes(data.replace(b'\\"format_version\\": 2', b'\\"format_version\\": 7'))
     before = contents(model)
     code, _, err = hybrid(capfd, "chat", model)
-    assert code == 2 and "format version 7, this build reads up to 1" in err and contents(model) == before
+    assert code == 2 and "format version 7, this build reads up to 2" in err and contents(model) == before
 
 
 def test_artefacts_of_another_model(model, original, tmp_path, capfd):

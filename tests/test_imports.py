@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-KERNELS = {"cpu_kernels", "gpu_kernels"}
+CONTRACT = "cpu_kernels.contract"  # what kernels of both devices agree on; imports nothing
+KERNELS = {CONTRACT, "cpu_kernels", "gpu_kernels"}
 GROUND = KERNELS | {"profiler.common"}
 OFFLINE = GROUND | {"profiler", "profiler.machine", "predictor", "placement"}
 WORDS = {"hybrid.errors", "hybrid.console", "hybrid.generation"}
@@ -19,8 +20,9 @@ MODEL = FORMATS | {"hybrid.model"}
 RUNTIME = MODEL | {"hybrid.runtime", "hybrid.runtime.gpu"}
 # What the files of a room may import of this tree, besides their own room. A file is of the longest name that fits.
 MAY_IMPORT: dict[str, set[str]] = {
-    "cpu_kernels": set(),
-    "gpu_kernels": set(),
+    CONTRACT: set(),
+    "cpu_kernels": {CONTRACT},
+    "gpu_kernels": {CONTRACT},
     "profiler.common": KERNELS,
     "profiler.machine": GROUND,
     "profiler": GROUND,
@@ -118,6 +120,8 @@ def test_every_folder_has_a_place_in_the_order():
     [
         ("cpu_kernels.a", "import numba\nimport profiler.common.spec", {"profiler.common"}),
         ("gpu_kernels.a", "from cpu_kernels import gemv", {"cpu_kernels"}),
+        ("gpu_kernels.a", "from cpu_kernels import contract\nfrom cpu_kernels.contract import Op", set()),
+        ("cpu_kernels.contract", "from cpu_kernels.blocks import FORMATS", {"cpu_kernels"}),
         ("profiler.corpus", "from cpu_kernels.gemv import gemv\nfrom profiler.common import spec", set()),
         ("profiler.common.spec", "from profiler import corpus", {"profiler"}),
         ("profiler.corpus", "def f():\n    from hybrid.runtime.engine import Engine", {"hybrid.runtime"}),

@@ -74,9 +74,12 @@ class Bundle:
     def placement(self) -> Path:
         return self.path / "placement.safetensors"
 
-    def load_profile(self, spec: ModelSpec) -> NeuronProfile:
-        """Raises `ArtifactError` or `ArtifactMismatchError`, naming the command that repairs it; so do the others."""
-        return NeuronProfile.load(self.profile, spec, self.repair)
+    def load_profile(self, spec: ModelSpec, samples: bool = True) -> NeuronProfile:
+        """The profile, or without `samples` its counts, which is all that placing needs.
+
+        Raises `ArtifactError` or `ArtifactMismatchError`, naming the command that repairs it; so do the others.
+        """
+        return NeuronProfile.load(self.profile, spec, self.repair, samples)
 
     def load_predictors(self, spec: ModelSpec) -> PredictorBank:
         return PredictorBank.load(self.predictors, spec, self.repair)

@@ -7,7 +7,8 @@ artefacts in `hybrid/`, which keep the source's fingerprint. `packed.safetensors
     vectors    F32 [n]: norms and biases
     order      I32 [n_layers, d_ff]: the source's neuron that each row of gate, up and down is
 
-Each tensor starts on a page. Opening reads the header only; a row that is never used stays on disk.
+Each tensor starts on a page. Opening reads the header only, which must name these tensors in this order; a row that is
+never used stays on disk, so that digests are held against the weights by `PackedModel.check` alone.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ import math
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
-from cpu_kernels.matrix import DTYPES, Matrix, row_width
+from cpu_kernels.contract import LAYOUTS
+from cpu_kernels.matrix import Matrix
+from cpu_kernels.row_types import ROW_TYPES
 from hybrid.console import size
 from hybrid.errors import ArtifactError, InputError, ModelError
-from hybrid.formats.checkpoint import TensorInfo, read_table
 from hybrid.formats.config import parse_config, read_json
-from profiler.common.artifact import ArtifactHeader, header_metadata, read_header
+from profiler.common.artifact import ArtifactFile, ArtifactHeader, open_artifact
 from profiler.common.spec import DType, ModelSpec
+from profiler.common.tensor_file import Entry, Place
 
 PACKED_FILE = "packed.safetensors"
 KIND = "packed model"
@@ -44,8 +49,8 @@ PACKED_DTYPES: tuple[PackedDType, ...] = get_args(PackedDType)
 STORED_AS: dict[PartType, str] = {
     "bf16": "BF16", "f16": "F16", "f32": "F32", "int8": "I8", "int4": "U8", "i32": "I32", "i8": "I8"
 }  # fmt: skip
-_ARRAY_TYPES = {"I32": np.dtype(np.int32)} | {STORED_AS[kind]: DTYPES[kind] for kind in get_args(DType)}
-_REPAIR = "hybrid pack SOURCE_MODEL"
+_ARRAY_TYPES = {"I32": np.dtype(np.int32)} | {STORED_AS[name]: kind.array for name, kind in ROW_TYPES.items()}
+REPAIR = "hybrid pack SOURCE_MODEL"
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,18 @@ class Part:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """As the file says it: rows in blocks are counted in bytes."""
-        if self.dtype == "int8" or self.dtype == "int4":
-            return self.shape[0], row_width(self.dtype, self.shape[1])
+        if self.dtype in LAYOUTS and len(self.shape) == 2:
+            return self.shape[0], LAYOUTS[self.dtype].elements(self.shape[1])
         return self.shape
 
     @property
+    def entry(self) -> Entry:
+        """As the file's table has it."""
+        return Entry(self.name, STORED_AS[self.dtype], self.stored_shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.stored_shape) * _ARRAY_TYPES[STORED_AS[self.dtype]].itemsize
+        return self.entry.nbytes
 
 
 def packed_spec(spec: ModelSpec, dtype: PackedDType) -> ModelSpec:
@@ -132,14 +142,60 @@ def config_hash(folder: Path) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class TensorMap:
+    """A file of tensors that is mapped, and where each lies. Views keep the map alive.
+
+    Who truncates the file meanwhile, rather than replace it as `hybrid pack` does, ends this process by a signal.
+    """
+
+    path: Path
+    parts: dict[str, Part]
+    places: dict[str, Place]
+    bytes: mmap.mmap
+
+    @classmethod
+    def of(cls, file: ArtifactFile, expected: list[Part]) -> TensorMap:
+        """Map `file`, which must hold the tensors `expected` in their order and no others. Raises `ModelError`."""
+        for part in expected:
+            _check(file.path, part, file.places.get(part.name))
+        for wanted, found in zip_longest((part.name for part in expected), file.places):
+            if found != wanted:
+                raise ModelError(f"{file.path} has tensor '{found}' in the place of '{wanted}'; pack the model again")
+        try:
+            mapped = mmap.mmap(file.file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelError(f"cannot map {file.path}: {error.strerror or error}") from error
+        return cls(file.path, {part.name: part for part in expected}, file.places, mapped)
+
+    def stored(self, name: str) -> np.ndarray:
+        """A tensor as it lies in the file, a view on the map: bf16 as uint16, f16 as int16, blocks as bytes."""
+        place = self.place(name)
+        dtype = _ARRAY_TYPES[place.dtype]
+        return np.frombuffer(self.bytes, dtype, math.prod(place.shape), place.start).reshape(place.shape)
+
+    def place(self, name: str) -> Place:
+        """Where the tensor `name` lies. Raises `ModelError` where there is none."""
+        if name not in self.places:
+            raise ModelError(f"{self.path} has no tensor '{name}'; pack the model again")
+        return self.places[name]
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Part:
+        """The tensor `name`, which must be of `shape`. Raises `ModelError`."""
+        self.place(name)
+        part = self.parts[name]
+        if part.shape != shape:
+            raise ModelError(f"{self.path}: tensor '{name}' is {list(part.shape)}, expected {list(shape)}")
+        return part
+
+
+@dataclass(frozen=True, eq=False)
 class PackedModel:
     """An open packed folder: `spec` with its run-time dtype and the source's fingerprint, `header`, and the one map."""
 
     path: Path
     spec: ModelSpec
     header: ArtifactHeader
-    _table: dict[str, TensorInfo]
-    _map: mmap.mmap
+    _tensors: TensorMap
 
     @staticmethod
     def is_packed(folder: Path) -> bool:
@@ -153,50 +209,47 @@ class PackedModel:
         Raises `ModelError` for a file that is truncated or does not fit config.json, `ArtifactError` for one that
         `hybrid pack` did not write.
         """
-        path = folder / PACKED_FILE
         config = read_json(folder / "config.json")
-        header = read_header(path, KIND, None, _REPAIR)
-        dtype = header.made_from.get("dtype")
-        if dtype not in PACKED_DTYPES or not isinstance(header.made_from.get("order"), str):
-            raise ArtifactError(f"{path} does not say how it was packed; pack the model again: {_REPAIR}")
-        if header.made_from.get("config") != config_hash(folder):
-            raise ModelError(f"{folder / 'config.json'} is not the one that was packed; pack the model again")
-        spec = packed_spec(parse_config(config, str(folder / "config.json"), header.model_fingerprint), dtype)
-        table = read_table(path)
-        # What the source's weights said, and config.json does not.
-        spec = replace(spec, tied=spec.tied and "head" not in table, wide_kv=header.made_from.get("wide_kv") is True)
-        for part in parts(spec):
-            _check(path, part, table.get(part.name))
-        try:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise ModelError(f"cannot map {path}: {error.strerror or error}") from error
-        return cls(folder, spec, header, table, mapped)
+        with open_packed(folder) as file:
+            made_from = file.header.made_from
+            dtype = made_from.get("dtype")
+            if dtype not in PACKED_DTYPES or not isinstance(made_from.get("order"), str):
+                raise ArtifactError(f"{file.path} does not say how it was packed; pack the model again: {REPAIR}")
+            if made_from.get("config") != config_hash(folder):
+                raise ModelError(f"{folder / 'config.json'} is not the one that was packed; pack the model again")
+            fingerprint = file.header.model_fingerprint
+            spec = packed_spec(parse_config(config, str(folder / "config.json"), fingerprint), dtype)
+            # What the source's weights said, and config.json does not.
+            tied, wide_kv = spec.tied and "head" not in file.places, made_from.get("wide_kv") is True
+            spec = replace(spec, tied=tied, wide_kv=wide_kv)
+            return cls(folder, spec, file.header, TensorMap.of(file, list(parts(spec))))
 
     def matrix(self, name: str, rows: int, columns: int) -> Matrix:
         """The matrix `name` of [rows, columns] weights, a view on the map. Raises `ModelError` for another shape."""
-        info = self._info(name)
-        dtype: DType = next((kind for kind in get_args(DType) if STORED_AS[kind] == info.dtype), "f32")
-        _check(self.path / PACKED_FILE, Part(name, (rows, columns), dtype), info)
+        self._tensors.part(name, (rows, columns))
         return Matrix(self.stored(name), columns)
 
     def vector(self, name: str, n: int) -> np.ndarray:
         """The norm or bias `name`, f32 [n], a view on the map. Raises `ModelError` for another shape."""
-        _check(self.path / PACKED_FILE, Part(name, (n,), "f32"), self._info(name))
+        self._tensors.part(name, (n,))
         return self.stored(name)
 
     def stored(self, name: str) -> np.ndarray:
         """A tensor as it lies in the file, a view on the map: bf16 as uint16, f16 as int16, blocks as bytes."""
-        info = self._info(name)
-        dtype = _ARRAY_TYPES[info.dtype]
-        count = (info.end - info.start) // dtype.itemsize
-        return np.frombuffer(self._map, dtype, count, info.start).reshape(info.shape)
+        return self._tensors.stored(name)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int32 [n_layers, d_ff]: the source's neuron that each row of gate, up and down is."""
-        return self.stored("order")
+        """int32 [n_layers, d_ff]: the source's neuron that each row of gate, up and down is.
+
+        Raises `ArtifactError` where that is not the order that the header names.
+        """
+        found = self.stored("order")
+        if order_hash(found) != self.header.made_from["order"]:
+            raise ArtifactError(
+                f"{self._tensors.path} is damaged: tensor 'order' is not what was written; pack the model again"
+            )
+        return found
 
     def check_order(self, order: np.ndarray) -> None:
         """Raise `ArtifactError` unless the rows lie in `order`, a placement's [n_layers, d_ff]."""
@@ -211,7 +264,7 @@ class PackedModel:
 
         Here and there, it reads no page that was not asked for; else it reads ahead.
         """
-        for name in self._table:
+        for name in self._tensors.places:
             if name.endswith((".gate", ".up", ".down")):
                 self._advise(mmap.MADV_RANDOM if learned else mmap.MADV_NORMAL, name, name)
 
@@ -223,8 +276,8 @@ class PackedModel:
 
     def _advise(self, advice: int, first: str, last: str) -> None:
         """Give `advice` for the whole pages from tensor `first` to tensor `last`."""
-        start = -(-self._info(first).start // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = self._info(last).end
+        start = -(-self._tensors.place(first).start // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = self._tensors.place(last).end
         if end > start:
             self._map.madvise(advice, start, end - start)
 
@@ -249,41 +302,27 @@ class PackedModel:
         return float((pages & 1).mean())
 
     @property
+    def _map(self) -> mmap.mmap:
+        return self._tensors.bytes
+
+    @property
     def _address(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(np.frombuffer(self._map, np.uint8).ctypes.data)
 
-    def _info(self, name: str) -> TensorInfo:
-        info = self._table.get(name)
-        if info is None:
-            raise ModelError(f"{self.path / PACKED_FILE} has no tensor '{name}'; pack the model again")
-        return info
 
-
-def file_header(header: ArtifactHeader, found: list[Part]) -> bytes:
-    """The start of a safetensors file up to its data. Its format knows no holes, so gaps are tensors too."""
-    table: dict[str, object] = {"__metadata__": header_metadata(header)}
-    at = 0
-    for number, part in enumerate(found):
-        if gap := -at % ALIGNMENT:
-            table[f"_pad.{number}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
-            at += gap
-        offsets = [at, at + part.nbytes]
-        table[part.name] = {"dtype": STORED_AS[part.dtype], "shape": part.stored_shape, "data_offsets": offsets}
-        at += part.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+def open_packed(folder: Path) -> AbstractContextManager[ArtifactFile]:
+    """The weights of a packed folder as a file, such as to `check` them. Raises `ArtifactError`."""
+    return open_artifact(folder / PACKED_FILE, KIND, None, REPAIR)
 
 
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _check(path: Path, part: Part, info: TensorInfo | None) -> None:
+def _check(path: Path, part: Part, place: Place | None) -> None:
     """Raise `ModelError` unless the file has `part` as it must be."""
-    wanted = (STORED_AS[part.dtype], part.stored_shape)
-    if info is None:
+    if place is None:
         raise ModelError(f"{path} has no tensor '{part.name}'; pack the model again")
-    if (info.dtype, info.shape) != wanted or info.end - info.start != part.nbytes or info.start % _LEAST_ALIGNMENT:
-        found = f"{info.dtype} {list(info.shape)}"
-        raise ModelError(f"{path}: tensor '{part.name}' is {found}, expected {wanted[0]} {list(wanted[1])}")
+    if (place.dtype, place.shape) != part.entry[1:] or place.start % _LEAST_ALIGNMENT:
+        found, wanted = f"{place.dtype} {list(place.shape)}", f"{part.entry.dtype} {list(part.entry.shape)}"
+        raise ModelError(f"{path}: tensor '{part.name}' is {found}, expected {wanted}; pack the model again")

@@ -1,74 +1,88 @@
 """The predictors of a packed model, as the kernels want them and memory-mapped: codes padded, neurons in packed order.
 
 `packed_predictors.safetensors` lies beside the weights. It holds, per layer, fc1 int8 [r, padded(d)], fc2 int8
-[f, padded(r)], their scales and biases f32, and all thresholds; each tensor starts on a multiple of 64 bytes.
+[f, padded(r)], their scales and biases f32, and all thresholds; each tensor starts on a page.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import torch
 
 from cpu_kernels.blocks import padded
-from cpu_kernels.low_rank import PredictorView, pad_codes
+from cpu_kernels.low_rank import PredictorView
 from hybrid.errors import ArtifactError, ArtifactMismatchError
-from hybrid.formats.checkpoint import TensorInfo, read_table
-from hybrid.formats.packed import ALIGNMENT, Part, file_header, order_hash
+from hybrid.formats.packed import ALIGNMENT, REPAIR, Part, TensorMap, order_hash
 from predictor import bank
-from profiler.common.artifact import ArtifactHeader, atomic_write, read_header
+from predictor.bank import StoredBank, open_bank
+from profiler.common.artifact import ArtifactFile, ArtifactHeader, TensorWriter, atomic_write, open_artifact
 from profiler.common.spec import ModelSpec
 
 PREDICTORS_FILE = "packed_predictors.safetensors"
 KIND = "packed predictors"
-_REPAIR = "hybrid pack SOURCE_MODEL"
 _VECTORS = ("fc1_scale", "b1", "fc2_scale", "b2")
 
 
 def pack_predictors(source: Path, spec: ModelSpec, order: np.ndarray, target: Path) -> None:
-    """Write the bank `source` to the packed folder `target`, a layer at a time; done already, nothing is written.
+    """Write the bank `source` to the packed folder `target`, a layer at a time, and read it back; done already, nothing
+    is written.
 
     order: [n_layers, d_ff], the neurons of each layer. Raises `ArtifactError` for a damaged bank.
     """
-    made = read_header(source, bank.KIND, spec.fingerprint, bank.REPAIR)
-    header = ArtifactHeader(KIND, spec.fingerprint, {"predictors": made.key, "order": order_hash(order)})
-    path = target / PREDICTORS_FILE
-    try:
-        if read_header(path, KIND, spec.fingerprint, _REPAIR).key == header.key:
+    with open_bank(source, spec, bank.REPAIR) as stored:
+        header = ArtifactHeader(
+            KIND, spec.fingerprint, {"predictors": stored.file.header.key, "order": order_hash(order)}
+        )
+        path = target / PREDICTORS_FILE
+        if _is_whole(target, header):
             return
-    except ArtifactError:
-        pass  # none there, or another one: written now
-    try:
-        with safe_open(source, framework="numpy") as stored, atomic_write(path) as file:
-            ranks = [stored.get_slice(f"layers.{layer}.b1").get_shape()[0] for layer in range(spec.n_layers)]
-            file.write(file_header(header, list(_parts(spec, ranks))))
-            for array in _arrays(stored, spec, order):
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                file.write(np.ascontiguousarray(array).data)
-    except SafetensorError as error:
-        raise ArtifactError(f"{source} is corrupt ({error}); rebuild it with: {bank.REPAIR}") from error
+        entries = list(_parts(spec, _ranks(stored.file, spec)))
+        with atomic_write(path) as file:
+            writer = TensorWriter(file, header, [part.entry for part in entries], ALIGNMENT)
+            for part, array in zip(entries, _arrays(stored, spec, order), strict=True):
+                writer.add(part.name, [np.ascontiguousarray(array)])
+            writer.finish()
+    with open_packed_predictors(target, spec) as file:
+        file.check()
+
+
+def open_packed_predictors(folder: Path, spec: ModelSpec) -> AbstractContextManager[ArtifactFile]:
+    """The predictors of a packed folder as a file, such as to `check` them. Raises `ArtifactError`."""
+    return open_artifact(folder / PREDICTORS_FILE, KIND, spec.fingerprint, REPAIR)
 
 
 def open_predictors(folder: Path, spec: ModelSpec, order: np.ndarray) -> list[PredictorView]:
-    """The predictors of the packed model in `folder`, one a layer, views on one map.
+    """The predictors of the packed model in `folder`, one a layer, views on one map. Codes are not read.
 
-    Raises `ArtifactError` when there are none, or they are of another order than the weights'.
+    Raises `ArtifactError` when there are none or they are damaged, `ModelError` for tensors of other shapes, types or
+    places, `ArtifactMismatchError` for another order than the weights'.
     """
-    path = folder / PREDICTORS_FILE
-    header = read_header(path, KIND, spec.fingerprint, _REPAIR)
-    if header.made_from.get("order") != order_hash(order):
-        raise ArtifactMismatchError(f"{path} has its neurons in another order than the weights; run: {_REPAIR}")
-    table = read_table(path)
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with open_packed_predictors(folder, spec) as file:
+        if file.header.made_from.get("order") != order_hash(order):
+            raise ArtifactMismatchError(f"{file.path} has its neurons in another order than the weights; run: {REPAIR}")
+        mapped = TensorMap.of(file, list(_parts(spec, _ranks(file, spec))))
+        thresholds = _finite(file, "thresholds")
+        return [_predictor(file, mapped, layer, thresholds[layer], spec) for layer in range(spec.n_layers)]
+
+
+def _is_whole(target: Path, header: ArtifactHeader) -> bool:
+    """Whether the folder's predictors are those of `header`, and whole."""
     try:
-        thresholds = _view(mapped, table["thresholds"], np.float32)
-        return [_predictor(mapped, table, layer, thresholds[layer], spec) for layer in range(spec.n_layers)]
-    except (KeyError, ValueError, IndexError) as error:
-        raise ArtifactError(f"{path} is not whole ({error}); pack the model again: {_REPAIR}") from error
+        with open_artifact(target / PREDICTORS_FILE, KIND, header.model_fingerprint, REPAIR) as file:
+            file.check()
+            return file.digests is not None and file.header.key == header.key
+    except ArtifactError:
+        return False  # none there, or another one: written now
+
+
+def _ranks(file: ArtifactFile, spec: ModelSpec) -> list[int]:
+    """Each layer's rank, as long as its b1."""
+    shapes = [file.place(f"layers.{layer}.b1").shape for layer in range(spec.n_layers)]
+    return [shape[0] if shape else 0 for shape in shapes]
 
 
 def _parts(spec: ModelSpec, ranks: list[int]) -> Iterator[Part]:
@@ -82,36 +96,27 @@ def _parts(spec: ModelSpec, ranks: list[int]) -> Iterator[Part]:
             yield Part(f"{at}.{name}", (n,), "f32")
 
 
-def _arrays(stored: safe_open, spec: ModelSpec, order: np.ndarray) -> Iterator[np.ndarray]:
+def _arrays(stored: StoredBank, spec: ModelSpec, order: np.ndarray) -> Iterator[np.ndarray]:
     """What `_parts` names, from a bank."""
-    yield stored.get_tensor("thresholds")
+    yield stored.thresholds
     for layer in range(spec.n_layers):
-        at = f"layers.{layer}"
-        yield pad_codes(stored.get_tensor(f"{at}.fc1"))
-        yield pad_codes(stored.get_tensor(f"{at}.fc2")[order[layer]])
-        for name in _VECTORS:
-            vector = stored.get_tensor(f"{at}.{name}")
-            yield vector if name in ("fc1_scale", "b1") else vector[order[layer]]
+        p = stored.predictor(layer).reordered(torch.from_numpy(order[layer].astype(np.int64)))
+        view = PredictorView.of(p.fc1, p.fc1_scale, p.b1, p.fc2, p.fc2_scale, p.b2, p.threshold)
+        yield from (view.fc1, view.fc2, view.s1, view.b1, view.s2, view.b2)
 
 
-def _view(mapped: mmap.mmap, info: TensorInfo, dtype: type[np.generic]) -> np.ndarray:
-    count = (info.end - info.start) // np.dtype(dtype).itemsize
-    return np.frombuffer(mapped, dtype, count, info.start).reshape(info.shape)
+def _predictor(file: ArtifactFile, mapped: TensorMap, layer: int, threshold: float, spec: ModelSpec) -> PredictorView:
+    at = f"layers.{layer}"
+    s1, b1, s2, b2 = (_finite(file, f"{at}.{name}") for name in _VECTORS)
+    fc1, fc2 = mapped.stored(f"{at}.fc1"), mapped.stored(f"{at}.fc2")
+    if not len(b1):
+        raise ArtifactError(f"{file.path}: the predictor of layer {layer} has rank 0; pack the model again: {REPAIR}")
+    return PredictorView(fc1, s1, b1, fc2, s2, b2, np.float32(threshold), spec.d_model)
 
 
-def _predictor(
-    mapped: mmap.mmap, table: dict[str, TensorInfo], layer: int, threshold: float, spec: ModelSpec
-) -> PredictorView:
-    def part(name: str, dtype: type[np.generic] = np.float32) -> np.ndarray:
-        return _view(mapped, table[f"layers.{layer}.{name}"], dtype)
-
-    return PredictorView(
-        part("fc1", np.int8),
-        part("fc1_scale"),
-        part("b1"),
-        part("fc2", np.int8),
-        part("fc2_scale"),
-        part("b2"),
-        np.float32(threshold),
-        spec.d_model,
-    )
+def _finite(file: ArtifactFile, name: str) -> np.ndarray:
+    """A vector, which must be finite: with others a predictor would predict nothing, or everything, silently."""
+    found = file.array(name)
+    if not np.isfinite(found).all():
+        raise ArtifactError(f"{file.path}: tensor '{name}' is not all finite; pack the model again: {REPAIR}")
+    return found

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from cpu_kernels.activations import activate_ref
+from cpu_kernels.contract import MAX_BATCH
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.sparse_ffn import MAX_BATCH, FFNView, SparseFFNScratch, sparse_ffn
+from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.model.gemm import blocks, widened
 from predictor.low_rank import LowRankPredictor

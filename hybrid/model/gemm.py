@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cpu_kernels.gemv import MAX_BATCH, gemv
+from cpu_kernels.contract import MAX_BATCH
+from cpu_kernels.gemv import gemv
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.widen import widen
 from cpu_kernels.worker_pool import WorkerPool

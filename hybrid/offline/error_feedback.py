@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 from scipy.linalg.lapack import dtrtri
 
-from cpu_kernels.blocks import BLOCK, choose_scales, codes_of, store, widened
+from cpu_kernels.blocks import choose_scales, codes_of, store, widened
+from cpu_kernels.contract import BLOCK
 
 SPAN = 1024  # weights that make up for each other; bounds the memory and time of a factor
 _DAMPING = 0.01  # of the mean of H's diagonal

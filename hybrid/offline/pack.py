@@ -3,26 +3,25 @@
 Threads: a few read blocks of rows and turn them into their run-time type; the calling thread writes them, in order. A
 block is 8 MiB of f32 and there are at most `_CODERS` + 1 of them, so memory stays at one source tensor that is mapped
 while it is read, whatever the model's size. Everything goes to a temporary folder that is renamed once all of it
-was read back and held against the source; a killed run leaves that folder, and the next run removes it.
+was read back and held against its digests and the source; a killed run leaves that folder, the next run removes it.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
-from zlib import crc32
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from cpu_kernels.blocks import dequantize, quantize
+from cpu_kernels.blocks import FORMATS, dequantize, quantize
 from cpu_kernels.lanes import widen_ref
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import ArtifactError, InputError, ModelError
@@ -36,7 +35,7 @@ from hybrid.formats.packed import (
     PackedModel,
     Part,
     config_hash,
-    file_header,
+    open_packed,
     order_hash,
     packed_spec,
     parts,
@@ -48,8 +47,9 @@ from hybrid.offline.pack_check import within_bounds
 from hybrid.offline.pack_feedback import FFNFeedback
 from hybrid.offline.pack_source import Source, split_name
 from placement.placement import Placement
-from profiler import profile as neuron_profile
-from profiler.common.artifact import ArtifactHeader, read_header
+from predictor.bank import open_bank
+from profiler.common.artifact import ArtifactHeader, TensorWriter, digest_of, read_header
+from profiler.profile import NeuronProfile, StoredInputs
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -61,7 +61,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "LICENSE*
 
 @dataclass(frozen=True)
 class PackResult:
-    """The packed folder, the bytes of its weights, and whether they had to be `written`."""
+    """The packed folder, the bytes of all that is in it, and whether its weights had to be `written`."""
 
     folder: Path
     nbytes: int
@@ -72,7 +72,10 @@ class Packer:
     """One model, the type it shall have, and the neuron order of its bundle's placement."""
 
     def __init__(self, folder: ModelFolder, bundle: Bundle, dtype: PackedDType, progress: Progress) -> None:
-        """Raises `ModelError` or `ArtifactError` when a tensor is missing or the placement is not of this model."""
+        """Raises `ModelError` or `ArtifactError` when a tensor is missing or an artefact is damaged or another model's.
+
+        A bundle need not have artefacts, but those that it has go along or steer the rounding.
+        """
         self._folder, self._bundle, self._dtype, self._progress = folder, bundle, dtype, progress
         placement = bundle.load_placement(folder.spec) if bundle.placement.is_file() else None
         self._order = placement.order if placement else Placement.all_cold(folder.spec).order
@@ -85,12 +88,18 @@ class Packer:
         for source in self._sources.values():
             for name, shape in source.tensors:
                 folder.checkpoint.info(name, shape)
+        spec = folder.spec
+        self.profile = bundle.load_profile(spec, samples=False) if bundle.profile.is_file() else None
+        if bundle.predictors.is_file():
+            with open_bank(bundle.predictors, spec, bundle.repair) as bank:
+                bank.file.check()
         # Only int4 errs so much that error feedback pays; it needs the profile's sample of FFN inputs.
-        self.profile = bundle.current(bundle.profile, neuron_profile.KIND, folder.spec) if dtype == "int4" else None
-        self._feedback = FFNFeedback(bundle.profile, folder.spec, folder.checkpoint, self._sources)
+        inputs = StoredInputs.open(bundle.profile, spec, bundle.repair) if dtype == "int4" and self.profile else None
+        self._feedback = FFNFeedback(inputs, spec, folder.checkpoint, self._sources) if inputs else None
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weights."""
         return sum(part.nbytes for part in self._parts)
 
     def pack(self, out: Path) -> PackResult:
@@ -103,12 +112,12 @@ class Packer:
             with new_folder(out, self.nbytes) as temporary:
                 self._copy_files(temporary)
                 with (temporary / PACKED_FILE).open("wb") as file:
-                    sums = self._write(file)
-                self.verify(temporary, sums)
+                    self._write(file)
+                self.verify(temporary)
                 self._copy_artefacts(temporary)
         else:
             self._copy_artefacts(out)
-        return PackResult(out, self.nbytes, written)
+        return PackResult(out, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), written)
 
     def _is_current(self, out: Path) -> bool:
         """Whether `out` holds these weights. Raises `InputError` for what must not be replaced."""
@@ -133,7 +142,7 @@ class Packer:
             "dtype": self._dtype,
             "order": order_hash(self._order),
             "wide_kv": self._spec.wide_kv,
-            "profile": self.profile.key if self.profile else None,
+            "profile": self.profile.header.key if self.profile and self._feedback else None,
         }
         return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)
 
@@ -144,32 +153,38 @@ class Packer:
                 shutil.copyfile(path, target / path.name)
 
     def _copy_artefacts(self, out: Path) -> None:
-        """The source's artefacts as they are now, so that they fit the weights and each other."""
+        """The source's artefacts as they are now, so that they fit the weights and each other; of the profile only what
+        a packed model needs."""
         bundle = self._bundle
-        for path in (bundle.profile, bundle.predictors, bundle.report, bundle.placement):
+        if self.profile:
+            self._copy_profile(self.profile, out / "hybrid" / bundle.profile.name)
+        for path in (bundle.predictors, bundle.report, bundle.placement):
             if path.is_file():
                 copy_if_changed(path, out / "hybrid" / path.name)
         if bundle.predictors.is_file():
             pack_predictors(bundle.predictors, self._spec, self._order, out)
 
-    def _write(self, file: BinaryIO) -> dict[str, int]:
-        """Write the packed file; returns the CRC of each part."""
-        file.write(file_header(self._header(), self._parts))
-        sums = dict.fromkeys((part.name for part in self._parts), 0)
+    def _copy_profile(self, profile: NeuronProfile, target: Path) -> None:
+        try:
+            found = NeuronProfile.load(target, self._folder.spec)
+            same = found.header.key == profile.header.key and np.array_equal(found.counts, profile.counts)
+        except ArtifactError:
+            same = False  # none there, or a damaged one
+        if not same or found.inputs.size:
+            profile.save(target)
+
+    def _write(self, file: BinaryIO) -> None:
+        writer = TensorWriter(file, self._header(), [part.entry for part in self._parts], ALIGNMENT)
         # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
         with self._progress("pack", self.nbytes, "byte") as advance, _coders() as coders, threadpool_limits(1, "blas"):
             for part in self._parts:
-                file.write(bytes(-file.tell() % ALIGNMENT))
-                for stored in self._stored(part, coders):
-                    file.write(stored.data)
-                    sums[part.name] = crc32(stored.data, sums[part.name])
-                    advance(stored.nbytes)
-        return sums
+                writer.add(part.name, _advancing(self._stored(part, coders), advance))
+        writer.finish()
 
     def _is_fed(self, part: Part) -> bool:
         """Whether `part` is rounded with error feedback."""
         layer, name, kind = split_name(part.name)
-        return bool(self.profile) and layer is not None and name in ("gate", "up", "down") and kind == "weight"
+        return bool(self._feedback) and layer is not None and name in ("gate", "up", "down") and kind == "weight"
 
     def _stored(self, part: Part, coders: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         """The bytes of `part`, block after block, made by `coders` a few blocks ahead."""
@@ -184,34 +199,37 @@ class Packer:
             ) from error
 
     def _tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
-        if self._is_fed(part):
+        if self._feedback and self._is_fed(part):
             yield from self._feedback.tasks(part)
             return
         for _, read in self._sources[part.name].blocks(self._folder.checkpoint):
             yield partial(_encoded, part, read)
 
-    def verify(self, target: Path, sums: Mapping[str, int]) -> None:
-        """Read back every tensor, with the source's beside it; `sums`: CRCs of what was to be written.
+    def verify(self, target: Path) -> None:
+        """Read back every tensor, with the source's beside it.
 
-        Raises `ArtifactError` for a part that differs, or is not what the source says within what its type may lose.
+        Raises `ArtifactError` for a part that is not what was written, by its digest, or not what the source says
+        within what its type may lose.
         """
         packed = PackedModel.open(target)
+        with open_packed(target) as file:
+            digests = file.digests or {}
         with self._progress("verify", self.nbytes, "byte") as advance, _coders() as coders:
             for part in self._parts:
-                if not self._reads_back(packed, part, sums[part.name], coders):
-                    raise ArtifactError(f"'{part.name}' did not read back as written; check the disk and pack again")
+                if digest_of(self._read_back(packed, part, coders)) != digests.get(part.name):
+                    raise _not_as_written(part)
                 advance(part.nbytes)
 
-    def _reads_back(self, packed: PackedModel, part: Part, expected: int, coders: ThreadPoolExecutor) -> bool:
+    def _read_back(self, packed: PackedModel, part: Part, coders: ThreadPoolExecutor) -> Iterator[memoryview]:
+        """The stored bytes of `part`, once each block was held against the source."""
         if part.name == "order":
-            return np.array_equal(packed.order, self._order)
-        found = 0
+            yield packed.stored("order").data
+            return
         for stored, is_right in _in_order(self._checks(packed, part), coders):
             if not is_right:
-                return False
-            found = crc32(stored.data, found)
+                raise _not_as_written(part)
+            yield stored.data
             packed.release()
-        return found == expected
 
     def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], tuple[np.ndarray, bool]]]:
         start = 0
@@ -223,10 +241,20 @@ class Packer:
     def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
         """What was stored of a block, and whether that is the block within what its type may lose."""
         block = read()
-        if part.dtype == "int8" or part.dtype == "int4":
+        if part.dtype in FORMATS:
             wide = dequantize(stored, part.shape[1])
-            return stored, within_bounds(wide, block, part.dtype, self._is_fed(part))
+            return stored, within_bounds(wide, block, FORMATS[part.dtype], self._is_fed(part))
         return stored, np.array_equal(stored, encode(part, block))
+
+
+def _advancing(blocks: Iterable[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block
+        advance(block.nbytes)
+
+
+def _not_as_written(part: Part) -> ArtifactError:
+    return ArtifactError(f"'{part.name}' did not read back as written; check the disk and pack again")
 
 
 def _coders() -> ThreadPoolExecutor:
@@ -273,4 +301,6 @@ def _narrow(block: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "f16":
         with np.errstate(over="ignore"):
             return block.astype(np.float16).view(np.int16)
-    return block
+    if dtype == "f32":
+        return block
+    raise ValueError(f"{dtype} is not a type of floats")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.blocks import row_bytes
-from hybrid.errors import ArtifactError
+from cpu_kernels.contract import LAYOUTS
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.packed import Part
 from hybrid.offline.error_feedback import SPAN, feedback_factor, quantize_by_columns, quantize_by_rows
 from hybrid.offline.pack_source import Source, split_name
 from profiler.common.spec import ModelSpec
+from profiler.profile import StoredInputs
 
 _INPUTS = 8192  # sampled tokens in use: 128 MiB of f32 at d=4096
 
@@ -25,8 +23,10 @@ _INPUTS = 8192  # sampled tokens in use: 128 MiB of f32 at d=4096
 class FFNFeedback:
     """Gate, up and down of one layer after the other, in `parts` order; keeps one layer's inputs and their factors."""
 
-    def __init__(self, profile: Path, spec: ModelSpec, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
-        self._profile, self._spec, self._checkpoint, self._sources = profile, spec, checkpoint, sources
+    def __init__(
+        self, inputs: StoredInputs, spec: ModelSpec, checkpoint: Checkpoint, sources: Mapping[str, Source]
+    ) -> None:
+        self._inputs, self._spec, self._checkpoint, self._sources = inputs, spec, checkpoint, sources
         self._layer = lru_cache(maxsize=1)(self._read_layer)
 
     def tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
@@ -48,7 +48,7 @@ class FFNFeedback:
         """
         source, f = self._sources[f"layers.{layer}.down"], self._spec.d_ff
         places = np.arange(f) if source.order is None else np.argsort(source.order)
-        out = np.empty((f, row_bytes("int4", self._spec.d_model)), np.uint8)
+        out = np.empty((f, LAYOUTS["int4"].row_bytes(self._spec.d_model)), np.uint8)
         for start in range(0, f, SPAN):
             rows = places[start : start + SPAN]
             factor = feedback_factor(self._fired(layer, rows))
@@ -57,12 +57,7 @@ class FFNFeedback:
 
     def _read_layer(self, layer: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """FFN inputs f32 [s, d_model] and the factors of their columns. Raises `ArtifactError`."""
-        try:
-            with safe_open(self._profile, framework="numpy") as file:
-                sampled = file.get_slice("inputs")[layer : layer + 1][0]
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{self._profile} is corrupt ({error}); run: hybrid profile") from error
-        inputs = sampled[:: -(-len(sampled) // _INPUTS) or 1].astype(np.float32)
+        inputs = self._inputs.layer(layer, step=-(-self._inputs.count // _INPUTS)).astype(np.float32)
         columns = range(0, inputs.shape[1], SPAN)
         return inputs, [feedback_factor(inputs[:, start : start + SPAN]) for start in columns]
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu_kernels.activations import ACTIVATION_CODES
 from cpu_kernels.addresses import address_table
-from cpu_kernels.blocks import GROUP
+from cpu_kernels.contract import ACTIVATION_CODES, GROUP
 from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,

@@ -97,7 +97,7 @@ def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, contex
     settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS)
     if not spec.fires_sparsely:
         return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
-    profile = bundle.load_profile(spec)
+    profile = bundle.load_profile(spec, samples=False)
     bank = bundle.load_predictors(spec) if strategy == "learned" else None
     settings, sizes = settings.with_predictors(bank), predictor_sizes(spec, bank)
     found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cpu_kernels.blocks import row_bytes
-from cpu_kernels.matrix import DType
+from cpu_kernels.contract import LAYOUTS, DType
 
 Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh"]
 # Which neurons of an FFN are computed in decode: `hybrid.model.ffn` says what each does.
@@ -14,7 +13,6 @@ Strategy = Literal["dense", "exact", "learned"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 SPARSE_ACTIVATIONS = frozenset({"relu", "relu2"})
-DTYPE_BYTES: dict[str, int] = {"bf16": 2, "f16": 2, "f32": 4}
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,18 @@ class ModelSpec:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a matrix row of `columns` weights; in blocks this counts scales and padding."""
-        return _row_bytes(self.dtype, columns)
+        return LAYOUTS[self.dtype].row_bytes(columns)
 
     @property
     def embedding_row_bytes(self) -> int:
         """Bytes of a row of the embedding, of positions or of the head."""
-        return _row_bytes(self.embedding_dtype or self.dtype, self.d_model)
+        return LAYOUTS[self.embedding_dtype or self.dtype].row_bytes(self.d_model)
 
     @property
     def vector_element_bytes(self) -> int:
-        """Bytes of one element of a norm or a bias."""
-        return DTYPE_BYTES.get(self.dtype, 4)
+        """Bytes of one element of a norm or a bias: as the weights', f32 beside blocks."""
+        layout = LAYOUTS[self.dtype]
+        return 4 if layout.in_blocks else layout.bits // 8
 
     @property
     def kv_element_bytes(self) -> int:
@@ -134,9 +133,3 @@ class ModelSpec:
     def kv_bytes_per_layer(self, context: int) -> int:
         """Bytes of keys and values of one layer for `context` tokens."""
         return 2 * context * self.n_kv_heads * self.head_dim * self.kv_element_bytes
-
-
-def _row_bytes(dtype: DType, columns: int) -> int:
-    if dtype == "int8" or dtype == "int4":
-        return row_bytes(dtype, columns)
-    return columns * DTYPE_BYTES[dtype]

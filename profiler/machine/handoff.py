@@ -15,16 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu_kernels.activations import ACTIVATION_CODES
+from cpu_kernels.contract import ACTIVATION_CODES, Flag, Op
 from cpu_kernels.decode_buffers import LEARNED, Column, Shape, new_own, new_shared
-from cpu_kernels.mailbox import MAX_BATCH, Box, Flag, Op, new_batch_own, new_batch_shared, serve, stop
+from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
-from gpu_kernels.mailbox import STATE_WORDS, Mailbox, State, ask, post, receive, send
+from gpu_kernels.box import REPORT_WORDS, Mailbox, State
+from gpu_kernels.mailbox import ask, post, receive, send
 
 _REPLAYS = 40
 _EPS = 1e-5
 _ONE = 0x3C00  # a bf16 of 2^-7: every neuron fires, and what it adds is exact
-_REQUEST_WORDS, _FLAG_WORDS = 16, 64
 _NEVER = 2**62  # beyond any request's number
 _POLL_SECONDS = 1e-4
 
@@ -54,7 +54,9 @@ class Handoff:
         self._spare = torch.zeros(f, dtype=torch.uint8, device=device)
         self._hot_ids, self._hot_count = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self._positions = torch.zeros(1, dtype=torch.int32, device=device)
-        self._mailbox = _new_mailbox(device, d, f)
+        report = torch.zeros(REPORT_WORDS, dtype=torch.int64, device=device)
+        self._mailbox = Mailbox.new(d, f, report, pinned=device.type == "cuda")
+        self._mailbox.out.fill_(1e9)  # what no answer may leave there
         m = self._mailbox
         self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
         self._error: BaseException | None = None
@@ -161,19 +163,3 @@ class Handoff:
             self._error = error
         finally:
             self._box.flags[Flag.DONE] = _NEVER  # no wait of the GPU outlives the workers
-
-
-def _new_mailbox(device: torch.device, d: int, f: int) -> Mailbox:
-    def host(size: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype, pin_memory=device.type == "cuda")
-
-    return Mailbox(
-        request=host((_REQUEST_WORDS,), torch.int64),
-        flags=host((_FLAG_WORDS,), torch.int64),
-        x=host((MAX_BATCH, d)),
-        ids=host((f,), torch.int32),
-        masks=host((f,), torch.uint8).fill_(255),
-        out=host((MAX_BATCH, d)).fill_(1e9),  # what no answer may leave there
-        state=torch.zeros(STATE_WORDS, dtype=torch.int64, device=device),
-        tallies=torch.zeros(2, dtype=torch.int64, device=device),
-    )

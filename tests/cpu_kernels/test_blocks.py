@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from cpu_kernels.blocks import ARRAY_TYPES, BLOCK, LARGEST, dequantize, padded, quantize, row_bytes
+from cpu_kernels.blocks import FORMATS, dequantize, padded, quantize
+from cpu_kernels.contract import BLOCK, LAYOUTS
 
 KINDS = ("int8", "int4")
 SHAPES = [(1, 1), (3, 17), (65, 17), (5, 33), (30, 384), (12, 1023), (7, 4095)]
@@ -35,8 +36,8 @@ def round_trip(weight, kind):
 def test_rows_are_stored_as_documented(n, d, kind):
     weight = normal(n, d)
     rows = quantize(weight, kind)
-    assert rows.dtype == ARRAY_TYPES[kind] and rows.shape == (n, row_bytes(kind, d))
-    assert row_bytes(kind, d) == padded(d) * {"int8": 34, "int4": 18}[kind] // 32
+    assert rows.dtype == FORMATS[kind].array and rows.shape == (n, LAYOUTS[kind].row_bytes(d))
+    assert LAYOUTS[kind].row_bytes(d) == padded(d) * {"int8": 34, "int4": 18}[kind] // 32
     back = dequantize(rows, d)
     assert back.shape == (n, d) and back.dtype == np.float32
     assert (dequantize(rows, padded(d))[:, d:] == 0).all()
@@ -48,7 +49,7 @@ def test_int8_errs_by_half_a_scale_at_most(n, d):
     scales = scales_of(quantize(weight, "int8"), d)
     top = np.abs(blocks_of(weight)).max(-1)
     # f16 keeps 11 bits of a scale; a power of two may be up to twice the least scale, where it errs less.
-    assert (scales <= 2 * top / LARGEST["int8"] * (1 + 2**-11)).all()
+    assert (scales <= 2 * top / FORMATS["int8"].largest * (1 + 2**-11)).all()
     assert (np.abs(blocks_of(round_trip(weight, "int8")) - blocks_of(weight)) <= 0.5001 * scales[..., None]).all()
 
 
@@ -77,8 +78,8 @@ def test_mean_error_of_normal_weights():
 @pytest.mark.parametrize("exponent", [-14, -7, 0, 9])
 def test_power_of_two_grids_are_exact(exponent, kind):
     rng = np.random.default_rng(exponent + 99)
-    weight = rng.integers(-LARGEST[kind], LARGEST[kind] + 1, (20, 200)).astype(np.float32)
-    weight[:, ::BLOCK] = LARGEST[kind]
+    weight = rng.integers(-FORMATS[kind].largest, FORMATS[kind].largest + 1, (20, 200)).astype(np.float32)
+    weight[:, ::BLOCK] = FORMATS[kind].largest
     weight = weight * np.float32(2.0**exponent)
     assert (round_trip(weight, kind) == weight).all()
 
@@ -99,7 +100,7 @@ def test_the_largest_weights_that_are_taken(kind):
     weight *= 65504 / np.abs(weight).max()
     back = round_trip(weight, kind)
     assert np.isfinite(back).all()
-    np.testing.assert_allclose(back, weight, atol={"int8": 0.5, "int4": 0.7}[kind] * 65504 / LARGEST[kind])
+    np.testing.assert_allclose(back, weight, atol={"int8": 0.5, "int4": 0.7}[kind] * 65504 / FORMATS[kind].largest)
 
 
 @pytest.mark.parametrize("kind", KINDS)

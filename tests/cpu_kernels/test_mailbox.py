@@ -11,7 +11,8 @@ from step_cases import CAPACITY, relative_error, some_tokens, tiny_model
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.mailbox import MAX_BATCH, Box, Flag, Op, Word, new_batch_own, new_batch_shared, serve, stop
+from cpu_kernels.contract import MAX_BATCH, Flag, Op, Word
+from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache

@@ -7,9 +7,10 @@ import pytest
 import torch
 from matrix_cases import DTYPES, SHAPES, random_matrix, stored
 
-from cpu_kernels.blocks import dequantize, quantize, row_bytes
+from cpu_kernels.blocks import dequantize, quantize
+from cpu_kernels.contract import LAYOUTS
 from cpu_kernels.lanes import widen_ref
-from cpu_kernels.matrix import Matrix, row_width
+from cpu_kernels.matrix import Matrix
 from cpu_kernels.widen import widen
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -29,7 +30,7 @@ def test_widen_equals_the_reference(n, d, dtype):
 
 @pytest.mark.parametrize(("dtype", "width", "nbytes"), [("bf16", 33, 66), ("int8", 136, 136), ("int4", 72, 72)])
 def test_sizes_of_a_row(dtype, width, nbytes):
-    assert row_width(dtype, 33) == width and random_matrix(2, 33, dtype).row_bytes == nbytes
+    assert LAYOUTS[dtype].elements(33) == width and random_matrix(2, 33, dtype).row_bytes == nbytes
 
 
 def test_floats_share_the_tensors_memory():
@@ -61,7 +62,7 @@ def test_a_read_only_map_is_widened_without_a_warning(dtype, tmp_path):
 
 
 def test_misfits_are_refused():
-    with pytest.raises(ValueError, match="C-contiguous rows of bf16, f16, f32, int8 or int4, got float64"):
+    with pytest.raises(ValueError, match="rows of bf16, f16, f32, int8, int4, got an array of float64"):
         Matrix(np.zeros((2, 3)), 3)
     with pytest.raises(ValueError, match="C-contiguous"):
         Matrix(np.zeros((3, 2), np.float32).T, 3)
@@ -69,6 +70,6 @@ def test_misfits_are_refused():
         Matrix(np.zeros(3, np.float32), 3)
     for dtype in ("int8", "int4"):
         rows = stored(torch.zeros(2, 33), dtype).rows
-        message = f"{dtype} rows of 129 weights are {row_bytes(dtype, 129)} wide, got {rows.shape[1]}"
+        message = f"{dtype} rows of 129 weights are {LAYOUTS[dtype].row_bytes(129)} wide, got {rows.shape[1]}"
         with pytest.raises(ValueError, match=message):
             Matrix(rows, 129)

@@ -6,7 +6,8 @@ from matrix_cases import DTYPES, in_f64, random_input, random_matrix
 
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
-from cpu_kernels.row_sum import columns_unit, finish, new_steps, new_sums, sum_rows
+from cpu_kernels.row_sum import finish, new_steps, new_sums, sum_rows
+from cpu_kernels.row_types import columns_unit
 
 
 @kernel

@@ -7,8 +7,8 @@ import pytest
 import torch
 from matrix_cases import DTYPES, SHAPES, THREADS, in_f64, product_bound, random_input, random_matrix, stored
 
-from cpu_kernels.activations import ACTIVATION_CODES, activate_ref
-from cpu_kernels.blocks import padded
+from cpu_kernels.activations import activate_ref
+from cpu_kernels.contract import ACTIVATION_CODES, padded
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn, sparse_ffn_ref
 from cpu_kernels.worker_pool import WorkerPool

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
 
-from gpu_kernels.activations import ACTIVATION_CODES
+from cpu_kernels.contract import ACTIVATION_CODES
 from gpu_kernels.dense import (
     activate_product,
     activate_product_ref,

@@ -6,10 +6,10 @@ import torch
 from gpu_cases import DEVICE, assert_close, random_input
 
 from cpu_kernels import low_rank as on_cpu
+from cpu_kernels.contract import padded
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.low_rank import DevicePredictorView, PredictorTiling, predict, predict_ref
-from gpu_kernels.matrix import padded
 
 
 def _parts(d: int, r: int, f: int, seed: int = 0):

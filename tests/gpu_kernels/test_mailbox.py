@@ -7,19 +7,9 @@ import pytest
 import torch
 from gpu_cases import DEVICE, assert_close, random_input
 
-from gpu_kernels.mailbox import (
-    Mailbox,
-    State,
-    ZeroCopy,
-    ask,
-    ask_ref,
-    post,
-    post_ref,
-    receive,
-    receive_ref,
-    send,
-    send_ref,
-)
+from cpu_kernels.contract import Flag
+from gpu_kernels.box import REPORT_WORDS, Mailbox, State, ZeroCopy
+from gpu_kernels.mailbox import ask, ask_ref, post, post_ref, receive, receive_ref, send, send_ref
 
 EPS = 1e-5
 ANSWERED = 10**6  # beyond any request's number
@@ -27,20 +17,13 @@ ANSWERED = 10**6  # beyond any request's number
 
 def make_box(d=17, f=129, timeout=30.0):
     """A mailbox in which the answers are there already."""
-    pinned, device = {"pin_memory": DEVICE == "cuda"}, {"device": DEVICE}
-    flags = torch.zeros(64, dtype=torch.int64, **pinned)
-    flags[0] = ANSWERED
-    return Mailbox(
-        request=torch.zeros(16, dtype=torch.int64, **pinned),
-        flags=flags,
-        x=torch.zeros(8, d, **pinned),
-        ids=torch.full((f,), -1, dtype=torch.int32, **pinned),
-        masks=torch.full((f,), 255, dtype=torch.uint8, **pinned),
-        out=random_input(8, d, 9).cpu().pin_memory() if DEVICE == "cuda" else random_input(8, d, 9),
-        state=torch.tensor([4, 0, 0, 0], **device),
-        tallies=torch.tensor([100, 200, 300], **device),
-        timeout=timeout,
-    )
+    report = torch.tensor([4, 0, 0, 0, 100, 200, 300], device=DEVICE)
+    assert len(report) == REPORT_WORDS
+    box = Mailbox.new(d, f, report, DEVICE == "cuda", timeout)
+    box.flags[Flag.DONE] = ANSWERED
+    box.ids.fill_(-1)
+    box.out.copy_(random_input(8, d, 9))
+    return box
 
 
 def finish():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from artifact_cases import write_version_1
 from placement_cases import NO_GPU, ROUND_HARDWARE, small_spec
 
 from placement import UNLIMITED, Placement, PlacementSettings, place
@@ -21,7 +22,7 @@ def place_small(budget, solver="milp", hardware=HARDWARE, **changes):
 
 
 def same(left, right):
-    arrays = ("order", "hot", "layer_on_gpu")
+    arrays = ("order", "hot", "zero_copy", "layer_on_gpu")
     equal = all(np.array_equal(getattr(left, name), getattr(right, name)) for name in arrays)
     return equal and (left.head_on_gpu, left.made_from) == (right.head_on_gpu, right.made_from)
 
@@ -57,6 +58,7 @@ def corrupt_tensors(**changes):
     tensors = {
         "order": placement.order.copy(),
         "hot": placement.hot.copy(),
+        "zero_copy": np.array([9, 0, 1], np.int32),
         "layer_on_gpu": placement.layer_on_gpu.copy(),
         "head_on_gpu": np.array([True]),
     }
@@ -73,7 +75,15 @@ def corrupt_tensors(**changes):
         ({"hot": np.array([0, 18, 0], np.int32)}, r"0\.\.17"),
         ({"hot": np.array([0, -1, 0], np.int32)}, r"0\.\.17"),
         ({"hot": np.array([0, 1], np.int32)}, "tensors"),
-        ({"layer_on_gpu": np.array([True, False, True])}, "on the CPU has hot neurons"),
+        ({"zero_copy": np.array([0, 10, 0], np.int32)}, "zero-copy neurons is not in 0 to its cold ones"),
+        ({"zero_copy": np.array([0, 0, -1], np.int32)}, "zero-copy neurons is not in 0 to its cold ones"),
+        ({"zero_copy": np.zeros(3, np.int64)}, "tensors"),
+        ({"zero_copy": None}, "tensors"),
+        ({"layer_on_gpu": np.array([True, False, True])}, "on the CPU has hot or zero-copy neurons"),
+        (
+            {"layer_on_gpu": np.array([True, True, False]), "hot": np.array([5, 5, 0], np.int32)},
+            "on the CPU has hot or zero-copy neurons",
+        ),
         ({"head_on_gpu": None}, "tensors"),
         ({"extra": np.zeros(1)}, "tensors"),
     ],
@@ -84,6 +94,30 @@ def test_corrupt_artefact_is_refused(tmp_path, changes, reason):
     with pytest.raises(ArtifactError, match=reason) as caught:
         Placement.load(path, SPEC)
     assert "hybrid place" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_zero_copy_neurons_steer_from_a_tensor_and_not_from_what_the_artefact_was_made_from(tmp_path):
+    hardware = replace(HARDWARE, pcie_bandwidth=9e5, gpu_read_bandwidth=1e9)
+    settings = PlacementSettings(360_000, 8, "learned", group_size=4, prefill_chunk=1, reserve=0)
+    made = place(SPEC, hardware, FIRING, (0, 100, 0), settings).placement
+    assert made.zero_copy.dtype == np.int32 and made.zero_copy.any() and "zero_copy" not in made.made_from
+    made.save(tmp_path / "placement.safetensors")
+    assert same(Placement.load(tmp_path / "placement.safetensors", SPEC), made)
+    assert Placement.all_hot(SPEC).zero_copy.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("noted", "read"), [([3, 0, 9], [3, 0, 9]), ([], [0, 0, 0]), (None, [0, 0, 0]), ([1.5, "x", 0], [0, 0, 0])]
+)
+def test_version_1_notes_them_in_what_it_was_made_from(tmp_path, noted, read):
+    path, tensors = tmp_path / "placement.safetensors", corrupt_tensors(zero_copy=None)
+    made_from = {"solver": "milp"} | ({} if noted is None else {"zero_copy": noted})
+    write_version_1(path, ArtifactHeader("placement", SPEC.fingerprint, made_from), tensors)
+    found = Placement.load(path, SPEC)
+    assert found.zero_copy.tolist() == read and found.made_from == {"solver": "milp"}
+    write_version_1(path, ArtifactHeader("placement", SPEC.fingerprint, {"zero_copy": [0, 10, 0]}), tensors)
+    with pytest.raises(ArtifactError, match="zero-copy neurons is not in 0"):
+        Placement.load(path, SPEC)
 
 
 def test_artefact_of_another_model_or_missing(tmp_path):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from placement_cases import small_spec
 
+from cpu_kernels.contract import LAYOUTS
 from gpu_kernels import attention, low_rank, sampling, sparse_ffn
-from gpu_kernels.matrix import row_width
 from hybrid.model.kv_cache import BLOCK_SIZE, KVCache
 from placement.workspace import (
     BATCHES,
@@ -111,7 +111,7 @@ def test_neurons_and_layers_are_tensors_of_their_own(dtype):
     spec = small_spec(
         d_model=300, d_ff=50, n_heads=3, head_dim=100, dtype=dtype, ffn_bias=True, qkv_bias=True, norm="layer"
     )
-    row = row_width(dtype, 300) * (2 if dtype == "bf16" else 1)
+    row = LAYOUTS[dtype].elements(300) * (2 if dtype == "bf16" else 1)
     assert neurons_bytes(spec, 7) == 3 * aligned(7 * row) + 2 * 512
     vectors = 2 * aligned(1200) + aligned(1200) + aligned(4 * 500)  # the FFN's norm, bias of down, biases of QKV
     assert layer_bytes(spec) == aligned(500 * row) + aligned(300 * row) + vectors

@@ -85,7 +85,7 @@ def test_report_survives_json_and_lists_the_total_last():
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"curve": [], "layers": [{"rank": 1}]})])
 def test_unreadable_report_is_refused(text):
-    with pytest.raises(ArtifactError, match="hybrid train"):
+    with pytest.raises(ArtifactError, match="report is unreadable"):
         PredictorReport.from_json(text)
 
 

@@ -19,23 +19,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from cpu_kernels.mailbox import (
-    MAX_BATCH,
-    Box,
-    Flag,
-    new_batch_own,
-    new_batch_shared,
-    serve,
-    stop,
-)
+from cpu_kernels.contract import Flag
+from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
-from gpu_kernels.mailbox import STATE_WORDS, Mailbox
+from gpu_kernels.box import REPORT_WORDS, Mailbox, State, Tally
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
 from profiler.common.spec import Strategy
 
 _NEVER = 2**62  # beyond any request's number
-_REQUEST_WORDS, _FLAG_WORDS, _TALLIES = 16, 64, 3
 _POLL_SECONDS = 2e-5
 
 
@@ -71,28 +63,16 @@ class ColdWorkers:
         shape = step.arguments("dense").shape
         pinned = arena.device.type == "cuda" and not arena.counts_only
 
-        def host(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, pin_memory=pinned)
-
         self._step, self._pool = step, pool
-        self.report = arena.zeros("workspace: mailbox", (STATE_WORDS + _TALLIES,), torch.int64)
-        self.mailbox = Mailbox(
-            request=host((_REQUEST_WORDS,), torch.int64),
-            flags=host((_FLAG_WORDS,), torch.int64),
-            x=host((MAX_BATCH, shape.d), torch.float32),
-            ids=host((shape.f,), torch.int32),
-            masks=host((shape.f,), torch.uint8).fill_(255),
-            out=host((MAX_BATCH, shape.d), torch.float32),
-            state=self.report[:STATE_WORDS],
-            tallies=self.report[STATE_WORDS:],
-        )
+        self.report = arena.zeros("workspace: mailbox", (REPORT_WORDS,), torch.int64)
+        self.mailbox = Mailbox.new(shape.d, shape.f, self.report, pinned)
         m = self.mailbox
         self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
         self._batch = new_batch_shared(shape)
         self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
         self._service: _Service | None = None
         weakref.finalize(self, stop, self._box)  # also at exit: polling threads must not outlive the memory
-        self._sent = [0, 0, 0]
+        self._sent = [0] * len(Tally)
 
     def start(self, strategy: Strategy) -> None:
         """Make the workers ready for `strategy`; nothing to do where they are. The GPU must be idle."""
@@ -103,7 +83,7 @@ class ColdWorkers:
         if self.report.is_cuda:
             torch.cuda.synchronize(self.report.device)
         self._box.request[:], self._box.flags[:] = 0, 0
-        self._sent = [0, 0, 0]
+        self._sent = [0] * len(Tally)
         self._service = service = _Service(strategy)
         threading.Thread(target=self._serve, args=(service,), name="hybrid-mailbox", daemon=True).start()
         # The GPU waits for seconds only, and the workers may have to be compiled first.
@@ -136,9 +116,10 @@ class ColdWorkers:
 
     def sent(self, report: torch.Tensor) -> tuple[int, int]:
         """Hot and cold neurons since the last call, by a copy of `report`."""
-        now = report[STATE_WORDS:].tolist()
-        before, self._sent = self._sent, now
-        return now[0] - before[0], now[1] + now[2] - before[1] - before[2]
+        now = report[len(State) :].tolist()
+        hot, sent, zero_copy = (after - before for after, before in zip(now, self._sent, strict=True))
+        self._sent = now
+        return hot, sent + zero_copy
 
     @property
     def logits(self) -> np.ndarray:

@@ -17,12 +17,13 @@ from time import perf_counter
 
 import torch
 
+from cpu_kernels.contract import MAX_BATCH, Op
 from cpu_kernels.decode_buffers import Count
-from cpu_kernels.mailbox import MAX_BATCH, Op
 from gpu_kernels.attention import decode_attention
+from gpu_kernels.box import State, ZeroCopy
 from gpu_kernels.gemv import gemv
 from gpu_kernels.low_rank import predict
-from gpu_kernels.mailbox import State, ZeroCopy, ask, post, receive, send
+from gpu_kernels.mailbox import ask, post, receive, send
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import down_parts, sparse_ffn

@@ -13,7 +13,8 @@ import pytest
 from gpu_cases import DEVICE
 from step_cases import GREEDY, PROMPT, answer, load_engine, some_tokens, tiny_model, use_references
 
-from cpu_kernels.mailbox import Flag, Word, serve
+from cpu_kernels.contract import Flag, Word
+from cpu_kernels.mailbox import serve
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.runtime.gpu.cold_workers import ColdWorkers
 from hybrid.runtime.gpu.step import GpuStep

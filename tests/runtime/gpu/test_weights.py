@@ -159,7 +159,7 @@ def test_rows_of_a_packed_model_are_copied(models):
 def test_only_predicted_neurons_of_layers_on_the_gpu_are_registered(models):
     """One after another, as CUDA does not register the same rows twice."""
     case, device = StepCase(tiny_model("llama-relu", models), share=0.4), torch.device(DEVICE)
-    case.placement.made_from["zero_copy"] = [20, 20]
+    case.placement.zero_copy[:] = 20
     assert ZeroCopyNeurons(case.model, case.placement, device).layers.keys() == {0, 1}
     assert not ZeroCopyNeurons(case.model, case.placement, device, predicted=False).layers
     case.placement.layer_on_gpu[0] = False

@@ -1,0 +1,101 @@
+"""What the kernels of both devices agree on, written once: how rows of weights lie, codes of activations, the mailbox.
+
+Nothing else of this package may `gpu_kernels` import; this file imports nothing of ours and no library, so that whoever
+needs a size alone takes it from here too.
+
+Rows in blocks are one run of bytes, codes first, then the scales, so that reading a neuron is one jump. They are padded
+with zeros to P = `padded(d)`, a multiple of 128. With q the codes and s the scales, w[j] = q[j] * s[j // 32]:
+
+    int8   P bytes q, -127 to 127, in order; P / 32 scales f16
+    int4   P / 2 bytes q + 8, 0 to 15; P / 32 scales f16
+           128 codes are 32 little-endian uint16: bits 4k to 4k + 3 of number j hold code 32 k + j, so that a mask
+           gives the 16-bit lanes of one block, and no lane has to move
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+BLOCK = 32  # weights that share a scale
+GROUP = 128  # weights to a multiple of which rows in blocks are padded
+SCALE_BYTES = 2
+INT4_OFFSET = 8  # int4 codes are stored with it added
+MAX_BATCH = 8  # tokens that are computed at once; also the bits of a mask
+
+ACTIVATION_CODES = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+
+DType = Literal["bf16", "f16", "f32", "int8", "int4"]
+Blocks = Literal["int8", "int4"]
+
+
+def padded(columns: int) -> int:
+    """Codes of a row in blocks of so many weights."""
+    return -(-columns // GROUP) * GROUP
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How rows of weights of the type `name` lie: `bits` of a weight, and the `group` of weights to a multiple of which
+    rows are padded, 1 for floats."""
+
+    name: DType
+    bits: int
+    group: int = 1
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether weights are codes in blocks with scales, rather than floats."""
+        return self.group > 1
+
+    def codes_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` weights without its scales."""
+        return -(-columns // self.group) * self.group * self.bits // 8
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row of `columns` weights."""
+        scales = padded(columns) // BLOCK * SCALE_BYTES if self.in_blocks else 0
+        return self.codes_bytes(columns) + scales
+
+    def elements(self, columns: int) -> int:
+        """Elements of such a row in its array: weights, or in blocks bytes."""
+        return self.row_bytes(columns) if self.in_blocks else columns
+
+
+LAYOUTS: dict[str, RowLayout] = {
+    layout.name: layout
+    for layout in (
+        RowLayout("bf16", 16),
+        RowLayout("f16", 16),
+        RowLayout("f32", 32),
+        RowLayout("int8", 8, GROUP),
+        RowLayout("int4", 4, GROUP),
+    )
+}
+
+
+class Op(IntEnum):
+    """What a request asks for: the FFN of given neurons of a layer, a whole layer, or the head."""
+
+    FFN, LAYER, HEAD = 0, 1, 2
+
+
+class Word(IntEnum):
+    """Words of a request, one cache line. COUNT: neurons, or -1 for all cold ones of the layer. POSTED: number of the
+    input in the box's x, which for one token comes ahead of its request; 0 where none did."""
+
+    NUMBER, OP, LAYER, COUNT, TOKENS, POSITION, POSTED = 0, 1, 2, 3, 4, 5, 6
+
+
+ALL_COLD = -1  # as COUNT of a request
+
+
+class Flag(IntEnum):
+    """Words of the box's flags, each in cache lines of its own. DONE: number of the last answer; STOP: the workers are
+    to go home; READY: they have begun to wait for requests."""
+
+    DONE, STOP, ARRIVED, READY = 0, 16, 32, 48
+
+
+REQUEST_WORDS, FLAG_WORDS = 16, 64  # whole pairs of cache lines

@@ -1,0 +1,61 @@
+"""Rows of floats, bf16, f16 and f32, which are multiplied in f32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.np.numpy_support import from_dtype
+
+from cpu_kernels.contract import BLOCK, RowLayout
+from cpu_kernels.lanes import F32, I64, LANES, Code
+from cpu_kernels.row_type import FourRows, RowType, Sums
+
+STEP = 32  # elements of one step: two sums of 16 lanes for each of four rows
+
+
+class FloatRows(RowType):
+    """Rows of one type of floats. What follows the last whole step or vector of a row is left to the caller."""
+
+    has_tail = True
+
+    def __init__(self, layout: RowLayout, array: np.dtype) -> None:
+        super().__init__(layout, array)
+        self._kind: types.Type = from_dtype(array)
+        self._size = array.itemsize
+
+    def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
+        builder, size = code.builder, self._size
+        sums = [code.sums(STEP // LANES) for _ in rows.addresses]
+        with code.each(builder.lshr(n, I64(STEP.bit_length() - 1))) as loop:
+            offset = builder.mul(loop.index, I64(STEP * size))
+            code.fetch_lines(rows.ahead, offset, STEP * size)
+            x_at = builder.add(v[0], builder.mul(loop.index, I64(STEP * 4)))
+            for part in range(STEP // LANES):
+                inputs = code.load(x_at, F32, LANES, part * LANES * 4, 4)
+                for row, totals in zip(rows.addresses, sums, strict=True):
+                    weights = code.widened(builder.add(row, offset), self._kind, LANES, part * LANES * size)
+                    builder.store(code.fused(weights, inputs, builder.load(totals[part])), totals[part])
+        return code.add_up_four([builder.fadd(builder.load(a), builder.load(b)) for a, b in sums])
+
+    def sum(self, code: Code, rows: FourRows, scales: list[Any], to: Sums, part: tuple[Any, Any], end: Any) -> None:
+        builder, size = code.builder, self._size
+        wide = [code.splat(scale, LANES) for scale in scales]
+        with cgutils.for_range_slice(builder, *part, I64(BLOCK), intp=I64) as (column, _):
+            at, offset = builder.add(to.sums, builder.mul(column, I64(4))), builder.mul(column, I64(size))
+            code.fetch_lines(rows.ahead, offset, BLOCK * size)
+            for half in range(BLOCK // LANES):
+                total = code.load(at, F32, LANES, half * LANES * 4, 4)
+                for row, scale in zip(rows.addresses, wide, strict=True):
+                    weights = code.widened(builder.add(row, offset), self._kind, LANES, half * LANES * size)
+                    total = code.fused(weights, scale, total)
+                code.store(total, builder.add(at, I64(half * LANES * 4)))
+
+    def widen(self, code: Code, row: Any, n: Any, out: Any) -> None:
+        builder = code.builder
+        end = builder.and_(n, I64(-LANES))
+        with cgutils.for_range_slice(builder, I64(0), end, I64(LANES), intp=I64) as (start, _):
+            value = code.widened(builder.add(row, builder.mul(start, I64(self._size))), self._kind, LANES)
+            code.store(value, builder.add(out, builder.mul(start, I64(4))))
