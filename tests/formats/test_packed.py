@@ -124,7 +124,8 @@ def hybrid(capfd, *arguments):
 
 def test_a_packed_folder_is_a_model_for_every_command(model, corpus, tmp_path, capfd):
     quick = ["--corpus", corpus, "--tokens", "2000", "--window", "32"]
-    assert hybrid(capfd, "prepare", model, *quick, "--hardware", "default", "--vram-budget", "4MiB")[0] == 0
+    planned = ["--hardware", "default", "--vram-budget", "4MiB"]
+    assert hybrid(capfd, "prepare", model, *quick, *planned)[0] == 0
     out = tmp_path / "packed"
     assert hybrid(capfd, "pack", model, "--dtype", "bf16", "-o", out)[0] == 0
     order = PackedModel.open(out).order
@@ -142,7 +143,7 @@ def test_a_packed_folder_is_a_model_for_every_command(model, corpus, tmp_path, c
     assert all(code == 0 and "6 tokens" in err for code, _, err in answers)
     assert answers[0][1] == answers[1][1]
     assert hybrid(capfd, "inspect", out)[0] == 0
-    assert "present and current" in hybrid(capfd, "prepare", out, *quick, "--hardware", "default", "--vram-budget", "4MiB")[2]
+    assert "present and current" in hybrid(capfd, "prepare", out, *quick, *planned)[2]
     for command in (["profile", out, *quick[:4]], ["train", out]):
         code, _, err = hybrid(capfd, *command)
         assert code == 2 and "is packed; profile and train the model" in err
