@@ -108,9 +108,11 @@ def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # ty
 
 
 @subroutine
-def attention(worker, workers, state, likes, row, shape, eps, rotation, blocks, position, shared, own):  # type: ignore[no-untyped-def]
+def attention(  # type: ignore[no-untyped-def]
+    worker, workers, state, like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
+):  # fmt: skip
     """x += attention of norm(x)."""
-    like, kv_like, d, heads, head_dim = likes[0], likes[4], shape.d, shape.heads, shape.head_dim
+    d, heads, head_dim = shape.d, shape.heads, shape.head_dim
     _normed(like, row[Column.ATTENTION_NORM], row[Column.ATTENTION_NORM_BIAS], shape, eps, shared, own)
     width = heads * head_dim
     _project(
@@ -296,7 +298,7 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     `read_shared` and `read_own` make; rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0];
     blocks: the cache's block table.
     """
-    _, ffn_like, head_like, embedding_like, _ = likes
+    like, ffn_like, head_like, embedding_like, kv_like = likes
     codes_like = carray(pointer(0), (1, GROUP), np.int8)
     rotation, blocks, shared = read_shared(shared_table)
     own, shape = read_own(own_table), shape_of(numbers)
@@ -312,7 +314,9 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
-        if not attention(worker, workers, state, likes, row, shape, eps, rotation, blocks, position, shared, own):
+        if not attention(
+            worker, workers, state, like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
+        ):
             return
         if worker == 0:
             shared.ticks[Phase.ATTENTION] += _tick() - begun

@@ -168,7 +168,9 @@ def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks
         if not barrier.wait(state, workers):
             return False
         position = box.request[Word.POSITION] + t
-        if not attention(worker, workers, state, likes, row, shape, eps, rotation, blocks, position, shared, own):
+        if not attention(
+            worker, workers, state, likes[0], likes[4], row, shape, eps, rotation, blocks, position, shared, own
+        ):
             return False
         if not ffn(worker, workers, state, likes[1], likes[5], row, shape, eps, shared, own):
             return False

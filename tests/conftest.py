@@ -1,10 +1,16 @@
 """What all tests share."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from few_threads import THREADS
+from threadpoolctl import threadpool_limits
+
+# Files that take longest, first: no process is left alone with one of them at the end.
+LONGEST = ["test_cpu_targets.py", "test_shipped.py", "test_decode_step.py", "test_cli.py", "test_mailbox.py"]
 
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
@@ -15,3 +21,20 @@ if not torch.cuda.is_available():
 def _few_threads():
     """Tests run on small machines, beside each other's worker pools."""
     torch.set_num_threads(THREADS)
+    with threadpool_limits(THREADS, "blas"):
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(Path(item.path).name, len(places)))
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not go through it again and again, a tenth of the compiling."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # for libraries that count what is left at the end

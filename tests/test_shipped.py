@@ -1,5 +1,7 @@
 """The shipped model: transformers' own tokens, answers that depend on nothing but weights and prompt, quality bars."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
-from hybrid.offline.evaluate import evaluate, perplexity
+from hybrid.offline.evaluate import evaluate
 from hybrid.offline.project import ProfileRequest, Project
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
@@ -46,9 +48,9 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """The embedded model, profiled and trained on a sixth of what `prepare` takes."""
+    """The embedded model, profiled and trained on a twelfth of what `prepare` takes."""
     made = Project(EMBEDDED_MODEL, tmp_path_factory.mktemp("bundle"), THREADS, progress)
-    made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=16384))
+    made.profile(ProfileRequest((CORPUS / "calibration.jsonl",), tokens=8192))
     made.train(made.load_profile(), PredictorTarget(), seed=0)
     return made
 
@@ -81,11 +83,11 @@ def test_greedy_tokens_are_those_of_transformers():
     spec = ModelFolder.open(EMBEDDED_MODEL).spec
     codec = TextCodec(EMBEDDED_MODEL, spec.vocab_size)
     found = {}
-    for sparsity in ("dense", "exact"):
+    for sparsity, every in (("dense", 1), ("exact", 4)):
         engine = Engine.load(config=EngineConfig(sparsity, threads=THREADS), placement=Placement.random(spec, 0.3, 1))
-        found[sparsity] = answers(engine, PROMPTS)
+        found[sparsity] = answers(engine, PROMPTS[::every])
         engine.close()
-    assert found["dense"] == found["exact"]
+    assert found["dense"][::4] == found["exact"]
     ends = model.generation_config.eos_token_id
     for prompt, answer in zip(PROMPTS, found["dense"], strict=True):
         ids = codec.encode(prompt, special=False)
@@ -100,12 +102,12 @@ def test_greedy_tokens_are_those_of_transformers():
 @pytest.mark.parametrize("sparsity", ["dense", "exact", "learned"])
 def test_answers_depend_neither_on_placement_nor_on_threads(sparsity, project, placements):
     bank = project.load_predictors()
-    found = {}
-    for name, placement in placements.items():
-        for threads in (1, 2, 3) if name == "solver's" else (2,):
-            engine = Engine.load(config=EngineConfig(sparsity, threads=threads), placement=placement, bank=bank)
-            found[name, threads] = answers(engine, PROMPTS[::4])
-            engine.close()
+    found, settings = {}, replace(GREEDY, max_new_tokens=40)
+    # Three threads have fewer cores, and each token costs ten times as much.
+    for name, threads in (("solver's", 1), ("solver's", 2), ("all hot", 1), ("all cold", 1), ("random", 3)):
+        engine = Engine.load(config=EngineConfig(sparsity, threads=threads), placement=placements[name], bank=bank)
+        found[name, threads] = answers(engine, PROMPTS[::7], settings)
+        engine.close()
     first = found["solver's", 1]
     assert all(tokens == first for tokens in found.values()), sparsity
     assert sum(map(len, first)) > 100
@@ -129,22 +131,14 @@ def test_the_solvers_placement_serves_more_than_its_share(project, placements):
     assert 0.1 < share < 0.9 and placement.hot_firing_share(frequency) > 1.3 * share
 
 
-def heldout(project, tokens):
-    return project.windows(ProfileRequest((CORPUS / "heldout.jsonl",), tokens=tokens))
-
-
-def test_exact_loses_nothing(project):
-    windows = heldout(project, 2048)
-    dense, exact = (perplexity(project.model, project.runtime, s, windows) for s in ("dense", "exact"))
-    assert exact == pytest.approx(dense, rel=1e-6)
-
-
-def test_learned_meets_its_bars(project):
+def test_exact_loses_nothing_and_learned_meets_its_bars(project):
     bank = project.load_predictors()
     project.use_predictors(bank)
+    heldout = project.windows(ProfileRequest((CORPUS / "heldout.jsonl",), tokens=4096))
     dense, exact, learned = evaluate(
-        project.model, project.runtime, ["dense", "exact", "learned"], heldout(project, 6144), lambda count: None
+        project.model, project.runtime, ["dense", "exact", "learned"], heldout, lambda count: None
     )
+    assert exact.perplexity == pytest.approx(dense.perplexity, rel=1e-6)
     assert learned.perplexity < 1.01 * dense.perplexity
     assert learned.computed_share < 2 * exact.fired_share
     assert sum(bank.bytes_per_layer) < 0.1 * project.spec.model_bytes
@@ -154,7 +148,7 @@ def test_learned_meets_its_bars(project):
 
 def test_counts_of_the_profile_are_plausible(project):
     found = project.load_profile()
-    assert found.tokens == 16384 and (found.counts <= found.tokens).all()
+    assert found.tokens == 8192 and (found.counts <= found.tokens).all()
     # The model's card: 7.6% of neurons fire on held-out text.
     assert 0.06 < found.share_firing().mean() < 0.1
     assert found.coverage(0.2) > 0.35

@@ -11,6 +11,7 @@ import torch
 from gpu_cases import DEVICE
 from model_cases import CASES, SHAPE, make_model
 from placement_cases import ROUND_HARDWARE, small_spec
+from step_cases import use_references
 
 from hybrid import Engine, EngineConfig
 from hybrid.bench.bench import Bench, BenchConfig
@@ -192,11 +193,12 @@ def test_without_artefacts_nothing_is_known_of_what_fires(tmp_path):
     assert firing.frequency is None and firing.predicted_ratio == 1.0
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
     """One layer with hot and cold neurons, one on the CPU."""
+    use_references(monkeypatch)
     CASES["bench"] = ("Llama", SHAPE | {"hidden_act": "relu", "num_hidden_layers": 2})
-    folder = tmp_path_factory.mktemp("model")
+    folder = tmp_path
     make_model("bench", folder)
     del CASES["bench"]
     generator = torch.Generator().manual_seed(0)
