@@ -155,7 +155,7 @@ def test_another_placement_beside_packed_weights_is_refused(model, tmp_path, cap
     pack(model, out)
     place(model, seed=2)
     shutil.copy(model / "hybrid" / "placement.safetensors", out / "hybrid")
-    code, _, err = hybrid(capfd, "generate", out, "-p", "x", "--sparsity", "exact")
+    code, _, err = hybrid(capfd, "generate", out, "-p", "x", "--sparsity", "exact", "--vram-budget", "0")
     assert code == 2 and "packed in another order" in err and err.count("\n") == 1
 
 
