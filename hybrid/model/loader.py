@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cpu_kernels.low_rank import PredictorView
-from hybrid.errors import InputError, ModelError
+from hybrid.errors import InputError
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.config import parse_config, read_json
 from hybrid.formats.folder import require_folder
