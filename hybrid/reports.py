@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hybrid.console import details, percent, progress, size, table
+from hybrid.console import counted, details, percent, progress, size, table
 from hybrid.errors import ArtifactError
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PACKED_FILE, open_packed
