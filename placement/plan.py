@@ -70,7 +70,8 @@ class VramPlan:
         if not 1 <= self.context <= self.spec.max_context:
             raise ContextError(
                 f"context {self.context} is out of range, this model takes 1 to {self.spec.max_context} tokens; "
-                "choose another --context"
+                "choose another",
+                setting="context",
             )
         if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")

@@ -244,7 +244,7 @@ MISTAKES = {
     "negative size": (lambda m: None, ["place", "{m}", "--vram-budget", "-1GiB"], "negative"),
     "absurd budget": (lambda m: None, ["place", "{m}", "--vram-budget", "9000TiB"], "beyond 1 PiB"),
     "no size": (lambda m: None, ["place", "{m}", "--vram-budget", "lots"], "is not a size"),
-    "long context": (lambda m: None, ["chat", "{m}", "--context", "65"], "this model takes 1 to 64"),
+    "long context": (lambda m: None, ["chat", "{m}", "--context", "65"], "takes 1 to 64 tokens (--context)"),
     "long context to place": (lambda m: None, ["place", "{m}", "--context", "65"], "1 to 64"),
     "long prompt": (lambda m: None, ["generate", "{m}", "-p", "a" * 70], "leaves no room"),
     "bad target": (lambda m: None, ["train", "{m}", "--target", "much"], "is not a perplexity increase"),
