@@ -94,6 +94,12 @@ def test_ctrl_c_after_the_work_changes_nothing():
     assert run(program) == (0, "done\n", "")
 
 
+def test_what_is_due_at_exit_is_done_but_after_ctrl_c():
+    program = "import atexit\natexit.register(print, 'bye')\nprint('done')\n"
+    assert run(program + "process.leave(1)") == (1, "done\nbye\n", "")
+    assert run(program + "process.leave(130)") == (130, "done\n", "")
+
+
 def test_a_program_that_was_started_to_ignore_ctrl_c_ignores_it():
     assert run("def work():\n    press()\n    print('on')\n" + COMMAND, handler=signal.SIG_IGN) == (0, "on\n", "")
 
