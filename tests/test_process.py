@@ -1,9 +1,11 @@
 """Standard streams that are closed or full, and Ctrl-C at any time, once or twice, as another process sees them."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -137,3 +139,31 @@ def test_a_full_stream_is_one_line_and_exit_code_2(stream):
     assert stream == "stderr" or err == (
         "hybrid: the output cannot be written: No space left on device; free some space\n"
     )
+
+
+def test_the_command_takes_ctrl_c_before_it_imports_anything_else():
+    program = """
+import runpy, signal, sys
+class Press:
+    def find_spec(self, name, path, target=None):
+        if name == "click":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Press())
+sys.argv = ["hybrid", "doctor"]
+runpy.run_module("hybrid", run_name="__main__")
+"""
+    assert run(program, begin="") == (130, "", "interrupted\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"hybrid": "hybrid.__main__:main"}
+
+
+def test_the_command_runs_without_standard_streams():
+    program = """
+import runpy, sys
+from hybrid import cli
+cli.cli.command(name="work")(lambda: sys.stdin.read() or print("text", file=sys.stderr))
+sys.argv = ["hybrid", "work"]
+runpy.run_module("hybrid", run_name="__main__")
+"""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
