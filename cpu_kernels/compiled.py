@@ -31,6 +31,7 @@ from numba.core import serialize
 from numba.core.caching import NullCache, _Cache
 from numba.core.compiler import CompileResult
 
+from cpu_kernels.folders import user_cache
 from cpu_kernels.linked import SubroutineCompiler, callable_by_kernels, restored
 
 _SUFFIX = ".kernel"
@@ -104,10 +105,8 @@ def _folders() -> Iterator[Path]:
     yield Path(importlib.util.cache_from_source(__file__)).parent
     # One folder per installation: each removes what its own older sources left.
     place = hashlib.sha256(os.fsencode(Path(__file__).resolve().parent)).hexdigest()[:16]
-    for home in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
-        if os.path.isabs(home):
-            yield Path(home, "hybrid", "kernels", place)
-            return
+    if (cache := user_cache()) is not None:
+        yield cache / "hybrid" / "kernels" / place
 
 
 def _cache_of(function: Any, rebuild: Callable[..., CompileResult]) -> Any:

@@ -18,6 +18,9 @@ Triton's interpreter and GPUs before compute capability 9.0 have no such launche
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -30,6 +33,27 @@ from triton.runtime.interpreter import InterpretedFunction
 # False launches every kernel after its predecessor has ended: for measuring, and read at each launch, so that a graph
 # keeps what it was captured with. Results are the same.
 PDL = True
+
+
+def own_cache() -> tempfile.TemporaryDirectory[str] | None:
+    """A folder of this process for what Triton compiles, where its own cannot be written; kept as long as it is held.
+
+    Every start then compiles: time, but no error. None where Triton's own will do, or no other can be made.
+    """
+    folder = os.path.abspath(triton.knobs.cache.dir)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    homeless = triton.knobs.cache.dir.startswith("~")  # or Triton makes a folder of this name in the current one
+    if os.access(folder, os.W_OK | os.X_OK) and not homeless:
+        return None
+    with contextlib.suppress(OSError):
+        made = tempfile.TemporaryDirectory(prefix="hybrid-triton-", ignore_cleanup_errors=True)
+        triton.knobs.cache.dir = made.name
+        return made
+    return None
+
+
+_CACHE = own_cache()
 
 
 @triton.jit

@@ -7,84 +7,52 @@ answer at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
+from click.shell_completion import shell_complete
 
+from hybrid import options
 from hybrid.errors import HybridError
-from profiler.common.artifact import package_version
+from hybrid.process import INTERRUPTED, drop_output, interrupted, interruptible
 from profiler.common.openmp import passive_waits
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+_COMPLETE = "_HYBRID_COMPLETE"  # set by the shell, as click has it
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-_MODEL = click.argument("model", required=False, type=click.Path(path_type=Path))
-_BUNDLE = click.option(
-    "--bundle", type=click.Path(path_type=Path), help="Folder of the artefacts  [default: MODEL/hybrid]"
+
+class _Command(click.Command):
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The first sentence, whole: the list of commands wraps it."""
+        return " ".join((self.help or "").split()).partition(". ")[0].removesuffix(".")
+
+
+class _Commands(click.Group):
+    command_class = _Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of their use, which is that of this file."""
+        return list(self.commands)
+
+
+def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from profiler.common.artifact import package_version
+
+        click.echo(f"hybrid, version {package_version()}")
+        ctx.exit()
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
 )
-_CORPUS = click.option(
-    "--corpus",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE...",
-    help="Text files, .jsonl files or folders. The embedded model has its own.",
-)
-_SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out and count documents that cannot be used.")
-_THREADS = click.option("--threads", type=int, help="CPU threads  [default: all that this process may use]")
-_SPARSITY = click.option(
-    "--sparsity",
-    type=click.Choice(["auto", "dense", "exact", "learned"]),
-    default="auto",
-    show_default=True,
-    help="auto: learned once prepared, until then exact; dense where nothing fires sparsely.",
-)
-_MLOCK = click.option("--mlock", is_flag=True, help="Read a packed model at once and keep it in memory.")
-_CONTEXT = click.option("--context", type=int, help="Tokens of the KV cache  [default: the model's]")
-_HARDWARE = click.option(
-    "--hardware",
-    type=click.Path(path_type=Path),
-    help="Hardware profile to plan for, or `default`, a 24 GB GPU  [default: this machine, measured once]",
-)
-_BUDGET = click.option(
-    "--vram-budget", default="unlimited", show_default=True, help="Such as 8GiB; unlimited takes what the GPU has."
-)
-_RUN_BUDGET = click.option(
-    "--vram-budget", help="Bytes to take from the GPU, such as 8GiB or 0  [default: what the placement was made for]"
-)
-_SOLVER = click.option("--solver", type=click.Choice(["milp", "greedy"]), default="milp", show_default=True)
-_TARGET = click.option(
-    "--target", default="0.5%", show_default=True, help="Perplexity increase that the predictors may cost."
-)
-
-
-_TOKENS = click.option("--tokens", type=int, default=100_000, show_default=True, help="Calibration tokens.")
-_SEED = click.option("--seed", type=int, default=0, show_default=True)
-
-
-_SAMPLING = {
-    "temperature": ("NUMBER", "0 always takes the most likely token."),
-    "top-k": ("COUNT", "Keep this many of the most likely tokens; 0 is off."),
-    "top-p": ("SHARE", "Keep the most likely tokens that make up this probability; 1 is off."),
-    "min-p": ("SHARE", "Drop tokens below this share of the likeliest one's probability; 0 is off."),
-    "repetition-penalty": ("NUMBER", "Above 1 makes tokens seen before less likely."),
-    "seed": ("INTEGER", "Makes sampled answers repeatable."),
-    "max-new-tokens": ("COUNT", "The longest answer."),
-}
-
-
-def _sampling_options(command: Command) -> Command:
-    """Sampling options; each is read by `SamplingSettings`, and has the model's own value by default."""
-    for name, (metavar, text) in reversed(_SAMPLING.items()):
-        command = click.option(f"--{name}", metavar=metavar, help=text)(command)
-    return click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")(command)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_version(), prog_name="hybrid")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Run language models whose FFN neurons fire sparsely, hot neurons on the GPU and cold ones on the CPU.
@@ -94,205 +62,220 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
-@_MODEL
-@_CORPUS
-@_SKIP_BAD
-@_TOKENS
-@click.option("--window", type=int, help="Tokens per calibration window  [default: 512, or the model's context]")
-@_SEED
-@_TARGET
-@_BUDGET
-@_SOLVER
-@_CONTEXT
-@_HARDWARE
-@_BUNDLE
-@_THREADS
-def prepare(model: Path | None, **options: Any) -> None:
-    """Profile, train and place in turn, each skipped when its artefact is present and matches."""
+@options.MODEL
+@options.CORPUS
+@options.SKIP_BAD
+@options.TOKENS
+@options.WINDOW
+@options.SEED
+@options.TARGET
+@options.BUDGET
+@options.SOLVER
+@options.CONTEXT
+@options.HARDWARE
+@options.BUNDLE
+@options.THREADS
+def prepare(model: Path | None, **given: Any) -> None:
+    """Profile, train and place in turn. Each is skipped when its artefact is present and matches."""
     from hybrid import commands
 
-    _run(commands.prepare, model, options)
+    _run(commands.prepare, model, given)
 
 
 @cli.command()
-@_MODEL
-@_CORPUS
-@_SKIP_BAD
-@_TOKENS
-@click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
-@_SEED
-@_BUNDLE
-@_THREADS
-def profile(model: Path | None, **options: Any) -> None:
+@options.MODEL
+@options.CORPUS
+@options.SKIP_BAD
+@options.TOKENS
+@options.WINDOW
+@options.WINDOW_AS_CONTEXT
+@options.SEED
+@options.BUNDLE
+@options.THREADS
+def profile(model: Path | None, **given: Any) -> None:
     """Record over a corpus how often each neuron fires. Goes on where an interrupted run ended."""
     from hybrid import commands
 
-    _run(commands.profile, model, options)
+    _run(commands.profile, model, given)
 
 
 @cli.command()
-@_MODEL
-@_TARGET
-@_BUNDLE
-@_THREADS
-@_SEED
-def train(model: Path | None, **options: Any) -> None:
+@options.MODEL
+@options.TARGET
+@options.BUNDLE
+@options.THREADS
+@options.SEED
+def train(model: Path | None, **given: Any) -> None:
     """Train the predictors of which neurons will fire."""
     from hybrid import commands
 
-    _run(commands.train, model, options)
+    _run(commands.train, model, given)
 
 
 @cli.command()
-@_MODEL
-@_BUDGET
-@_SOLVER
-@_CONTEXT
-@_HARDWARE
-@click.option("--sparsity", type=click.Choice(["exact", "learned"]), default="learned", show_default=True)
+@options.MODEL
+@options.BUDGET
+@options.SOLVER
+@options.CONTEXT
+@options.HARDWARE
+@click.option(
+    "--sparsity",
+    type=click.Choice(["exact", "learned"]),
+    default="learned",
+    show_default=True,
+    help="What it is for: exact needs no predictors.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
-@_BUNDLE
-def place(model: Path | None, **options: Any) -> None:
-    """Solve which neurons are hot within a VRAM budget, and print the plan."""
+@options.BUNDLE
+def place(model: Path | None, **given: Any) -> None:
+    """Solve which neurons are hot within a VRAM budget. Prints the plan."""
     from hybrid import commands
 
-    _run(commands.place, model, options)
+    _run(commands.place, model, given)
 
 
 @cli.command()
-@_MODEL
+@options.MODEL
 @click.option(
     "--dtype", type=click.Choice(["bf16", "f16", "int8", "int4"]), required=True, help="What the weights are stored as."
 )
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The new folder  [default: packed-DTYPE in the bundle]"
-)
-@_BUNDLE
-def pack(model: Path | None, **options: Any) -> None:
-    """Write the weights as they are used: neuron by neuron, in the placement's order, in their run-time type.
+@click.option("-o", "--output", type=options.NewPath(), help="The new folder  [default: packed-DTYPE in the bundle]")
+@options.BUNDLE
+def pack(model: Path | None, **given: Any) -> None:
+    """Write the weights as they are used, quantised if wanted.
 
-    The new folder is itself a MODEL, which starts at once. int8 and int4 are blocks of 32 weights with one scale; int4
-    keeps embedding and head in int8.
+    Neuron by neuron, in the placement's order, in their run-time type. The new folder is itself a MODEL, which starts
+    at once. int8 and int4 are blocks of 32 weights with one scale; int4 keeps embedding and head in int8.
     """
     from hybrid import commands
 
-    _run(commands.pack, model, options)
+    _run(commands.pack, model, given)
 
 
 @cli.command()
-@_MODEL
-@_SPARSITY
-@_RUN_BUDGET
-@_CONTEXT
-@_THREADS
-@_MLOCK
-@_BUNDLE
-@_sampling_options
+@options.MODEL
+@options.SPARSITY
+@options.RUN_BUDGET
+@options.CONTEXT
+@options.THREADS
+@options.MLOCK
+@options.BUNDLE
+@options.sampling_options
 @click.option("--system", help="System prompt.")
-def chat(model: Path | None, system: str | None, **options: Any) -> None:
+def chat(model: Path | None, system: str | None, **given: Any) -> None:
     """Chat in the terminal; with piped input, answer each line and end."""
     from hybrid import commands
 
-    _run(commands.chat, model, system, options)
+    _run(commands.chat, model, system, given)
 
 
 @cli.command()
-@_MODEL
+@options.MODEL
 @click.option("-p", "--prompt", help="Text to continue.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from a file; - is stdin.")
-@_SPARSITY
-@_RUN_BUDGET
-@_CONTEXT
-@_THREADS
-@_MLOCK
-@_BUNDLE
-@_sampling_options
-def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, **options: Any) -> None:
+@click.option("--prompt-file", type=options.ReadablePath(word="-"), help="Read the prompt from a file; - is stdin.")
+@options.SPARSITY
+@options.RUN_BUDGET
+@options.CONTEXT
+@options.THREADS
+@options.MLOCK
+@options.BUNDLE
+@options.sampling_options
+def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, **given: Any) -> None:
     """Continue a text. Only the text goes to stdout, statistics go to stderr."""
-    from hybrid import commands
-
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either --prompt or --prompt-file")
-    _run(commands.generate, model, prompt, prompt_file, options)
+    from hybrid import commands
+
+    _run(commands.generate, model, prompt, prompt_file, given)
 
 
 @cli.command(name="eval")
-@_MODEL
-@_CORPUS
-@_SKIP_BAD
-@click.option("--tokens", type=int, default=16_384, show_default=True, help="Tokens to evaluate.")
-@click.option("--context", "window", type=int, help="Tokens per window  [default: 512, or the model's context]")
+@options.MODEL
+@options.CORPUS
+@options.SKIP_BAD
+@click.option("--tokens", type=options.COUNT, default=16_384, show_default=True, help="Tokens to evaluate.")
+@options.WINDOW
+@options.WINDOW_AS_CONTEXT
 @click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
-@_THREADS
-@_BUNDLE
-def evaluate(model: Path | None, **options: Any) -> None:
-    """Perplexity, KL and top-1 agreement of each strategy, held against dense."""
+@options.THREADS
+@options.BUNDLE
+def evaluate(model: Path | None, **given: Any) -> None:
+    """Hold the strategies against dense: perplexity, KL, top-1 agreement."""
     from hybrid import commands
 
-    _run(commands.evaluate, model, options)
+    _run(commands.evaluate, model, given)
 
 
 @cli.command()
-@_MODEL
-@click.option("--sparsity", metavar="LIST", help="Such as dense,learned  [default: all that the model can]")
-@click.option("--prompt-tokens", type=int, default=128, show_default=True)
-@click.option("--tokens", type=int, default=128, show_default=True, help="Tokens of each answer.")
-@click.option("--runs", type=int, default=5, show_default=True, help="Runs of each strategy, in turn.")
-@click.option("--csv", type=click.Path(path_type=Path), help="Also add a row per strategy to this file.")
+@options.MODEL
+@click.option(
+    "--sparsity",
+    type=options.Checked("list", options.check_strategies),
+    help="Such as dense,learned  [default: all that the model can]",
+)
+@click.option("--prompt-tokens", type=options.COUNT, default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens of each answer.")
+@click.option("--runs", type=options.COUNT, default=5, show_default=True, help="Runs of each strategy, in turn.")
+@click.option("--csv", type=options.NewPath(folder=False), help="Also add a row per strategy to this file.")
 @click.option("--peer", type=click.Choice(["llama.cpp"]), help="Run this in turn too (extra: peers).")
-@click.option("--peer-model", type=click.Path(path_type=Path), help="The peer's GGUF file.")
+@click.option("--peer-model", type=options.ReadablePath(), help="The peer's GGUF file.")
 @click.option("--json", is_flag=True, help="Print one JSON line in place of tables.")
 @click.option("--ablation", is_flag=True, help="Whole layers, random and solved placements at the same --vram-budget.")
-@_RUN_BUDGET
-@_CONTEXT
-@_SEED
-@_THREADS
-@_BUNDLE
-def bench(model: Path | None, ablation: bool, **options: Any) -> None:
-    """Measure speed against the ceiling that the memory's read bandwidth sets.
+@options.RUN_BUDGET
+@options.CONTEXT
+@options.SEED
+@options.THREADS
+@options.BUNDLE
+def bench(model: Path | None, ablation: bool, **given: Any) -> None:
+    """Measure speed against what the memory's read bandwidth allows.
 
     On a GPU and the CPU together, bandwidths, bytes and memory are those of both.
     """
+    if (given["peer"] is None) != (given["peer_model"] is None):
+        raise click.UsageError("--peer and --peer-model go together; give both or neither")
     from hybrid.bench import ablation as ablations
     from hybrid.bench import bench
 
-    _run(ablations.ablation if ablation else bench.bench, model, options)
+    _run(ablations.ablation if ablation else bench.bench, model, given)
 
 
 @cli.command()
-@_MODEL
-@_BUNDLE
+@options.MODEL
+@options.BUNDLE
 @click.option("--check", is_flag=True, help="Read all of a packed model; exit code 2 where an artefact is damaged.")
 def inspect(model: Path | None, bundle: Path | None, check: bool) -> None:
     """Show the model, its artefacts, budgets and where each came from."""
     from hybrid import reports
 
-    reports.inspect(model, bundle, check)
+    _run(reports.inspect, model, bundle, check)
 
 
 @cli.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The profile to write, JSON.")
+@click.option("-o", "--output", type=options.NewPath(folder=False), required=True, help="The profile to write, JSON.")
 def hardware(output: Path) -> None:
-    """Measure this machine for `place --hardware`, in under a minute: memory, GPU kernels, PCIe, hand-off."""
+    """Measure this machine for `place --hardware`, in under a minute.
+
+    Memory, GPU kernels, PCIe, and the hand-off between the devices.
+    """
     from hybrid.bench import hardware as hardware_report
 
     _run(hardware_report.hardware, output)
 
 
 @cli.command()
-@_MODEL
+@options.MODEL
 def doctor(model: Path | None) -> None:
-    """Show CPU features, threads, GPU and versions, and what would be used and why."""
-    from hybrid import reports
+    """Show this machine, the versions, and what would be used and why."""
+    from hybrid.doctor import doctor
 
-    reports.doctor(model)
+    _run(doctor, model)
 
 
 def _run(command: Callable[..., None], *arguments: Any) -> None:
-    """Do the command's work, and say so when it has to wait for the compiler."""
+    """Do the command's work, which Ctrl-C may interrupt, and say so when it has to wait for the compiler."""
     from hybrid.console import compile_notice
 
-    with compile_notice():
+    with interruptible(), compile_notice():
         command(*arguments)
 
 
@@ -310,39 +293,58 @@ def repeat_corpus(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the `hybrid` command; always ends by `SystemExit`."""
+    """Run one command line, by default this process's; always ends by `SystemExit`."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The exit code of one command line, by default this process's. What went wrong is said, in one line."""
     arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
+        if _COMPLETE in os.environ:
+            return shell_complete(cli, {}, "hybrid", _COMPLETE, os.environ[_COMPLETE])
         with passive_waits(), cli.make_context("hybrid", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
-        code = 0
+        return 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        code = error.exit_code
-    except click.ClickException as error:
+        return error.exit_code
+    except BrokenPipeError:
+        drop_output()  # its reader has gone, as in `hybrid generate ... | head`; nothing is left to say
+        return 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - one line instead of a traceback
+        message, code = _verdict(error)
+        if debug and code != INTERRUPTED and not isinstance(error, click.ClickException):
+            traceback.print_exc()
+        _say(message)
+        return code
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+    """What to say of a command that ended by `error`, and its exit code."""
+    if isinstance(error, KeyboardInterrupt | click.Abort) or interrupted():
+        words = error.args if isinstance(error, KeyboardInterrupt) else ()
+        return ": ".join(["interrupted", *map(str, words)]), INTERRUPTED
+    if isinstance(error, click.ClickException):
         path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "hybrid"
         message = " ".join(error.format_message().split())  # click lists choices on lines of their own
-        click.echo(f"hybrid: {message} (see {path} --help)", err=True)
-        code = error.exit_code
-    except click.exceptions.Exit as leave:
-        code = leave.exit_code
-    except (KeyboardInterrupt, click.Abort) as stop:
-        click.echo(": ".join(["interrupted", *map(str, stop.args)]), err=True)
-        code = 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `hybrid generate ... | head`; nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except HybridError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"hybrid: {error}", err=True)
-        code = error.exit_code
-    except Exception as error:  # noqa: BLE001 - the last resort: one line instead of a traceback, exit code 1
-        if debug:
-            traceback.print_exc()
-        click.echo(f"hybrid: {type(error).__name__}: {error}; `hybrid --debug ...` shows where", err=True)
-        code = 1
-    sys.exit(code)
+        return f"hybrid: {message} (see {path} --help)", error.exit_code
+    if isinstance(error, HybridError):
+        flag = f" (--{error.setting.replace('_', '-')})" if error.setting else ""
+        return f"hybrid: {error}{flag}", error.exit_code
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"hybrid: {os.fsdecode(error.filename)} cannot be used: {error.strerror}; check it, or name another", 2
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return f"hybrid: the output cannot be written: {error.strerror}; free some space", 2
+    return f"hybrid: {type(error).__name__}: {error}; `hybrid --debug ...` shows where", 1
+
+
+def _say(message: str) -> None:
+    try:
+        click.echo(message, err=True)
+    except OSError:
+        drop_output()

@@ -30,13 +30,14 @@ from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
+from hybrid.reports import predictor_report, profile_report
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import UNLIMITED, parse_size
 from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
-from predictor.sizing import PredictorTarget
+from predictor.target import PredictorTarget
 from profiler.common.hardware import HardwareProfile
 from profiler.corpus import TokenWindows
 from profiler.machine.measure import measure_hardware
@@ -82,16 +83,6 @@ def profile(model: Path | None, options: Options) -> None:
     click.echo(f"wrote {project.bundle.profile}", err=True)
 
 
-def profile_report(found: NeuronProfile) -> str:
-    """Share firing and coverage by the hottest neurons, per layer and for the whole model."""
-    shares = (0.1, 0.2, 0.4)
-    layers = zip(found.share_firing(), *(found.layer_coverage(share) for share in shares), strict=True)
-    rows = [[str(number), *map(percent, values)] for number, values in enumerate(layers)]
-    rows.append(["all", percent(float(found.share_firing().mean())), *(percent(found.coverage(s)) for s in shares)])
-    header = ["layer", "firing", *(f"hottest {share:.0%} cover" for share in shares)]
-    return f"{table(header, rows)}\n{found.tokens:,} tokens, {found.inputs.shape[1]:,} FFN inputs kept per layer"
-
-
 def train(model: Path | None, options: Options) -> None:
     """Train predictors on the stored profile and print their report."""
     project = _project(model, options)
@@ -99,32 +90,6 @@ def train(model: Path | None, options: Options) -> None:
     bank = project.train(project.load_profile(), _target(options), options["seed"])
     click.echo(predictor_report(bank))
     click.echo(f"wrote {project.bundle.predictors}", err=True)
-
-
-def predictor_report(bank: PredictorBank) -> str:
-    """Size and quality of the predictors, per layer and overall, and where they miss their target."""
-    report = bank.report
-    if report is None:
-        return "no report"
-    header = ["layer", "rank", "size", "recall", "precision", "predicted", "fired", "ratio", "missed mass"]
-    rows = [
-        [
-            q.layer,
-            str(q.rank),
-            size(q.bytes),
-            percent(q.recall),
-            percent(q.precision),
-            percent(q.predicted_share),
-            percent(q.fired_share),
-            f"{q.active_ratio:.2f}",
-            f"{q.missed_mass:.2%}",
-        ]
-        for q in (*report.layers, report.overall)
-    ]
-    increase = report.perplexity_increase
-    measured = "not measured" if increase is None else f"{increase:+.2%}"
-    lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
-    return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])
 
 
 def place(model: Path | None, options: Options) -> None:

@@ -9,7 +9,6 @@ from time import monotonic
 from typing import Any
 
 import click
-from numba.core import event
 from tqdm import tqdm
 
 
@@ -51,25 +50,26 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-class _CompileNotice(event.Listener):
-    """Says once that a kernel is being compiled, when the first is."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def on_start(self, begun: Any) -> None:
-        if not self._said:
-            self._said = True
-            tqdm.write("compiling kernels (once)", file=sys.stderr)
-
-    def on_end(self, ended: Any) -> None:
-        pass
-
-
 @contextmanager
 def compile_notice() -> Iterator[None]:
     """Inside, a line on stderr says why nothing happens when kernels have to be compiled; they are kept on disk."""
-    with event.install_listener("numba:compile", _CompileNotice()):
+    if "numba" not in sys.modules:  # whoever has kernels has imported it by now
+        yield
+        return
+    from numba.core import event
+
+    class Notice(event.Listener):
+        said = False
+
+        def on_start(self, begun: Any) -> None:
+            if not self.said:
+                self.said = True
+                tqdm.write("compiling kernels (once)", file=sys.stderr)
+
+        def on_end(self, ended: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Notice()):
         yield
 
 

@@ -21,3 +21,6 @@ __all__ = [
     "InputError",
     "ModelError",
 ]
+
+for _name in __all__:  # what a traceback calls them, which is where they are imported from
+    globals()[_name].__module__ = __name__

@@ -1,38 +1,27 @@
-"""`hybrid inspect` and `hybrid doctor`: what is there, and what would be used and why."""
+"""What is there of a model: `hybrid inspect`, and the tables of a profile and of predictors."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from llvmlite import binding
 
-from cpu_kernels.worker_pool import available_cpus
-from hybrid.commands import predictor_report, profile_report
-from hybrid.console import counted, details, percent, progress, size
+from hybrid.console import counted, details, percent, progress, size, table
 from hybrid.errors import ArtifactError
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PACKED_FILE, open_packed
 from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predictors
 from hybrid.model.loader import ModelFolder
-from hybrid.runtime.devices import free_bytes
-from hybrid.runtime.plan import plan_run
 from placement.plan import UNLIMITED
-from predictor.sizing import PredictorTarget
-from profiler.common.artifact import ArtifactFile, package_version
+from predictor.bank import PredictorBank
+from predictor.target import PredictorTarget
+from profiler.common.artifact import ArtifactFile
 from profiler.common.spec import ModelSpec
-from profiler.machine.cpu import probe_cpu
-
-_CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16")
-_PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "safetensors", "tokenizers", "triton")
+from profiler.profile import NeuronProfile
 
 
 def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> None:
@@ -71,12 +60,6 @@ def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> Non
         click.echo(f"\nstale: {line}")
     if check and damaged:
         raise ArtifactError(damaged[0])
-
-
-def doctor(model: Path | None) -> None:
-    """Print the machine, the versions and the choices that follow from them."""
-    rows = [*_cpu_rows(), *_gpu_rows(), *_version_rows(), *_choice_rows(model)]
-    click.echo(details(f"hybrid {package_version()}", rows))
 
 
 def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
@@ -154,46 +137,37 @@ def _file_line(path: Path) -> str:
     return f"{path}, {size(path.stat().st_size)}"
 
 
-def _cpu_rows() -> list[tuple[str, str]]:
-    features = binding.get_host_cpu_features()
-    found = [name for name in _CPU_FEATURES if features.get(name)]
-    measured = probe_cpu()
-    return [
-        ("CPU", f"{platform.machine()}, {binding.get_host_cpu_name()}"),
-        ("vector features", ", ".join(found) or "none of those used"),
-        ("cores", f"{os.cpu_count()} in the machine, {available_cpus()} for this process"),
-        ("memory read", f"{measured.cpu_read_bandwidth / 1e9:.1f} GB/s by {counted(measured.cpu_threads, 'thread')}"),
-    ]
+def profile_report(found: NeuronProfile) -> str:
+    """Share firing and coverage by the hottest neurons, per layer and for the whole model."""
+    shares = (0.1, 0.2, 0.4)
+    layers = zip(found.share_firing(), *(found.layer_coverage(share) for share in shares), strict=True)
+    rows = [[str(number), *map(percent, values)] for number, values in enumerate(layers)]
+    rows.append(["all", percent(float(found.share_firing().mean())), *(percent(found.coverage(s)) for s in shares)])
+    header = ["layer", "firing", *(f"hottest {share:.0%} cover" for share in shares)]
+    return f"{table(header, rows)}\n{found.tokens:,} tokens, {found.inputs.shape[1]:,} FFN inputs kept per layer"
 
 
-def _gpu_rows() -> list[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "the driver shows no GPU"
-        return [("GPU", f"none usable: {why}")]
-    rows = []
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {size(free)} free of {size(total)}"))
-    return rows
-
-
-def _version_rows() -> list[tuple[str, str]]:
-    rows = [("Python", platform.python_version())]
-    for name in _PACKAGES:
-        try:
-            rows.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            rows.append((name, "not installed" + (" (needed on a GPU only)" if name == "triton" else "")))
-    return rows
-
-
-def _choice_rows(model: Path | None) -> list[tuple[str, str]]:
-    """What the chat would choose for the model, as its banner says it."""
-    plan = plan_run(ModelFolder.open(model or EMBEDDED_MODEL))
-    gpu = f"; at most {size(free_bytes(plan.gpu))} of the GPU without --vram-budget" if plan.gpu else ""
+def predictor_report(bank: PredictorBank) -> str:
+    """Size and quality of the predictors, per layer and overall, and where they miss their target."""
+    report = bank.report
+    if report is None:
+        return "no report"
+    header = ["layer", "rank", "size", "recall", "precision", "predicted", "fired", "ratio", "missed mass"]
     rows = [
-        (f"{model or 'embedded model'}", f"{plan.summary()}{gpu}"),
-        *(("note", notice) for notice in plan.notices),
-        ("kernels", "Numba for this CPU, Triton for a GPU, compiled on first use and cached"),
+        [
+            q.layer,
+            str(q.rank),
+            size(q.bytes),
+            percent(q.recall),
+            percent(q.precision),
+            percent(q.predicted_share),
+            percent(q.fired_share),
+            f"{q.active_ratio:.2f}",
+            f"{q.missed_mass:.2%}",
+        ]
+        for q in (*report.layers, report.overall)
     ]
-    return rows
+    increase = report.perplexity_increase
+    measured = "not measured" if increase is None else f"{increase:+.2%}"
+    lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
+    return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])

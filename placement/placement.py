@@ -196,7 +196,8 @@ class PlacementSettings:
         if self.vram_budget > hardware.vram_bytes:
             raise BudgetError(
                 f"VRAM budget is {self.vram_budget} bytes, {hardware.name} has {hardware.vram_bytes}; "
-                "ask for less, for unlimited, or plan with another hardware profile"
+                "ask for less, for unlimited, or plan with another hardware profile",
+                setting="vram_budget",
             )
         return self.vram_budget
 

@@ -32,15 +32,15 @@ from synthetic_model import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from train_tiny import new_folder
 
-from hybrid.commands import predictor_report, profile_report
 from hybrid.console import progress
 from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.offline.project import Project
+from hybrid.reports import predictor_report, profile_report
 from placement.placement import PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
 from predictor.report import PredictorReport, Quality, overall_counts
-from predictor.sizing import PredictorTarget
+from predictor.target import PredictorTarget
 from profiler.common.artifact import atomic_write
 from profiler.common.errors import HybridError, InputError
 from profiler.common.hardware import HardwareProfile

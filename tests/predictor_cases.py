@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from predictor import FFNWeights
+from predictor.samples import FFNWeights
 from profiler.common.spec import ModelSpec
 
 SPEC = ModelSpec(

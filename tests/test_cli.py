@@ -88,7 +88,7 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
     assert code == 0 and err.count("present and current") == 3
     code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
     assert code == 0 and out.endswith("\n") and "5 tokens" in err and "tok/s" not in out
-    code, out, _ = hybrid(capfd, "eval", folder, "--corpus", corpus, "--tokens", "128", "--context", "32", "--curve")
+    code, out, _ = hybrid(capfd, "eval", folder, "--corpus", corpus, "--tokens", "128", "--window", "32", "--curve")
     assert code == 0 and all(name in out for name in ("dense", "exact", "learned", "KL", "missed mass"))
     code, out, _ = hybrid(capfd, "inspect", folder)
     assert code == 0 and all(name in out for name in ("fingerprint", "recall", "VRAM budget", "text.jsonl"))
@@ -100,7 +100,7 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     folder = shutil.copytree(original, tmp_path / "model")
     odd = tmp_path / "odd.jsonl"
     odd.write_text("{oops")
-    recorded = ["profile", folder, "--corpus", corpus, odd, "--skip-bad", "--tokens", "2000", "--context", "32"]
+    recorded = ["profile", folder, "--corpus", corpus, odd, "--skip-bad", "--tokens", "2000", "--window", "32"]
     code, out, err = hybrid(capfd, *recorded)
     assert code == 0 and "hottest 20% cover" in out
     assert "of 60 documents" in err and f"left out: 1 document, the first: {odd}:1 is not JSON" in err
@@ -244,12 +244,15 @@ MISTAKES = {
     "negative size": (lambda m: None, ["place", "{m}", "--vram-budget", "-1GiB"], "negative"),
     "absurd budget": (lambda m: None, ["place", "{m}", "--vram-budget", "9000TiB"], "beyond 1 PiB"),
     "no size": (lambda m: None, ["place", "{m}", "--vram-budget", "lots"], "is not a size"),
-    "long context": (lambda m: None, ["chat", "{m}", "--context", "65"], "this model takes 1 to 64"),
+    "long context": (lambda m: None, ["chat", "{m}", "--context", "65"], "takes 1 to 64 tokens (--context)"),
     "long context to place": (lambda m: None, ["place", "{m}", "--context", "65"], "1 to 64"),
     "long prompt": (lambda m: None, ["generate", "{m}", "-p", "a" * 70], "leaves no room"),
     "bad target": (lambda m: None, ["train", "{m}", "--target", "much"], "is not a perplexity increase"),
     "bad setting": (lambda m: None, ["chat", "{m}", "--top-p", "2"], "top_p is 2.0"),
-    "bad threads": (lambda m: None, ["chat", "{m}", "--threads", "0"], "threads is 0"),
+    "bad threads": (lambda m: None, ["chat", "{m}", "--threads", "0"], "'--threads': 0 is not in the range"),
+    "too many threads": (lambda m: None, ["chat", "{m}", "--threads", "5000"], "threads is 5000, expected"),
+    "no list": (lambda m: None, ["bench", "{m}", "--sparsity", "dense,dense"], "is no list of different ones of"),
+    "half a peer": (lambda m: None, ["bench", "{m}", "--peer", "llama.cpp"], "--peer and --peer-model go together"),
     "corrupt predictors": (
         lambda m: truncate(m / "hybrid" / "predictors.safetensors"),
         ["chat", "{m}"],
@@ -265,7 +268,12 @@ MISTAKES = {
         ["place", "{m}", "--hardware", "{m}/h.json"],
         "no format version",
     ),
-    "hardware to a folder": (lambda m: None, ["hardware", "-o", "{m}"], "is a folder"),
+    "hardware to a folder": (lambda m: None, ["hardware", "-o", "{m}"], "is a directory"),
+    "hardware below a file": (
+        lambda m: None,
+        ["hardware", "-o", "{m}/config.json/x"],
+        "config.json; choose another folder",
+    ),
     "hardware to nowhere": (lambda m: None, ["hardware"], "Missing option '-o'"),
     "no prompt": (lambda m: None, ["generate", "{m}"], "--prompt"),
     "prompt is binary": (lambda m: None, ["generate", "{m}", "--prompt-file", "{m}/model.safetensors"], "UTF-8"),
@@ -321,7 +329,7 @@ def test_a_full_disk_leaves_what_was_there(model, corpus, tmp_path, capfd):
     try:
         (bundle / "profile.safetensors").write_bytes(b"what was there")
         before = contents(bundle)
-        command = ["profile", model, "--corpus", corpus, "--bundle", bundle, "--tokens", "2000", "--context", "32"]
+        command = ["profile", model, "--corpus", corpus, "--bundle", bundle, "--tokens", "2000", "--window", "32"]
         code, _, err = hybrid(capfd, *command)
         assert code == 2 and "No space left on device" in err.strip().splitlines()[-1]
         assert contents(bundle) == before
@@ -344,7 +352,7 @@ def test_prepare_survives_being_killed_at_any_moment(original, corpus, tmp_path)
 
 def test_ctrl_c_is_clean(original, corpus, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
-    command = [sys.executable, "-m", "hybrid", "profile", folder, "--corpus", corpus, "--context", "2"]
+    command = [sys.executable, "-m", "hybrid", "profile", folder, "--corpus", corpus, "--window", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while "%" not in process.stderr.readline():  # the first quarter is done
         pass

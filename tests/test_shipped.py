@@ -17,7 +17,7 @@ from hybrid.offline.project import ProfileRequest, Project
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
 from placement import Placement, PlacementSettings
-from predictor import PredictorTarget
+from predictor.target import PredictorTarget
 from profiler.common.hardware import HardwareProfile
 
 CORPUS = EMBEDDED_MODEL.parent / "corpus"

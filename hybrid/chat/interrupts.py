@@ -1,12 +1,14 @@
 """Ctrl-C as a chat needs it: it raises only where an interruption is expected, and there only once.
 
 Python raises KeyboardInterrupt wherever the main thread happens to be, also in the middle of the clean-up after an
-earlier one, which would lose the conversation. The guard turns every other Ctrl-C into a flag.
+earlier one, which would lose the conversation. The guard turns the next Ctrl-C into a flag; one more, for a chat that
+does not come back, ends the program at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ class InterruptGuard:
     def __init__(self) -> None:
         self.pressed = False
         self._armed = False
+        self._flagged = False
         self._on_main_thread = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> InterruptGuard:
@@ -41,7 +44,7 @@ class InterruptGuard:
 
         `pressed` tells whether there was one: code far below may have swallowed the exception.
         """
-        self.pressed = False
+        self.pressed = self._flagged = False
         self._armed = True
         try:
             yield
@@ -53,3 +56,6 @@ class InterruptGuard:
         if self._armed:
             self._armed = False
             raise KeyboardInterrupt
+        if self._flagged:
+            os._exit(130)
+        self._flagged = True

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_kernels.folders import user_cache
 from hybrid.errors import ArtifactError
 from placement import placement as placement_file
 from placement.placement import Placement
@@ -34,16 +35,20 @@ class Bundle:
 
     @classmethod
     def of(cls, model: Path, spec: ModelSpec, chosen: Path | None = None) -> Bundle:
-        """`chosen`, or `<model>/hybrid`, or a folder in the user's cache where the model's cannot be written."""
+        """`chosen`, or `<model>/hybrid`, or a folder in the user's cache where the model's cannot be written.
+
+        For a user without a cache it is the model's all the same: there may be nothing to read in it, and a write says
+        that it cannot be.
+        """
         command = "hybrid prepare"
         if model.resolve() != EMBEDDED_MODEL.resolve():
             command += f" {model} --corpus FILE..."
         if chosen is not None:
             return cls(chosen, f"{command} --bundle {chosen}")
         inside = model / "hybrid"
-        if inside.is_dir() or os.access(model, os.W_OK):
+        cache = user_cache()
+        if inside.is_dir() or os.access(model, os.W_OK) or cache is None:
             return cls(inside, command)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cls(cache / "hybrid" / spec.fingerprint, command)
 
     @property

@@ -15,7 +15,8 @@ def check_context(spec: ModelSpec, tokens: int | None) -> int:
     """`tokens`, or the model's context for None. Raises `ContextError` when the model takes no such context."""
     tokens = spec.max_context if tokens is None else tokens
     if not 1 <= tokens <= spec.max_context:
-        raise ContextError(f"context {tokens} is out of range: this model takes 1 to {spec.max_context} tokens")
+        allowed = f"this model takes 1 to {spec.max_context} tokens"
+        raise ContextError(f"context {tokens} is out of range: {allowed}", setting="context")
     return tokens
 
 
@@ -40,7 +41,8 @@ class KVCache:
             size = spec.n_layers * spec.kv_bytes_per_layer(capacity)
             raise ContextError(
                 f"keys and values of {capacity} tokens take {size / 2**30:.1f} GiB, more than this machine gives; "
-                "lower the context"
+                "lower the context",
+                setting="context",
             ) from error
         self.table = np.arange(blocks, dtype=np.int32)
         self.capacity = capacity

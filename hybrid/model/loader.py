@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from cpu_kernels.low_rank import PredictorView
-from hybrid.errors import InputError, ModelError
+from hybrid.errors import InputError
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.config import parse_config, read_json
+from hybrid.formats.folder import require_folder
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.packed_predictors import open_predictors
 from hybrid.formats.tensors import TensorNames, check_tensors
@@ -43,9 +44,7 @@ class ModelFolder:
     def open(cls, path: Path) -> ModelFolder:
         """Read config and tensor tables. Raises `ModelError` for what is missing, truncated, unknown or too much."""
         path = path.absolute()
-        if not path.is_dir():
-            problem = "is not a folder" if path.exists() else "does not exist"
-            raise ModelError(f"model folder {path} {problem}; give a Hugging Face model folder (nothing is downloaded)")
+        require_folder(path)
         if PackedModel.is_packed(path):
             packed = PackedModel.open(path)
             return cls(path, packed.spec, packed, _kv_notice(packed.spec))

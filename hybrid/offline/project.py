@@ -19,6 +19,7 @@ from cpu_kernels.worker_pool import WorkerPool
 from hybrid.console import counted
 from hybrid.errors import ContextError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
+from hybrid.formats.folder import require_writable
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime
@@ -31,7 +32,7 @@ from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
 from predictor.partial import TrainingState
 from predictor.samples import FFNWeights
-from predictor.sizing import PredictorTarget
+from predictor.target import PredictorTarget
 from predictor.train import train_predictors
 from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, atomic_write
@@ -180,6 +181,7 @@ class Project:
         """Run the model over the corpus, and write and return the profile."""
         self.require_source()
         self.require_sparse()
+        require_writable(self.bundle.path)
         header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
         windows = self.windows(request)
         ffns = self.model.ffns
@@ -216,6 +218,7 @@ class Project:
         """Train, write and return predictors; their report is with them. Goes on where an interrupted call ended."""
         self.require_source()
         self.require_sparse()
+        require_writable(self.bundle.path)
         check_seed(seed)
         self.folder.check_finite()
         layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]

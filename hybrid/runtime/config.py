@@ -33,12 +33,14 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
-            raise InputError(f"unknown sparsity {self.sparsity!r}, expected auto, {', '.join(STRATEGIES)}")
+            expected = f"expected auto, {', '.join(STRATEGIES)}"
+            raise InputError(f"unknown sparsity {self.sparsity!r}, {expected}", setting="sparsity")
         if self.context is not None and not (_is_whole(self.context) and self.context >= 1):
-            raise ContextError(f"context is {self.context!r}, expected a whole number of tokens, at least 1")
+            expected = "expected a whole number of tokens, at least 1"
+            raise ContextError(f"context is {self.context!r}, {expected}", setting="context")
         if self.threads is not None and not (_is_whole(self.threads) and 1 <= self.threads <= MOST_THREADS):
             expected = f"expected a whole number, 1 to {MOST_THREADS}; this machine offers {available_cpus()}"
-            raise InputError(f"threads is {self.threads!r}, {expected}")
+            raise InputError(f"threads is {self.threads!r}, {expected}", setting="threads")
         object.__setattr__(self, "bundle", _path(self.bundle))
         object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
 
@@ -50,7 +52,7 @@ def _is_whole(value: object) -> bool:
 def _path(value: object) -> Path | None:
     if value is None or (isinstance(value, str | os.PathLike) and os.fspath(value)):
         return None if value is None else Path(value)
-    raise InputError(f"bundle is {value!r}, expected the path of a folder")
+    raise InputError(f"bundle is {value!r}, expected the path of a folder", setting="bundle")
 
 
 def _bytes(value: object) -> int | None:
@@ -58,4 +60,5 @@ def _bytes(value: object) -> int | None:
         return parse_size(value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= UNLIMITED):
         return value
-    raise BudgetError(f"VRAM budget is {value!r}, expected bytes from 0 to 1 PiB, or a size such as '8GiB'")
+    expected = "expected bytes from 0 to 1 PiB, or a size such as '8GiB'"
+    raise BudgetError(f"VRAM budget is {value!r}, {expected}", setting="vram_budget")

@@ -25,7 +25,8 @@ def gpu_of(budget: int | None) -> torch.device | None:
     """The first GPU; None where there is none, or none may be used. Raises `BudgetError` for a budget without a GPU."""
     if budget == 0 or not torch.cuda.is_available():
         if budget not in (None, 0, UNLIMITED):
-            raise BudgetError("there is no GPU here that torch can use; leave the VRAM budget out, or give 0")
+            problem = "there is no GPU here that torch can use; leave the VRAM budget out, or give 0"
+            raise BudgetError(problem, setting="vram_budget")
         return None
     return torch.device("cuda", 0)
 
@@ -66,7 +67,8 @@ def placement_for(
     if budget is not None and most < budget < UNLIMITED:
         raise BudgetError(
             f"VRAM budget is {budget / 2**30:.2f} GiB, the GPU has {most / 2**30:.2f} GiB free beside a reserve of 1; "
-            "lower the VRAM budget"
+            "lower the VRAM budget",
+            setting="vram_budget",
         )
     if _measured(bundle) is None:
         notices.append(f"placed for a default GPU: `hybrid hardware -o {bundle.hardware}` measures this one")

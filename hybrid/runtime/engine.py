@@ -132,7 +132,8 @@ class Engine:
         if len(tokens) >= self.context:
             raise ContextError(
                 f"prompt of at least {len(tokens)} tokens leaves no room in a context of {self.context}; "
-                "shorten it, or raise the context if the model allows"
+                "shorten it, or raise the context if the model allows",
+                setting="context",
             )
         top = self.model.spec.vocab_size
         if min(tokens) < 0 or max(tokens) >= top:

@@ -111,7 +111,8 @@ def _strategy(
     for strategy in STRATEGIES:
         if strategy == sparsity:
             if strategy != "dense" and not spec.fires_sparsely:
-                raise InputError(f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense")
+                problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense"
+                raise InputError(problem, setting="sparsity")
             return strategy
     if not spec.fires_sparsely:
         return "dense"

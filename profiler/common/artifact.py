@@ -85,6 +85,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises `ArtifactError` when the folder cannot be written or the disk is full; `path` is then as it was.
     """
     temporary = None
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of, say, /dev/null
+        raise ArtifactError(f"cannot write {path}: it is not a file; name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -98,7 +100,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary = None
     except OSError as error:
         raise ArtifactError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder with --bundle"
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     finally:
         if temporary is not None:

@@ -1,4 +1,4 @@
-"""The exceptions that a user can meet. `hybrid.errors` is their public home and re-exports them.
+"""The exceptions that a user can meet. `hybrid.errors` is their public home, and the one that tracebacks name.
 
 They are defined here because imports go one way and every package above may raise them. Each message is one
 line: what was found, what was expected, what to do next.
@@ -6,9 +6,17 @@ line: what was found, what was expected, what to do next.
 
 
 class HybridError(Exception):
-    """A failure while running. The command line prints its message as one line and exits with `exit_code`."""
+    """A failure while running. The command line prints its message as one line and exits with `exit_code`.
+
+    setting: the field of `EngineConfig` or `SamplingSettings` that another value would help, if any; the command line
+    adds its flag to the message, which itself speaks of settings and not of flags.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class InputError(HybridError):

@@ -32,7 +32,8 @@ from hybrid.formats.bundle import Bundle
 from hybrid.model.ffn import FFNCounters
 from placement import UNLIMITED, Placement, PlacementSettings, place
 from placement.workspace import predictor_bytes
-from predictor import LowRankPredictor, PredictorBank
+from predictor.bank import PredictorBank
+from predictor.low_rank import LowRankPredictor
 
 pytest.importorskip("transformers")
 SETTING = {"date": "d", "commit": "c", "machine": "m", "model": "tiny", "dtype": "f32", "threads": 2}

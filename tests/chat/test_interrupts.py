@@ -1,5 +1,6 @@
 """Ctrl-C raises where it is allowed, once, and nowhere else."""
 
+import os
 import signal
 import threading
 
@@ -25,6 +26,22 @@ def test_inside_an_allowed_block_only_the_first_raises():
                 cleaned_up = True
         assert guard.pressed
     assert cleaned_up
+
+
+def test_a_chat_that_does_not_come_back_is_ended_by_one_more(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with InterruptGuard() as guard:
+        with pytest.raises(KeyboardInterrupt), guard.allowed():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert codes == []
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [130]
+        with guard.allowed():
+            pass
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [130]
 
 
 def test_a_swallowed_interrupt_is_still_seen_and_the_next_block_starts_afresh():

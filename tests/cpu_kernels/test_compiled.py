@@ -1,5 +1,6 @@
 """The kernel cache: the second start compiles nothing, edits are seen, and no state of the disk is an error."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpu_kernels import compiled, linked
+from cpu_kernels import compiled, folders, linked
 from cpu_kernels.compiled import kernel, subroutine, target_features
 
 # A package of a kernel and a subroutine that it calls; it prints what came of the cache.
@@ -40,8 +41,8 @@ def tree(tmp_path):
     package = tmp_path / "tree" / "cpu_kernels"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    shutil.copy(compiled.__file__, package / "compiled.py")
-    shutil.copy(linked.__file__, package / "linked.py")
+    for module in (compiled, folders, linked):
+        shutil.copy(module.__file__, package)
     (package / "helper.py").write_text(HELPER)
     (package / "caller.py").write_text(CALLER)
     (tmp_path / "home").mkdir()
@@ -242,6 +243,23 @@ def test_a_subroutine_is_for_kernels_alone(folder):
     assert outer(1) == 3 and len(files(folder)) == 1
     with pytest.raises(TypeError, match="only compiled code"):  # compiled or not
         first(1)
+
+
+def test_numbas_own_cache_is_used_nowhere():
+    """It refuses to import a function where no folder can be written."""
+    root = Path(compiled.__file__).parents[1]
+    packages = ("cpu_kernels", "gpu_kernels", "profiler", "predictor", "placement", "hybrid", "scripts")
+    sources = [path for package in packages for path in (root / package).rglob("*.py")]
+    compilers = {"jit", "njit", "vectorize", "guvectorize", "cfunc"}
+    options = {
+        (path.relative_to(root).as_posix(), keyword.arg)
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in compilers
+        for keyword in node.keywords
+    }
+    assert ("cpu_kernels/compiled.py", "nogil") in options
+    assert [path for path, option in options if option == "cache"] == []
 
 
 def test_target_features_follow_the_order_of_the_list():

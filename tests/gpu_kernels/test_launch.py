@@ -1,10 +1,13 @@
 """Dependent launches: the rule that their correctness rests on, read in the source, and a chain of them on the GPU."""
 
 import inspect
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from gpu_cases import DEVICE, random_input, random_matrix
 
 from gpu_kernels import attention, compact, gemv, launch, low_rank, mailbox, norm, rope, sampling, sparse_ffn
@@ -24,6 +27,24 @@ def kernels() -> dict[str, str]:
         for name in re.findall(r"^ +(_\w+)\[.*\]\(", source, re.MULTILINE):
             found[f"{module.__name__}.{name}"] = inspect.getsource(getattr(module, name).fn)
     return found
+
+
+def test_a_cache_that_can_be_written_is_tritons_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "new" / "cache"))
+    assert launch.own_cache() is None
+    assert triton.knobs.cache.dir == str(tmp_path / "new" / "cache")
+
+
+@pytest.mark.parametrize("own", ["/nowhere/.triton/cache", "~/.triton/cache"])
+def test_without_a_folder_to_write_triton_compiles_into_one_of_the_process(own, monkeypatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", own)
+    if own.startswith("/"):
+        monkeypatch.setattr(os, "access", lambda path, mode: path != "/")
+    made = launch.own_cache()
+    assert made is not None and triton.knobs.cache.dir == made.name
+    with made:
+        (Path(made.name) / "kernel").touch()
+    assert not Path(made.name).exists()
 
 
 def test_all_kernels_are_found() -> None:

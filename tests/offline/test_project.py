@@ -8,7 +8,7 @@ from model_cases import make_model
 
 from hybrid.offline import project as offline
 from hybrid.offline.project import ProfileRequest, Project
-from predictor import PredictorTarget
+from predictor.target import PredictorTarget
 from profiler.common.errors import CorpusError
 from profiler.common.progress import no_progress
 from profiler.documents import Document

@@ -11,7 +11,8 @@ from predictor_cases import small_spec
 from predictor.low_rank import predictor_bytes
 from predictor.quality import Counts, LogitHistogram, search_level
 from predictor.report import CurvePoint, PredictorReport, Quality, overall_counts
-from predictor.sizing import PredictorTarget, candidate_ranks, choose_ranks, rank_budget
+from predictor.sizing import candidate_ranks, choose_ranks, rank_budget
+from predictor.target import PredictorTarget
 from profiler.common.errors import ArtifactError, InputError
 
 

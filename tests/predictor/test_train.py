@@ -9,9 +9,12 @@ import torch
 from predictor_cases import SPEC, random_layer, random_samples, small_spec
 from safetensors.numpy import load_file
 
-from predictor import PredictorBank, PredictorTarget, partial, train_predictors
+from predictor import partial
+from predictor.bank import PredictorBank
 from predictor.partial import TrainingState
 from predictor.samples import split_documents
+from predictor.target import PredictorTarget
+from predictor.train import train_predictors
 from profiler.common.artifact import ArtifactHeader, write_tensors
 from profiler.common.errors import ArtifactError, ArtifactMismatchError, CorpusError, InputError
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -243,3 +244,12 @@ def test_a_failed_write_leaves_what_was_there(path):
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
     with pytest.raises(ArtifactError, match=r"cannot write .*choose another folder"):
         write_tensors(path / "inside", HEADER, TENSORS)
+
+
+def test_what_is_not_a_file_is_not_replaced_by_one(tmp_path):
+    """As root, a rename would put a file in the place of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ArtifactError, match=f"cannot write {pipe}: it is not a file; name another"), atomic_write(pipe):
+        pass
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and [path.name for path in tmp_path.iterdir()] == ["pipe"]
