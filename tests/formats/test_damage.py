@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from artifact_cases import cut_off, flipped_headers, flipped_tensors
+from artifact_cases import cut_off, flipped_headers, flipped_tensors, write_version_1
 from bundle_cases import random_bundle, random_predictor, random_profile
 from model_cases import make_model
 from packed_cases import pack
@@ -108,6 +109,24 @@ def test_a_bit_flipped_in_a_tensor(name, copy):
     for what, data in found[:: len(found) // 40 + 1]:
         (copy / name).write_bytes(data)
         refused(name, copy, what)
+
+
+@pytest.mark.parametrize("name", list(READERS)[:3])
+def test_what_prepare_would_skip_is_whole(name, copy):
+    """The command that a damaged artefact names makes it anew: what it takes for current can be loaded."""
+    bundle, spec, path = Bundle.of(copy / "model", spec_of(copy)), spec_of(copy), copy / name
+    kind = {"profile": "neuron profile"}.get(path.stem, path.stem)
+    header, tensors = read_tensors(path, kind, spec.fingerprint, "")
+    assert bundle.current(path, kind, spec) == header
+    write_version_1(path, header, tensors)
+    assert bundle.current(path, kind, spec) == replace(header, format_version=1)
+    bad = next(name for name in ("inputs", "thresholds", "hot") if name in tensors)
+    write_version_1(path, header, tensors | {bad: np.full_like(tensors[bad], 10**6 if bad == "hot" else np.nan)})
+    assert bundle.current(path, kind, spec) is None
+    write_tensors(path, header, tensors)
+    *_, (_, data) = flipped_tensors(path)
+    path.write_bytes(data)
+    assert bundle.current(path, kind, spec) is None
 
 
 def hybrid(capfd, *arguments):
