@@ -69,7 +69,7 @@ def prepare(model: Path | None, options: Options) -> None:
     if project.placement_is_current(project.place_origin(profile_header, predictors, hardware), settings):
         click.echo(f"place: {_CURRENT}", err=True)
         return
-    found = project.load_profile()
+    found = project.load_profile(samples=False)
     result = project.place(found, project.load_predictors(), hardware, settings)
     project.write_placement(result.placement)
     click.echo(f"place: {_placement_summary(result, found, hardware.has_gpu)}", err=True)
@@ -97,7 +97,7 @@ def place(model: Path | None, options: Options) -> None:
     project = _project(model, options)
     project.require_sparse()
     settings = _placement_settings(project, options, options["sparsity"])
-    found = project.load_profile()
+    found = project.load_profile(samples=False)
     bank = project.load_predictors() if settings.strategy == "learned" else None
     hardware = _hardware(project, options)
     if bank and bank.header and bank.header.made_from.get("profile") != found.header.key:

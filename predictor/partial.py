@@ -12,7 +12,7 @@ import torch
 
 from predictor.low_rank import LowRankPredictor
 from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
-from profiler.common.errors import ArtifactError
+from profiler.common.errors import InputError
 from profiler.common.spec import ModelSpec
 
 _KIND = "partial predictors"
@@ -44,7 +44,7 @@ class TrainingState:
             found, tensors = read_tensors(path, _KIND, spec.fingerprint, "hybrid train")
             if found == header:
                 return cls(path, header, tensors["shares"].tolist(), _predictors(tensors))
-        except ArtifactError:
+        except (InputError, KeyError):
             pass  # missing, of another model, or damaged: it only saves time, and is written anew
         return cls(path, header)
 

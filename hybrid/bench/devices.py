@@ -172,7 +172,7 @@ def measured_hardware(bundle: Bundle, gpu: str) -> HardwareProfile | None:
 
 def known_firing(bundle: Bundle, spec: ModelSpec) -> Firing:
     """What the profile and the predictors of a bundle say, where they are there."""
-    frequency = bundle.load_profile(spec).frequency() if bundle.profile.is_file() else None
+    frequency = bundle.load_profile(spec, samples=False).frequency() if bundle.profile.is_file() else None
     report = PredictorBank.load(bundle.predictors, spec).report if bundle.predictors.is_file() else None
     return Firing(frequency, 1.0 if report is None else max(1.0, report.overall.active_ratio))
 

@@ -24,6 +24,9 @@ from profiler.profile import NeuronProfile
 # The embedded model needs no path on the command line, and brings its own corpus.
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "model"
 EMBEDDED_CORPUS = EMBEDDED_MODEL.parent / "corpus"
+_CLASSES: dict[str, type[NeuronProfile] | type[PredictorBank] | type[Placement]] = {
+    neuron_profile.KIND: NeuronProfile, predictor_bank.KIND: PredictorBank, placement_file.KIND: Placement
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,15 @@ class Bundle:
         return Placement.load(self.placement, spec, self.repair)
 
     def current(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
-        """The header of the artefact at `path` if it is whole and of this model."""
+        """The header of the artefact at `path` if it is of this model and whole, which is to say that it loads."""
+        try:
+            _CLASSES[kind].load(path, spec, self.repair)
+            return read_header(path, kind, spec.fingerprint, self.repair)
+        except ArtifactError:
+            return None
+
+    def _header(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
+        """The header of the artefact at `path` if that is whole and of this model; nothing else is read."""
         try:
             return read_header(path, kind, spec.fingerprint, self.repair)
         except ArtifactError:
@@ -101,9 +112,9 @@ class Bundle:
 
     def stale(self, spec: ModelSpec) -> list[str]:
         """One line for each artefact that was made from another than the one that now lies beside it."""
-        profile = self.current(self.profile, neuron_profile.KIND, spec)
-        predictors = self.current(self.predictors, predictor_bank.KIND, spec)
-        placement = self.current(self.placement, placement_file.KIND, spec)
+        profile = self._header(self.profile, neuron_profile.KIND, spec)
+        predictors = self._header(self.predictors, predictor_bank.KIND, spec)
+        placement = self._header(self.placement, placement_file.KIND, spec)
         lines = []
         for name, made, source, origin in (
             ("predictors", predictors, "profile", profile),

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,20 +20,14 @@ from safetensors import SafetensorError, safe_open
 
 from cpu_kernels.lanes import widen_ref
 from hybrid.errors import ModelError
-from hybrid.formats.config import read_json, shown
+from hybrid.formats.config import read_json
+from profiler.common import tensor_file
+from profiler.common.errors import shown
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ARRAY_TYPES = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}  # as kernels see them
 _SAMPLE = 4096
 _BLOCK_ROWS = 1024
-_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
-_ELEMENT_BYTES = {
-    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
-    2: ("U16", "I16", "F16", "BF16"),
-    4: ("U32", "I32", "F32"),
-    8: ("U64", "I64", "F64", "C64"),
-}
-_BYTES_OF = {name: size for size, names in _ELEMENT_BYTES.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -162,70 +155,10 @@ def read_table(path: Path) -> dict[str, TensorInfo]:
     Raises `ModelError` for anything else.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MOST_HEADER_BYTES):
-                raise ValueError(f"its header wants {length} bytes of a file of {size}")
-            header = _parse_header(file.read(length))
-        infos = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
-    except RecursionError as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file (its header nests too deeply); fetch it again"
-        ) from error
+            places = tensor_file.read_table(file).places
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:
+    except ValueError as error:
         raise ModelError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
-    at = 8 + length
-    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != at:
-            raise ModelError(f"{path}: tensor {shown(name)} overlaps another, or follows a gap; fetch the file again")
-        expected = math.prod(info.shape) * _BYTES_OF.get(info.dtype, 0)
-        if info.dtype in _BYTES_OF and info.end - info.start != expected:
-            raise ModelError(
-                f"{path}: tensor {shown(name)} has {info.end - info.start} bytes, expected {expected} for "
-                f"{info.dtype} {shown(list(info.shape))}; fetch the file again"
-            )
-        at = info.end
-    if at != size:
-        raise ModelError(f"{path} is truncated or padded: {size} bytes, its header says {at}; fetch it again")
-    return infos
-
-
-def _parse_header(data: bytes) -> dict[str, Any]:
-    """The table of a safetensors file, without its metadata. Raises `ValueError` or `RecursionError`."""
-    header = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_no_number)
-    if not isinstance(header, dict):
-        raise ValueError(f"its header is {shown(header)}, expected an object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no table of texts")
-    return header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    for name in found:
-        name.encode()  # no surrogate
-    if len(found) != len(pairs):
-        raise ValueError(f"its header names something twice, beside {shown(pairs[0][0])}")
-    return found
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"its header has {shown(text)}, expected whole numbers")
-
-
-def _info(path: Path, entry: object, base: int) -> TensorInfo:
-    """One entry of a header. Raises `ValueError`."""
-    if isinstance(entry, dict):
-        dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-        if isinstance(dtype, str) and _whole(shape) and _whole(offsets) and len(offsets) == 2:
-            return TensorInfo(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
-    raise ValueError(f"its header has {shown(entry)}, expected dtype, shape and two data_offsets")
-
-
-def _whole(values: object) -> TypeGuard[list[int]]:
-    """Whether `values` is a list of whole numbers from 0 on."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return {name: TensorInfo(path, p.dtype, p.shape, p.start, p.end) for name, p in places.items()}

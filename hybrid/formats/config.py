@@ -7,13 +7,13 @@ give wrong answers silently. One that only other families read is ignored with a
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybrid.errors import ModelError
 from hybrid.formats.families import FAMILIES, Family, Switch
+from profiler.common.errors import shown
 from profiler.common.spec import Activation, ModelSpec, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -81,13 +81,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, expected a JSON object; fetch the model again")
     return value
-
-
-def shown(value: object) -> str:
-    """`value` as an error message can name it: on one line, and short."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
 
 
 def parse_config(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from hybrid.errors import ModelError
 from hybrid.formats.checkpoint import Checkpoint
-from hybrid.formats.config import shown
 from hybrid.formats.families import FAMILIES
+from profiler.common.errors import shown
 from profiler.common.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]

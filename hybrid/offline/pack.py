@@ -129,11 +129,17 @@ class Packer:
             raise InputError(
                 f"{out} exists and is not a packed copy of this model; remove it, or choose another folder with -o"
             ) from error
+        return found.key == self._header().key and self._is_whole(out)
+
+    def _is_whole(self, out: Path) -> bool:
+        """Whether the weights of `out` are what was written; not those of an earlier version, which has no digests."""
         try:
             PackedModel.open(out)
+            with open_packed(out) as file, self._progress("check", self.nbytes, "byte") as advance:
+                file.check(advance)
+                return file.digests is not None
         except (ArtifactError, ModelError):
-            return False  # damaged, or of another version: written again
-        return found.key == self._header().key
+            return False
 
     def _header(self) -> ArtifactHeader:
         made_from = {

@@ -205,8 +205,9 @@ class Project:
         """The header of the stored profile if `request` would make the same again."""
         return self._current(self.bundle.profile, neuron_profile.KIND, self.profile_origin(request))
 
-    def load_profile(self) -> NeuronProfile:
-        return self.bundle.load_profile(self.spec)
+    def load_profile(self, samples: bool = True) -> NeuronProfile:
+        """The stored profile, or without `samples` only its counts. Raises `ArtifactError`."""
+        return self.bundle.load_profile(self.spec, samples)
 
     # Train
 

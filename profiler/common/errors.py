@@ -4,6 +4,10 @@ They are defined here because imports go one way and every package above may rai
 line: what was found, what was expected, what to do next.
 """
 
+from __future__ import annotations
+
+import reprlib
+
 
 class HybridError(Exception):
     """A failure while running. The command line prints its message as one line and exits with `exit_code`.
@@ -47,3 +51,10 @@ class BudgetError(InputError):
 
 class ContextError(InputError):
     """A prompt or context longer than the model or the KV cache holds."""
+
+
+def shown(value: object) -> str:
+    """`value` as an error message can name it: on one line, and short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)

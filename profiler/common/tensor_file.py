@@ -4,7 +4,7 @@
 
 The JSON gives each tensor's type, shape and place by name, and texts under `__metadata__`. Reading goes by nothing that
 the file says before it was compared with the rest of it: a table that is accepted has tensors that follow each other
-without hole or overlap from the header to the file's last byte, each of exactly its shape's bytes.
+without hole or overlap from the header to the file's last byte, each of its shape's bytes where its type is known.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
+
+from profiler.common.errors import shown
 
 # Bytes of an element, by the format's names.
 ELEMENT_BYTES = {
@@ -62,59 +64,66 @@ def read_table(file: BinaryIO) -> Table:
     """The table of an open file. Raises `ValueError` where it contradicts itself or the file, and `OSError`."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MOST_HEADER):
-        raise ValueError(f"it has {size} bytes, its header wants {length}")
-    header = parse_json(file.read(length))
+    if length > min(size - 8, _MOST_HEADER):
+        raise ValueError(f"its header wants {length} bytes of a file of {size}")
+    header = parse_json(file.read(length), parse_constant=_no_number, parse_float=_no_number)
     if not isinstance(header, dict):
-        raise ValueError("its header is not an object of tensors")
-    metadata = header.pop(_METADATA, {})
+        raise ValueError(f"its header is {shown(header)}, expected an object")
+    metadata = header.pop(_METADATA, None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError(f"its {_METADATA} are not texts")
+        raise ValueError("its metadata is no table of texts")
     found = [(name, _place(name, entry, 8 + length)) for name, entry in header.items()]
     places = dict(sorted(found, key=lambda pair: (pair[1].start, pair[1].end)))
     at = 8 + length
     for name, place in places.items():
         if place.start != at:
-            raise ValueError(f"tensor {name!r} begins at byte {place.start}, the one before it ends at {at}")
+            raise ValueError(f"tensor {shown(name)} overlaps another, or follows a gap")
         at = place.end
     if at != size:
-        raise ValueError(f"it has {size} bytes, its header says {at}")
+        raise ValueError(f"it is truncated or padded: {size} bytes, its header says {at}")
     return Table(metadata, places)
 
 
-def parse_json(data: bytes | str) -> Any:
-    """What the JSON text `data`, UTF-8, says. Raises `ValueError`, also for one nested too deeply or with a name twice
-    in an object."""
+def parse_json(data: bytes | str, **options: Any) -> Any:
+    """What JSON, as UTF-8, says; `options`: of `json.loads`. Raises `ValueError`, also where it nests too deeply, or
+    names something twice in one object or by what is no text."""
     try:
-        return json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_once)
+        return json.loads(data if isinstance(data, str) else data.decode(), object_pairs_hook=_unique, **options)
     except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+        raise ValueError("its header nests too deeply") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
+    for name in found:
+        name.encode()  # no surrogate
     if len(found) != len(pairs):
-        raise ValueError("its JSON has a name twice in one object")
+        raise ValueError(f"its header names something twice, beside {shown(pairs[0][0])}")
     return found
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"its header has {shown(text)}, expected whole numbers")
+
+
 def _place(name: str, entry: Any, base: int) -> Place:
-    name.encode()  # a lone surrogate, which no message could show, is a ValueError
+    """One entry of a header. Raises `ValueError`."""
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in ELEMENT_BYTES:
-        raise ValueError(f"tensor {name!r} is of type {dtype!r:.40}, which is not known")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has shape {shape!r:.60} at {offsets!r:.60}, expected lists of whole numbers")
+    if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"its header has {shown(entry)}, expected dtype, shape and two data_offsets")
     start, end = offsets
-    wanted = math.prod(shape) * ELEMENT_BYTES[dtype]
-    if end - start != wanted:
-        raise ValueError(f"tensor {name!r} has {end - start} bytes, {dtype} {shape!r:.60} are {wanted}")
+    expected = math.prod(shape) * ELEMENT_BYTES.get(dtype, 0)
+    if dtype in ELEMENT_BYTES and start <= end != start + expected:
+        raise ValueError(
+            f"tensor {shown(name)} has {end - start} bytes, expected {expected} for {dtype} {shown(shape)}"
+        )
     return Place(dtype, tuple(shape), base + start, base + end)
 
 
-def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+def _are_counts(values: object) -> TypeGuard[list[int]]:
+    """Whether `values` is a list of whole numbers from 0 on."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def layout(entries: Iterable[Entry], alignment: int = 1) -> dict[str, Place]:

@@ -154,7 +154,7 @@ def test_a_whole_table(tmp_path):
         },
     )
     assert [(name, info.shape, info.end - info.start) for name, info in found.items()] == [
-        *(("b", (2, 3), 24), ("a", (2, 3), 24), ("none", (0,), 0))
+        *(("a", (2, 3), 24), ("none", (0,), 0), ("b", (2, 3), 24))
     ]
 
 

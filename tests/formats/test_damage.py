@@ -2,23 +2,28 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from artifact_cases import cut_off, flipped_headers, flipped_tensors
-from bundle_cases import random_bundle
+from artifact_cases import cut_off, flipped_headers, flipped_tensors, write_version_1
+from bundle_cases import random_bundle, random_predictor, random_profile
 from model_cases import make_model
 from packed_cases import pack
 
 from hybrid.cli import main
 from hybrid.errors import InputError
 from hybrid.formats.bundle import Bundle
-from hybrid.formats.packed import PACKED_FILE, PackedModel, open_packed
+from hybrid.formats.packed import ALIGNMENT, PACKED_FILE, PackedModel, open_packed
 from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predictors, open_predictors
 from hybrid.model.loader import ModelFolder
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
+from predictor.partial import TrainingState
+from profiler import recorder
+from profiler.common import artifact
+from profiler.common.artifact import ArtifactHeader, TensorWriter, read_tensors, write_tensors
+from profiler.common.tensor_file import Entry, Place, header_bytes, read_table, table_json
 from profiler.profile import NeuronProfile
 
 pytest.importorskip("transformers")
@@ -106,6 +111,24 @@ def test_a_bit_flipped_in_a_tensor(name, copy):
         refused(name, copy, what)
 
 
+@pytest.mark.parametrize("name", list(READERS)[:3])
+def test_what_prepare_would_skip_is_whole(name, copy):
+    """The command that a damaged artefact names makes it anew: what it takes for current can be loaded."""
+    bundle, spec, path = Bundle.of(copy / "model", spec_of(copy)), spec_of(copy), copy / name
+    kind = {"profile": "neuron profile"}.get(path.stem, path.stem)
+    header, tensors = read_tensors(path, kind, spec.fingerprint, "")
+    assert bundle.current(path, kind, spec) == header
+    write_version_1(path, header, tensors)
+    assert bundle.current(path, kind, spec) == replace(header, format_version=1)
+    bad = next(name for name in ("inputs", "thresholds", "hot") if name in tensors)
+    write_version_1(path, header, tensors | {bad: np.full_like(tensors[bad], 10**6 if bad == "hot" else np.nan)})
+    assert bundle.current(path, kind, spec) is None
+    write_tensors(path, header, tensors)
+    *_, (_, data) = flipped_tensors(path)
+    path.write_bytes(data)
+    assert bundle.current(path, kind, spec) is None
+
+
 def hybrid(capfd, *arguments):
     """Run the command in this process: exit code, stdout, stderr."""
     with pytest.raises(SystemExit) as left:
@@ -147,9 +170,6 @@ def test_inspect_shows_artefacts_that_do_not_say_how_they_were_made(copy, capfd)
 
 def edited_packed(folder, edit, name=PACKED_FILE):
     """Write the file once more, its digests right, with `edit` applied to its JSON table of tensors."""
-    from profiler.common import artifact
-    from profiler.common.tensor_file import Place, header_bytes, read_table, table_json
-
     path = folder / "packed" / name
     data = path.read_bytes()
     with path.open("rb") as file:
@@ -180,7 +200,7 @@ def swap(a, b):
         (
             PACKED_FILE,
             lambda e: e["layers.1.up"].update(data_offsets=e["layers.0.up"]["data_offsets"]),
-            "begins at byte",
+            "overlaps another",
         ),
         (PACKED_FILE, lambda e: e.update({"spare": e.pop("_pad.1")}), "tensor 'spare' in the place of"),
         (PACKED_FILE, lambda e: e["layers.0.up"].update(dtype="I8"), "is I8"),
@@ -202,10 +222,6 @@ def test_tensors_of_another_place_shape_or_type_with_right_digests(name, edit, r
 @pytest.mark.parametrize("tensor", ["thresholds", "layers.1.fc1_scale", "layers.0.b1", "layers.2.fc2_scale"])
 def test_packed_predictors_that_are_not_finite(tensor, value, copy):
     """A file that says so with right digests, such as one packed from a bank that was not checked."""
-    from hybrid.formats.packed import ALIGNMENT
-    from profiler.common.artifact import TensorWriter
-    from profiler.common.tensor_file import Entry
-
     path, packed = copy / "packed" / PREDICTORS_FILE, PackedModel.open(copy / "packed")
     with open_packed_predictors(copy / "packed", packed.spec) as file:
         arrays = {name: file.array(name) for name in file.places}
@@ -227,3 +243,33 @@ def test_an_order_that_is_not_the_headers(copy):
     path.write_bytes(data)
     with pytest.raises(InputError, match="tensor 'order' is not what was written"):
         PackedModel.open(copy / "packed").order  # noqa: B018
+
+
+def damaged(path):
+    """Bytes of `path`, cut off, and with bits flipped in its header and its tensors."""
+    yield from (data for _, data in cut_off(path.read_bytes()))
+    headers, tensors = list(flipped_headers(path.read_bytes())), list(flipped_tensors(path))
+    yield from (data for _, data in headers[:: len(headers) // 20 + 1] + tensors[:: len(tensors) // 20 + 1])
+
+
+def test_what_an_interrupted_profile_left_is_begun_anew_where_it_is_damaged(copy, tmp_path):
+    path, found = tmp_path / "partial", random_profile(spec_of(copy))
+    recorder._save_partial(path, found.header, found.counts, found.inputs, 7)
+
+    def resumed():
+        return recorder._resume(path, found.header, np.zeros_like(found.counts), np.zeros_like(found.inputs))
+
+    assert resumed() == 7
+    for data in list(damaged(path)):
+        path.write_bytes(data)
+        assert resumed() == 0
+
+
+def test_what_an_interrupted_training_left_is_begun_anew_where_it_is_damaged(copy, tmp_path):
+    spec, origin = spec_of(copy), {"seed": 3}
+    state = TrainingState.of(tmp_path / "partial", spec, origin)
+    state.shares, state.predictors = [[0.5, 0.25]], [random_predictor(spec, 3)]
+    assert state.save() and len(TrainingState.of(tmp_path / "partial", spec, origin).predictors) == 1
+    for data in list(damaged(tmp_path / "partial")):
+        (tmp_path / "partial").write_bytes(data)
+        assert not TrainingState.of(tmp_path / "partial", spec, origin).shares

@@ -13,7 +13,7 @@ from hybrid.cli import main
 from hybrid.console import size
 from hybrid.errors import InputError
 from hybrid.formats.bundle import Bundle
-from hybrid.formats.packed import Part
+from hybrid.formats.packed import PACKED_FILE, Part
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.pack import encode
 from profiler.common.artifact import read_tensors, write_tensors
@@ -73,6 +73,20 @@ def test_a_profile_that_is_there_is_written_again_only_where_it_differs(model, t
     shutil.copy(model / "hybrid" / "profile.safetensors", path)  # as earlier versions did
     pack(model, out)
     assert not NeuronProfile.load(path, ModelFolder.open(model).spec).inputs.size
+
+
+def test_damaged_weights_are_written_again(model, tmp_path):
+    """As the command that `inspect --check` names for them is this one."""
+    out = tmp_path / "packed"
+    pack(model, out)
+    whole = (out / PACKED_FILE).read_bytes()
+    assert not pack(model, out).written
+    *_, (_, data) = flipped_tensors(out / PACKED_FILE)
+    (out / PACKED_FILE).write_bytes(data)
+    assert pack(model, out).written and (out / PACKED_FILE).read_bytes() == whole
+    (out / PACKED_FILE).write_bytes(whole[:-1])  # which no longer shows whose it is
+    with pytest.raises(InputError, match="is not a packed copy of this model; remove it"):
+        pack(model, out)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "int8"])

@@ -79,7 +79,7 @@ def test_a_threshold_that_f32_does_not_hold_is_refused_and_its_largest_taken(ban
         ("layers.1.fc2", np.zeros((18, 5), np.int8), "fc2 is torch.int8"),
         ("layers.1.fc2_scale", np.ones(37, bool), "fc2_scale is torch.bool"),
         ("report", np.frombuffer(b"\xff", np.uint8), "invalid start byte"),
-        ("report", np.frombuffer(b"[" * 99_999, np.uint8), "nested too deeply"),
+        ("report", np.frombuffer(b"[" * 99_999, np.uint8), "nests too deeply"),
     ],
 )
 def test_tensors_of_other_shapes_and_types(tensor, value, reason, path):

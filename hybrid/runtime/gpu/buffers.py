@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.mailbox import MAX_BATCH
+from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits
 from gpu_kernels.sparse_ffn import down_parts
 from hybrid.model.kv_cache import KVCache

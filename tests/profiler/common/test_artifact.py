@@ -137,29 +137,21 @@ def tensor(start, end, dtype="U8", shape=None):
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({"a": tensor(0, 4), "b": tensor(2, 6)}, "tensor 'b' begins at byte"),
-        ({"a": tensor(0, 4), "b": tensor(0, 4)}, "tensor 'b' begins at byte"),
-        ({"a": tensor(0, 2), "b": tensor(4, 6)}, "tensor 'b' begins at byte"),
-        ({"a": tensor(0, 6, shape=[5])}, "has 6 bytes"),
-        ({"a": tensor(0, 6, "F32", [2])}, "has 6 bytes"),
-        ({"a": tensor(0, 6, "F3", [2])}, "type 'F3'"),
-        ({"a": tensor(0, 6, shape=[6.0])}, "whole numbers"),
-        ({"a": tensor(0, 6, shape=[True, 6])}, "whole numbers"),
-        ({"a": tensor(0, 6, shape=[-2, -3])}, "whole numbers"),
-        ({"a": tensor(-6, 0)}, "whole numbers"),
-        ({"a": {"dtype": ["U8"], "shape": [6], "data_offsets": [0, 6]}}, "type"),
-        ({"a": tensor(0, 6) | {"data_offsets": [0, 6, 6]}}, "whole numbers"),
-        ({"a": [0, 6]}, "type None"),
+        ({"a": tensor(0, 4), "b": tensor(2, 6)}, "tensor 'b' overlaps another"),
+        ({"a": tensor(0, 2), "b": tensor(4, 6)}, "or follows a gap"),
+        ({"a": tensor(0, 6, "F32", [2])}, "has 6 bytes, expected 8 for F32"),
+        ({"a": tensor(0, 6, shape=[6.0])}, "has '6.0', expected whole numbers"),
+        ({"a": tensor(0, 6, shape=[True, 6])}, "expected dtype, shape and two data_offsets"),
+        ({"a": [0, 6]}, "expected dtype, shape and two data_offsets"),
         ({"\ud800": tensor(0, 6)}, "surrogates"),
-        ({"a": tensor(0, 10**30)}, "its header says"),
-        ({"a": tensor(0, 7)}, "its header says"),
-        ({"a": tensor(0, 5)}, "its header says"),
+        ({"a": tensor(0, 10**30)}, "is truncated or padded"),
+        ({"a": tensor(0, 5)}, "is truncated or padded"),
+        ({"a": tensor(0, 6, "F3", [2])}, "does not say so"),
     ],
 )
 def test_tables_that_contradict_themselves_or_the_file(tmp_path, tensors, reason):
     path = tmp_path / "x.safetensors"
-    said = json.dumps({"kind": "thing"})
-    raw({"__metadata__": {"hybrid": said}, **tensors}, bytes(6), path)
+    raw(tensors, bytes(6), path)
     refused(path, reason)
 
 
