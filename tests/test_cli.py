@@ -187,7 +187,7 @@ def overlap(path):
 
 
 FFN = "model.layers.1.mlp."
-PREPARE = ["prepare", "{m}", "--corpus", "{m}/c.jsonl", *QUICK]
+PREPARE = ["prepare", "{m}", "--hardware", "default", "--corpus", "{m}/c.jsonl", *QUICK]
 MISTAKES = {
     "missing folder": (lambda m: None, ["chat", "{m}/nowhere"], "does not exist"),
     "truncated weights": (lambda m: truncate(m / "model.safetensors"), ["chat", "{m}"], "truncated"),

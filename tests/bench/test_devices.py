@@ -239,4 +239,4 @@ def test_an_engine_on_two_devices_is_measured(engine):
 def test_the_gpus_bandwidth_is_measured_and_nothing_is_kept():
     before = torch.cuda.memory_reserved()
     assert gpu_read_bandwidth(torch.device(DEVICE), 2**26) > 0
-    assert torch.cuda.memory_reserved() == before
+    assert torch.cuda.memory_reserved() <= before

@@ -61,7 +61,7 @@ def test_measuring_this_machines_gpu_gives_a_plausible_profile(tmp_path):
     found = measure_hardware()
     assert found.source == "measured" and found.has_gpu
     assert 50e9 < found.gpu_read_bandwidth < 50e12 and 1e9 < found.pcie_bandwidth < 1e12
-    assert 0 < found.gpu_launch_seconds < found.handoff_seconds < 1e-3
+    assert 0 < found.gpu_launch_seconds < found.handoff_seconds < 1e-2  # a wrong unit, not a busy machine
     assert found.gpu_kernels.keys() == GPU_KERNELS.keys()
     found.save(tmp_path / "h.json")
     assert HardwareProfile.load(tmp_path / "h.json") == found
