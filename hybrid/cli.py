@@ -21,7 +21,7 @@ from click.shell_completion import shell_complete
 from hybrid import options
 from hybrid.errors import HybridError
 from hybrid.process import INTERRUPTED, drop_output, interrupted, interruptible
-from profiler.common.openmp import passive_waits
+from profiler.common.openmp import short_spins
 
 _COMPLETE = "_HYBRID_COMPLETE"  # set by the shell, as click has it
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -304,7 +304,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         if _COMPLETE in os.environ:
             return shell_complete(cli, {}, "hybrid", _COMPLETE, os.environ[_COMPLETE])
-        with passive_waits(), cli.make_context("hybrid", arguments) as context:
+        with short_spins(), cli.make_context("hybrid", arguments) as context:
             cli.invoke(context)
         sys.stdout.flush()
         return 0

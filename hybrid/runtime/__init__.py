@@ -1,6 +1,6 @@
 """What answers: the engine, its decode step on the CPU, sampling, and the choice of device and placement."""
 
-from profiler.common.openmp import passive_waits
+from profiler.common.openmp import short_spins
 
-with passive_waits():  # before any file of this room imports torch for itself
+with short_spins():  # before any file of this room imports torch for itself
     import torch  # noqa: F401

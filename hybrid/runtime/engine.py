@@ -2,7 +2,7 @@
 
 Everything runs on the calling thread but the kernels, which share the engine's `WorkerPool`, and torch's own threads in
 prefill, whose number is the caller's again when a token is given. Where torch was not imported before this room, they
-sleep where they wait (`profiler.common.openmp`). An engine serves one answer at a time; a generator that is closed
+soon sleep where they wait (`profiler.common.openmp`). An engine serves one answer at a time; a generator that is closed
 early leaves it ready for the next.
 """
 
