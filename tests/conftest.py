@@ -5,9 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from few_threads import THREADS
 from threadpoolctl import threadpool_limits
+
+from profiler.common.openmp import short_spins
+
+with short_spins():
+    import torch
 
 # Files that take longest, first: no process is left alone with one of them at the end.
 LONGEST = ["test_cpu_targets.py", "test_shipped.py", "test_decode_step.py", "test_cli.py", "test_mailbox.py"]

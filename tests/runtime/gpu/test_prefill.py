@@ -7,6 +7,7 @@ import torch
 from gpu_cases import DEVICE
 from model_cases import make_model
 from packed_cases import pack
+from step_cases import use_references
 
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import dense, gemv, norm, rope
@@ -215,9 +216,9 @@ def test_takes_what_the_plan_says(name, dtype, stored, monkeypatch):
     assert spent["workspace: prefill"] == sum(plan.prefill.values())
 
 
-@pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("on_cpu", [(), (1,)])
-def test_decoding_goes_on_from_its_cache(on_cpu, stored):
+def test_decoding_goes_on_from_its_cache(on_cpu, stored, monkeypatch):
+    use_references(monkeypatch)
     case, tokens = Case(stored("llama-relu", "f32"), on_cpu=on_cpu), some_tokens(13)
 
     def both(arena):

@@ -91,11 +91,13 @@ def test_a_forked_child_of_an_engine_on_a_gpu_gets_one_clear_error(engine):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-import torch
+import pytest, torch
+from step_cases import use_references
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.model.loader import ModelFolder
 from placement.placement import Placement
 folder, device, what = sys.argv[1:]
+use_references(pytest.MonkeyPatch())
 placement = Placement.random(ModelFolder.open(Path(folder)).spec, 0.4, 0)
 config = EngineConfig("exact", context=40, threads=2)
 engine = Engine.load(folder, config, placement, device=torch.device(device))
@@ -129,7 +131,7 @@ def script(folder, what):
     """A process that answers over and over, once it is ready."""
     root = Path(__file__).parents[3]
     command = [sys.executable, "-c", SCRIPT, str(folder), DEVICE, what]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
     process = subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -41,7 +41,8 @@ def check(case, strategy, tokens=None, tolerance=FLOATS):
 @pytest.mark.parametrize("placed", [{"share": 0.4}, {"share": 0.4, "zero_copy": 20}, {"on_cpu": (0,), "head": False}])
 def test_the_kernels_themselves(models, placed):
     """In the interpreter where there is no GPU: a batch and one token after it."""
-    case, tokens = StepCase(tiny_model("llama-relu", models, layers=1), predictors=True, **placed), some_tokens(3)
+    folder, tokens = tiny_model("llama-relu", models, layers=1), some_tokens(3)
+    case = StepCase(folder, threads=1 if DEVICE == "cpu" else 2, predictors=True, **placed)
     expected = case.expected(tokens, "learned")
     assert relative_error(case.step.few(tokens, "learned"), expected) < FLOATS
     case.close()
