@@ -24,7 +24,7 @@ _ARRIVED, _GENERATION, _ABORTED, _TAKEN = 0, _STRIDE, 2 * _STRIDE, 3 * _STRIDE
 _LINE_BYTES = 128
 # Polls before the first nap: 100 to 300 us, longer than workers of one kernel differ, far below a time slice.
 _SPINS = 5000
-_NAP_MICROSECONDS = 20
+NAP_MICROSECONDS = 20
 
 _usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 
@@ -87,9 +87,9 @@ def new_barrier() -> np.ndarray:
 
 
 @subroutine
-def nap():  # type: ignore[no-untyped-def]
+def nap(microseconds):  # type: ignore[no-untyped-def]
     """Sleep between two polls."""
-    _usleep(_NAP_MICROSECONDS)
+    _usleep(microseconds)
 
 
 @subroutine
@@ -123,7 +123,7 @@ def wait(state, workers):  # type: ignore[no-untyped-def]
             spins += 1
             pause()
         else:
-            nap()
+            nap(NAP_MICROSECONDS)
     return True
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels import barrier
-from cpu_kernels.barrier import fetch_add, load_acquire, nap, pause, store_release
+from cpu_kernels.barrier import NAP_MICROSECONDS, fetch_add, load_acquire, nap, pause, store_release
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import MAX_BATCH, Flag, Op, Word
 from cpu_kernels.decode_buffers import DENSE, Column, Shape
@@ -39,6 +39,9 @@ from cpu_kernels.row_types import columns_unit
 
 # Polls before the first nap: some 2 ms, longer than the GPU takes between two requests of a token.
 _SPINS = 60_000
+# Naps as short as the barrier's before longer ones: where the system's timer is dear, as on some virtual machines, one
+# of 20 us takes 125 and 46 us of a core, so that two idle workers took a third of their time.
+_SHORT_NAPS, _LONG_NAP_MICROSECONDS = 50, 500
 
 
 class Box(NamedTuple):
@@ -116,7 +119,8 @@ def _requested(box, state, number, posted, like, d, inputs):  # type: ignore[no-
             spins += 1
             pause()
         else:
-            nap()
+            spins += 1
+            nap(NAP_MICROSECONDS if spins < _SPINS + _SHORT_NAPS else _LONG_NAP_MICROSECONDS)
     return True, posted
 
 
