@@ -12,30 +12,51 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
-
-from cpu_kernels.compiled import subroutine
 
 _COLUMNS = 3  # address, sizes of two axes
 
 
 @intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
-    """`address` as `carray` takes it."""
+def array_at(typing_context: Any, address: Any, shape: Any, dtype: Any) -> Any:
+    """The C-contiguous array of a tuple of sizes and elements of `dtype` at `address`.
+
+    Numba's own `carray` returns an array from a function, which takes reference counts.
+    """
+    if not isinstance(dtype, types.DTypeSpec) or not isinstance(shape, types.BaseTuple):
+        return None
+    kind, sizes = types.Array(dtype.dtype, len(shape), "C"), types.UniTuple(types.int64, len(shape))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
+        return _array(context, builder, kind, args[0], cgutils.unpack_tuple(builder, args[1]))
 
-    return types.voidptr(types.int64), generate
+    return kind(types.int64, sizes, dtype), generate
 
 
-@subroutine
-def floats(address, n):  # type: ignore[no-untyped-def]
+@intrinsic
+def floats(typing_context: Any, address: Any, n: Any) -> Any:
     """The f32 vector of n elements at `address`, or an empty one for address 0."""
-    return carray(pointer(address), (n if address else 0,), np.float32)
+    kind = types.Array(types.float32, 1, "C")
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        known = cgutils.is_not_null(builder, args[0])
+        return _array(context, builder, kind, args[0], [builder.select(known, args[1], ir.IntType(64)(0))])
+
+    return kind(types.int64, types.int64), generate
+
+
+def _array(context: Any, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
+    """LLVM code for the C-contiguous array of type `kind` at `address`."""
+    size = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    strides = [size]
+    for length in shape[:0:-1]:
+        strides.insert(0, builder.mul(length, strides[0]))
+    array = context.make_array(kind)(context, builder)
+    populate_array(array, builder.inttoptr(address, array.data.type), shape, strides, size, meminfo=None)
+    return array._getvalue()
 
 
 def address_table(arrays: Any) -> np.ndarray:
@@ -84,16 +105,9 @@ class _Tables:
         """The array or tuple of type `kind` that the next rows describe."""
         if not isinstance(kind, types.Array):
             return self._context.make_tuple(self._builder, kind, [self.read(part) for part in kind])
-        context, builder = self._context, self._builder
         address, *shape = (self._column(n) for n in range(1 + kind.ndim))
-        self._next = builder.gep(self._next, [ir.IntType(64)(_COLUMNS)])
-        item = context.get_abi_sizeof(context.get_data_type(kind.dtype))
-        size = context.get_constant(types.intp, item)
-        strides = [builder.mul(size, shape[1]), size] if kind.ndim == 2 else [size]
-        array = context.make_array(kind)(context, builder)
-        data = builder.inttoptr(address, array.data.type)
-        populate_array(array, data, shape, strides, size, meminfo=None)
-        return array._getvalue()
+        self._next = self._builder.gep(self._next, [ir.IntType(64)(_COLUMNS)])
+        return _array(self._context, self._builder, kind, address, shape)
 
     def _column(self, number: int) -> Any:
         return self._builder.load(self._builder.gep(self._next, [ir.IntType(64)(number)]))

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
-from cpu_kernels.addresses import floats, pointer
+from cpu_kernels.addresses import array_at, floats
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine
@@ -121,7 +121,7 @@ def attention(  # type: ignore[no-untyped-def]
     if not barrier.wait(state, workers):
         return False
     sizes = shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim
-    cache = carray(pointer(row[Column.KV]), sizes, kv_like.dtype)
+    cache = array_at(row[Column.KV], sizes, kv_like.dtype)
     norms = floats(row[Column.Q_NORM], head_dim), floats(row[Column.K_NORM], head_dim), eps
     turn = rotation[0][position], rotation[1][position]
     rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
@@ -299,7 +299,7 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     blocks: the cache's block table.
     """
     like, ffn_like, head_like, embedding_like, kv_like = likes
-    codes_like = carray(pointer(0), (1, GROUP), np.int8)
+    codes_like = array_at(0, (1, GROUP), np.int8)
     rotation, blocks, shared = read_shared(shared_table)
     own, shape = read_own(own_table), shape_of(numbers)
     eps, position = np.int64(numbers[Number.EPS]).view(np.float64), numbers[Number.POSITION]

@@ -28,7 +28,8 @@ def _sums(table):  # type: ignore[no-untyped-def]
     found = read(table)
     a, b = found.pair
     sizes = found.vector.size, a.shape[0], a.shape[1], b.size, found.last.size
-    found.vector[:] += 1
+    for i in range(found.vector.size):
+        found.vector[i] += 1
     return sizes, found.vector.sum(), a.sum(), b.sum(), found.last.sum()
 
 
