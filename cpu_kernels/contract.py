@@ -14,6 +14,8 @@ with zeros to P = `padded(d)`, a multiple of 128. With q the codes and s the sca
 
 from __future__ import annotations
 
+import math
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -24,7 +26,37 @@ SCALE_BYTES = 2
 INT4_OFFSET = 8  # int4 codes are stored with it added
 MAX_BATCH = 8  # tokens that are computed at once; also the bits of a mask
 
-ACTIVATION_CODES = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+# FATReLU leaves what is above a threshold as it is, the rest is 0; its name carries it: `fatrelu_0.01`. dReLU is a ReLU
+# of gate and one of up.
+ACTIVATION_CODES = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "fatrelu": 5, "drelu": 6}
+_CODE_BITS = 8
+
+
+def activation_word(name: str) -> int:
+    """The activation `name` as kernels take it: its code, and above that the bits of FATReLU's threshold as an f32.
+
+    Raises `ValueError` for an unknown name.
+    """
+    base, threshold = split_activation(name)
+    (bits,) = struct.unpack("<i", struct.pack("<f", threshold))
+    return ACTIVATION_CODES[base] | bits << _CODE_BITS
+
+
+def split_activation(name: str) -> tuple[str, float]:
+    """The activation's name in `ACTIVATION_CODES`, and the threshold of FATReLU, at least 0, or 0.
+
+    Raises `ValueError` for an unknown name.
+    """
+    base, _, rest = name.partition("_") if name.startswith("fatrelu") else (name, "", "")
+    try:
+        threshold = float(rest) if base == "fatrelu" else 0.0
+    except ValueError:
+        threshold = math.nan
+    if base not in ACTIVATION_CODES or not 0 <= threshold < math.inf:
+        known = ", ".join("fatrelu_THRESHOLD" if known == "fatrelu" else known for known in ACTIVATION_CODES)
+        raise ValueError(f"unknown activation {name!r}, known are {known}")
+    return base, threshold
+
 
 DType = Literal["bf16", "f16", "f32", "int8", "int4"]
 Blocks = Literal["int8", "int4"]

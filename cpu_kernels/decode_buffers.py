@@ -21,13 +21,17 @@ DENSE, EXACT, LEARNED = 0, 1, 2
 
 
 class Column(IntEnum):
-    """Columns of the table: addresses, 0 where a layer has no such part, and numbers; biases, norms, scales: f32."""
+    """Columns of the table: addresses, 0 where a layer has no such part, and numbers; biases, norms, scales: f32.
+
+    ROTATION: the first row of the layer's RoPE in the table of cosines and sines.
+    """
 
     QKV, QKV_BIAS, OUT, OUT_BIAS = 0, 1, 2, 3
     ATTENTION_NORM, ATTENTION_NORM_BIAS, FFN_NORM, FFN_NORM_BIAS, Q_NORM, K_NORM = 4, 5, 6, 7, 8, 9
     GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 10, 11, 12, 13, 14, 15
     KV, WINDOW, HOT = 16, 17, 18
     FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
+    ATTENTION_POST_NORM, FFN_POST_NORM, Q_NORM_BIAS, K_NORM_BIAS, ROTATION = 27, 28, 29, 30, 31
 
 
 class Ends(IntEnum):
@@ -49,7 +53,10 @@ class Count(IntEnum):
 
 
 class Shape(NamedTuple):
-    """Sizes that the step needs, in the order in which compiled code unpacks them."""
+    """Sizes that the step needs, in the order in which compiled code unpacks them.
+
+    parallel: attention and FFN take the same input; all_heads_normed: q has one norm over all heads, and so has k.
+    """
 
     d: int
     f: int
@@ -62,12 +69,16 @@ class Shape(NamedTuple):
     layer_norm: int
     activation: int
     strategy: int
+    parallel: int = 0
+    embedding_norm: int = 0
+    all_heads_normed: int = 0
 
 
 class Number(IntEnum):
-    """Entries of a step's numbers, int64, that follow the `Shape`; EPS: the bits of an f64."""
+    """Entries of a step's numbers, int64, that follow the `Shape`; EPS, SCALE: the bits of an f64, the latter of what
+    the embedding is multiplied with."""
 
-    EPS, TOKEN, POSITION = 11, 12, 13
+    EPS, SCALE, TOKEN, POSITION = 14, 15, 16, 17
 
 
 class Shared(NamedTuple):
@@ -92,9 +103,10 @@ class Shared(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Buffers of one worker alone."""
+    """Buffers of one worker alone; ahead: the FFN's input where it is that of attention."""
 
     inputs: Input
+    ahead: Input
     attended: Input
     units: Input
     ids: np.ndarray
@@ -132,6 +144,7 @@ def new_own(shape: Shape, rank: int) -> Own:
     """Buffers of one worker."""
     return Own(
         inputs=new_inputs(1, shape.d),
+        ahead=new_inputs(1, shape.d),
         attended=new_inputs(1, shape.heads * shape.head_dim),
         units=new_inputs(1, max(1, rank)),
         ids=np.zeros(shape.f + 1, np.int32),
@@ -141,15 +154,15 @@ def new_own(shape: Shape, rank: int) -> Own:
     )
 
 
-def new_numbers(shape: Shape, eps: float) -> np.ndarray:
+def new_numbers(shape: Shape, eps: float, scale: float) -> np.ndarray:
     """A step's numbers, int64, with token and position 0."""
-    return np.array([*shape, np.float64(eps).view(np.int64), 0, 0], np.int64)
+    return np.array([*shape, *np.array([eps, scale]).view(np.int64), 0, 0], np.int64)
 
 
 @subroutine
 def shape_of(numbers):  # type: ignore[no-untyped-def]
     n = numbers
-    return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10])
+    return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13])
 
 
 _SMALL = Shape(*[1] * len(Shape._fields))

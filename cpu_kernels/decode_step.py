@@ -50,7 +50,7 @@ from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_pa
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
 from cpu_kernels.lanes import copy, one_input, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
-from cpu_kernels.norm import layer_norm_row, rms_norm_row
+from cpu_kernels.norm import layer_norm_row, rms_norm_row, unit_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_sum import finish, sum_rows
@@ -76,10 +76,13 @@ def row_bytes(like, columns):  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def _normed(like, weight, bias, shape, eps, shared, own):  # type: ignore[no-untyped-def]
-    """own.inputs = norm(x), in the form that rows like `like` are multiplied with; weight, bias: addresses of f32."""
-    d, v = shape.d, one_input(own.inputs, 0)
-    if shape.layer_norm:
+def _normed(like, weight, bias, shape, eps, shared, inputs):  # type: ignore[no-untyped-def]
+    """inputs = norm(x), in the form that rows like `like` are multiplied with; weight, bias: addresses of f32, weight 0
+    where x is taken as it is."""
+    d, v = shape.d, one_input(inputs, 0)
+    if weight == 0:
+        copy(shared.x[0], d, v[0])
+    elif shape.layer_norm:
         layer_norm_row(shared.x[0], floats(weight, d), floats(bias, d), eps, v[0])
     else:
         rms_norm_row(shared.x[0], floats(weight, d), eps, v[0])
@@ -87,11 +90,20 @@ def _normed(like, weight, bias, shape, eps, shared, own):  # type: ignore[no-unt
 
 
 @subroutine
-def _add_embedding(like, table, row, shape, shared, own):  # type: ignore[no-untyped-def]
-    """x += one row of an embedding matrix."""
+def _add_normed(worker, row_norm, shape, eps, shared):  # type: ignore[no-untyped-def]
+    """x += RMSNorm of shared.projected; by one worker."""
+    if worker == 0:
+        rms_norm_row(shared.projected[0], floats(row_norm, shape.d), eps, shared.projected[0])
+        for j in range(shape.d):
+            shared.x[0, j] += shared.projected[0, j]
+
+
+@subroutine
+def _add_embedding(like, table, row, scale, shape, shared, own):  # type: ignore[no-untyped-def]
+    """x += scale times one row of an embedding matrix."""
     d, first, one = shape.d, np.int64(0), np.int64(1)
     _, picked, scales, steps = own.down
-    picked[0], scales[0, 0] = row, 1
+    picked[0], scales[0, 0] = row, scale
     sums, offsets = shared.sums[:1], shared.offsets[:1]
     none = table, table, table, table
     padded = sums.shape[1]
@@ -109,11 +121,13 @@ def _project(state, workers, like, weight, bias, n, columns, inputs, out):  # ty
 
 @subroutine
 def attention(  # type: ignore[no-untyped-def]
-    worker, workers, state, like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
+    worker, workers, state, like, ffn_like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
 ):  # fmt: skip
-    """x += attention of norm(x)."""
+    """x += attention of norm(x); where the FFN takes the same x, its norm is put aside first."""
     d, heads, head_dim = shape.d, shape.heads, shape.head_dim
-    _normed(like, row[Column.ATTENTION_NORM], row[Column.ATTENTION_NORM_BIAS], shape, eps, shared, own)
+    if shape.parallel:
+        _normed(ffn_like, row[Column.FFN_NORM], row[Column.FFN_NORM_BIAS], shape, eps, shared, own.ahead)
+    _normed(like, row[Column.ATTENTION_NORM], row[Column.ATTENTION_NORM_BIAS], shape, eps, shared, own.inputs)
     width = heads * head_dim
     _project(
         state, workers, like, row[Column.QKV], row[Column.QKV_BIAS], shared.qkv.shape[1], d, own.inputs, shared.qkv
@@ -122,8 +136,20 @@ def attention(  # type: ignore[no-untyped-def]
         return False
     sizes = shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim
     cache = array_at(row[Column.KV], sizes, kv_like.dtype)
-    norms = floats(row[Column.Q_NORM], head_dim), floats(row[Column.K_NORM], head_dim), eps
-    turn = rotation[0][position], rotation[1][position]
+    each = head_dim
+    if shape.all_heads_normed:
+        each = np.int64(0)
+        if not _norm_all_heads(worker, workers, state, row, width, shape.kv_heads * head_dim, eps, shared):
+            return False
+    norms = (
+        floats(row[Column.Q_NORM], each),
+        floats(row[Column.K_NORM], each),
+        eps,
+        floats(row[Column.Q_NORM_BIAS], each),
+        floats(row[Column.K_NORM_BIAS], each),
+    )
+    at = row[Column.ROTATION] + position
+    turn = rotation[0][at], rotation[1][at]
     rope_heads(worker, workers, shared.qkv_heads, turn, norms, cache, blocks, position)
     if not barrier.wait(state, workers):
         return False
@@ -138,27 +164,43 @@ def attention(  # type: ignore[no-untyped-def]
             v[0][h * head_dim + j] = shared.attended[h, j]
     prepare(like, v, width)
     _add_output(state, workers, like, row, d, width, shared, own)
+    if row[Column.ATTENTION_POST_NORM]:
+        if not barrier.wait(state, workers):
+            return False
+        _add_normed(worker, row[Column.ATTENTION_POST_NORM], shape, eps, shared)
+    return barrier.wait(state, workers)
+
+
+@subroutine
+def _norm_all_heads(worker, workers, state, row, q_width, k_width, eps, shared):  # type: ignore[no-untyped-def]
+    """RMSNorm of all queries as one, and of all keys; by one worker. False when aborted."""
+    if worker == 0:
+        q, k = shared.qkv[0, :q_width], shared.qkv[0, q_width : q_width + k_width]
+        rms_norm_row(q, floats(row[Column.Q_NORM], q_width), eps, q)
+        rms_norm_row(k, floats(row[Column.K_NORM], k_width), eps, k)
     return barrier.wait(state, workers)
 
 
 @subroutine
 def _add_output(state, workers, like, row, d, width, shared, own):  # type: ignore[no-untyped-def]
-    """x += W_out . attended, by pieces of rows."""
+    """x += W_out . attended, by pieces of rows; without x where a norm follows."""
+    adds = row[Column.ATTENTION_POST_NORM] == 0
     bias, size, chunk = floats(row[Column.OUT_BIAS], d), row_bytes(like, width), chunk_rows(d, workers)
     first = barrier.take(state) * chunk
     while first < d:
         last = min(first + chunk, d)
         gemv_rows(like, row[Column.OUT], size, first, last, own.attended, width, bias, shared.projected)
-        for j in range(first, last):
-            shared.x[0, j] += shared.projected[0, j]
+        if adds:
+            for j in range(first, last):
+                shared.x[0, j] += shared.projected[0, j]
         first = barrier.take(state) * chunk
 
 
 @subroutine
-def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ignore[no-untyped-def]
+def _predict(worker, workers, state, row, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
     """The ids of the neurons that the predictor names, in shared.ids; returns their number, -1 when aborted."""
     d, f, r = shape.d, shape.f, row[Column.RANK]
-    v = one_input(own.inputs, 0)
+    v = one_input(inputs, 0)
     round_input(v, d)
     start, stop = r * worker // workers, r * (worker + 1) // workers
     s1, b1 = floats(row[Column.FC1_SCALE], r), floats(row[Column.FC1_BIAS], r)
@@ -181,14 +223,14 @@ def _predict(worker, workers, state, row, shape, shared, own, like):  # type: ig
 
 
 @subroutine
-def _first_of_all(state, workers, ffn, shape, shared, own):  # type: ignore[no-untyped-def]
+def _first_of_all(state, workers, ffn, shape, shared, inputs):  # type: ignore[no-untyped-def]
     """shared.hidden = the activation of every neuron, by pieces of the rows."""
     f, chunk = shape.f, chunk_rows(shape.f, workers)
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
     first = barrier.take(state) * chunk
     while first < f:
         last = min(first + chunk, f)
-        gemv_rows(ffn.like, weight, ffn.width, first, last, own.inputs, ffn.d, bias, shared.hidden)
+        gemv_rows(ffn.like, weight, ffn.width, first, last, inputs, ffn.d, bias, shared.hidden)
         for i in range(first, last):
             shared.hidden[0, i] = activate(shape.activation, shared.hidden[0, i])
         first = barrier.take(state) * chunk
@@ -226,21 +268,27 @@ def _tally(row, n, shape, shared):  # type: ignore[no-untyped-def]
 
 @subroutine
 def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):  # type: ignore[no-untyped-def]
-    """x += FFN of norm(x)."""
+    """x += FFN of norm(x), or of own.ahead."""
     d, f, strategy = shape.d, shape.f, shape.strategy
     begun = _tick()
-    _normed(like, row[Column.FFN_NORM], row[Column.FFN_NORM_BIAS], shape, eps, shared, own)
+    inputs, target = own.inputs, shared.x
+    if shape.parallel:
+        inputs = own.ahead
+    else:
+        _normed(like, row[Column.FFN_NORM], row[Column.FFN_NORM_BIAS], shape, eps, shared, inputs)
+    if row[Column.FFN_POST_NORM]:
+        target = shared.projected
     biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
     n, skip = f, strategy != DENSE
     if strategy == LEARNED:
-        n = _predict(worker, workers, state, row, shape, shared, own, like_codes)
+        n = _predict(worker, workers, state, row, shape, shared, inputs, own, like_codes)
         if worker == 0:
             now = _tick()
             shared.ticks[Phase.PREDICTOR] += now - begun
             begun = now
-    elif not _first_of_all(state, workers, weights, shape, shared, own):
+    elif not _first_of_all(state, workers, weights, shape, shared, inputs):
         n = -1
     elif strategy == EXACT:
         n = _firing(worker, workers, state, shape, shared, own)
@@ -251,7 +299,7 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
     if n < 0:
         return False
     gate_and_up(
-        state, workers, weights, shared.ids, n, shared.ones, own.inputs, shape.activation, skip, strategy == LEARNED,
+        state, workers, weights, shared.ids, n, shared.ones, inputs, shape.activation, skip, strategy == LEARNED,
         strategy != LEARNED, shared.hidden, own.places, own.down[1],
     )  # fmt: skip
     if not barrier.wait(state, workers):
@@ -259,28 +307,32 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
     if worker == workers - 1:
         _tally(row, n, shape, shared)
     most = shared.sums.shape[0]
+    if worker == 0 and row[Column.FFN_POST_NORM]:
+        shared.projected[:] = 0
     _, parts = down_parts(
         state, workers, weights, shared.ids, n, shared.hidden, skip, most, own.down, shared.sums, shared.offsets
     )
     if not barrier.wait(state, workers):
         return False
-    merge_parts(worker, workers, like, d, parts, shared.sums, shared.offsets, shared.x)
+    merge_parts(worker, workers, like, d, parts, shared.sums, shared.offsets, target)
     if not barrier.wait(state, workers):
         return False
     if worker == 0:
         if row[Column.DOWN_BIAS]:
             bias = floats(row[Column.DOWN_BIAS], d)
             for j in range(d):
-                shared.x[0, j] += bias[j]
+                target[0, j] += bias[j]
+        if row[Column.FFN_POST_NORM]:
+            _add_normed(worker, row[Column.FFN_POST_NORM], shape, eps, shared)
         shared.ticks[Phase.FFN] += _tick() - begun
-    return barrier.wait(state, workers) if row[Column.DOWN_BIAS] else True
+    return barrier.wait(state, workers) if row[Column.DOWN_BIAS] or row[Column.FFN_POST_NORM] else True
 
 
 @subroutine
 def head(worker, workers, state, like, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
     """shared.logits of shared.x. False when aborted."""
     d, begun = shape.d, _tick()
-    _normed(like, ends[Ends.FINAL_NORM], ends[Ends.FINAL_NORM_BIAS], shape, eps, shared, own)
+    _normed(like, ends[Ends.FINAL_NORM], ends[Ends.FINAL_NORM_BIAS], shape, eps, shared, own.inputs)
     _project(state, workers, like, ends[Ends.HEAD], np.int64(0), shape.vocab, d, own.inputs, shared.logits)
     if not barrier.wait(state, workers):
         return False
@@ -294,8 +346,9 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     """shared.logits [1, vocab] of the token after the given one, whose keys and values go to its place in the KV cache.
 
     state: the pool's barrier. likes: types of attention, FFN, head, embedding, and of keys and values. table: int64
-    [layers + 1, 27]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
-    `read_shared` and `read_own` make; rotation: cosines and sines f32 [capacity, head_dim / 2], or [capacity, 0];
+    [layers + 1, 32]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
+    `read_shared` and `read_own` make; rotation: cosines and sines f32 [n, head_dim / 2], `capacity` rows for each
+    RoPE of the model, or [capacity, 0];
     blocks: the cache's block table.
     """
     like, ffn_like, head_like, embedding_like, kv_like = likes
@@ -303,19 +356,22 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     rotation, blocks, shared = read_shared(shared_table)
     own, shape = read_own(own_table), shape_of(numbers)
     eps, position = np.int64(numbers[Number.EPS]).view(np.float64), numbers[Number.POSITION]
+    scale = np.float32(np.int64(numbers[Number.SCALE]).view(np.float64))
     layers = table.shape[0] - 1
     ends = table[layers]
     if worker == 0:
         shared.x[:] = 0
-        _add_embedding(embedding_like, ends[Ends.EMBEDDING], numbers[Number.TOKEN], shape, shared, own)
+        _add_embedding(embedding_like, ends[Ends.EMBEDDING], numbers[Number.TOKEN], scale, shape, shared, own)
         if ends[Ends.POSITIONS]:
-            _add_embedding(embedding_like, ends[Ends.POSITIONS], position + 2, shape, shared, own)
+            _add_embedding(embedding_like, ends[Ends.POSITIONS], position + 2, np.float32(1), shape, shared, own)
+        if shape.embedding_norm:
+            unit_norm_row(shared.x[0], eps)
     if not barrier.wait(state, workers):
         return
     for layer in range(layers):
         begun, row = _tick(), table[layer]
         if not attention(
-            worker, workers, state, like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
+            worker, workers, state, like, ffn_like, kv_like, row, shape, eps, rotation, blocks, position, shared, own
         ):
             return
         if worker == 0:

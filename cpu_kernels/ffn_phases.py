@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels import barrier
-from cpu_kernels.activations import activate
+from cpu_kernels.activations import activate, activate_up
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import BLOCK
 from cpu_kernels.lanes import fetch, one_input
@@ -63,10 +63,10 @@ def _rows_of_piece(piece, n, workers):  # type: ignore[no-untyped-def]
 
 @subroutine
 def gate_and_up(  # type: ignore[no-untyped-def]
-    state, workers, ffn, ids, n, masks, inputs, code, skip, likely, given, hidden, places, picked
+    state, workers, ffn, ids, n, masks, inputs, word, skip, likely, given, hidden, places, picked
 ):  # fmt: skip
-    """hidden[t, k] = act(gate . x) * up . x of row ids[k] < n where it is token t's, 0 where not; for the pieces of k
-    that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
+    """hidden[t, k] = act(gate . x) * up . x (of dReLU * relu(up . x)) of row ids[k] < n where it is token t's, 0 where
+    not; for the pieces of k that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
 
     likely: whether most of these rows fire, so that their rows of up are fetched with those of gate: of predicted ones
     most do, of all neurons few. given: hidden has the activations already. places, picked: this worker's own scratch,
@@ -77,7 +77,7 @@ def gate_and_up(  # type: ignore[no-untyped-def]
     while start < n:
         following = _rows_of_piece(barrier.take(state), n, workers)
         if not given:
-            _first_rows(ffn, ids, start, stop, following[0], n, likely, masks, inputs, code, hidden)
+            _first_rows(ffn, ids, start, stop, following[0], n, likely, masks, inputs, word, hidden)
         live = stop - start
         if skip:
             live = 0
@@ -87,12 +87,12 @@ def gate_and_up(  # type: ignore[no-untyped-def]
         if ffn.gate:
             if live == stop - start:
                 ahead = four_rows(ffn.gate, ffn.width, ids, min(following[0], n - 1), n)
-                _up_rows(ffn, ids, start, stop, ahead, inputs, hidden)
+                _up_rows(ffn, ids, start, stop, ahead, inputs, word, hidden)
             else:
                 count += live
         start, stop = following
     if ffn.gate:
-        _second_rows(ffn, count, inputs, hidden, places, picked)
+        _second_rows(ffn, count, inputs, word, hidden, places, picked)
 
 
 @subroutine(forceinline=True)
@@ -105,7 +105,7 @@ def _fires(hidden, k):  # type: ignore[no-untyped-def]
 
 
 @subroutine(forceinline=True)
-def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, code, hidden):  # type: ignore[no-untyped-def]
+def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, word, hidden):  # type: ignore[no-untyped-def]
     """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, where
     there is one and they are likely to fire, or else first rows from ids[following] on."""
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
@@ -124,12 +124,12 @@ def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, code
             if bias.shape[0]:
                 z += bias[ids[start + i]]
             mine = (masks[start + i] >> t) & 1 != 0
-            hidden[t, start + i] = activate(code, z) if mine else np.float32(0)
+            hidden[t, start + i] = activate(word, z) if mine else np.float32(0)
 
 
 @subroutine(forceinline=True)
-def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-untyped-def]
-    """hidden[:, start:stop] *= up . x of rows ids[start:stop], at most four."""
+def _up_rows(ffn, ids, start, stop, ahead, inputs, word, hidden):  # type: ignore[no-untyped-def]
+    """hidden[:, start:stop] *= what up . x gives of rows ids[start:stop], at most four."""
     rows = four_rows(ffn.up, ffn.width, ids, start, stop)
     for t in range(hidden.shape[0]):
         sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
@@ -137,12 +137,12 @@ def _up_rows(ffn, ids, start, stop, ahead, inputs, hidden):  # type: ignore[no-u
             u = sums[i]
             if ffn.up_bias.shape[0]:
                 u += ffn.up_bias[ids[start + i]]
-            hidden[t, start + i] *= u
+            hidden[t, start + i] *= activate_up(word, u)
 
 
 @subroutine(forceinline=True)
-def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no-untyped-def]
-    """hidden[:, places[i]] *= up . x of row picked[i], for i < count."""
+def _second_rows(ffn, count, inputs, word, hidden, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[:, places[i]] *= what up . x gives of row picked[i], for i < count."""
     for k in range(0, count, 4):
         rows = four_rows(ffn.up, ffn.width, picked, k, count)
         ahead = four_rows(ffn.up, ffn.width, picked, k + 4, count)
@@ -152,7 +152,7 @@ def _second_rows(ffn, count, inputs, hidden, places, picked):  # type: ignore[no
                 u = sums[i]
                 if ffn.up_bias.shape[0]:
                     u += ffn.up_bias[picked[k + i]]
-                hidden[t, places[k + i]] *= u
+                hidden[t, places[k + i]] *= activate_up(word, u)
 
 
 @kernel

@@ -144,12 +144,12 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
     hidden = batch.hidden[: tokens * n].reshape(tokens, n)
     masks = batch.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
-    code = shape.activation
     given = np.bool_(False)  # plain False is a type of its own
     likely = count >= 0 or not skip
     gate_and_up(
-        state, workers, weights, ids, n, masks, own.inputs, code, skip, likely, given, hidden, own.places, own.down[1]
-    )
+        state, workers, weights, ids, n, masks, own.inputs, shape.activation, skip, likely, given, hidden, own.places,
+        own.down[1],
+    )  # fmt: skip
     if not barrier.wait(state, workers):
         return False
     most = batch.sums.shape[0] // MAX_BATCH
@@ -173,7 +173,20 @@ def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks
             return False
         position = box.request[Word.POSITION] + t
         if not attention(
-            worker, workers, state, likes[0], likes[4], row, shape, eps, rotation, blocks, position, shared, own
+            worker,
+            workers,
+            state,
+            likes[0],
+            likes[1],
+            likes[4],
+            row,
+            shape,
+            eps,
+            rotation,
+            blocks,
+            position,
+            shared,
+            own,
         ):
             return False
         if not ffn(worker, workers, state, likes[1], likes[5], row, shape, eps, shared, own):

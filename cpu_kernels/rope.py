@@ -1,4 +1,4 @@
-"""RoPE of one token's queries and keys, with QK RMSNorm before it, and its keys and values written to the KV cache.
+"""RoPE of one token's queries and keys, with their norms before it; its keys and values go to the KV cache.
 
 With a, b the first and second half of a head and c, s the cosines and sines of the position's angles, rotated is
 
@@ -9,15 +9,28 @@ Threads: a head of q, k or v is one worker's, so the answer is the same for any 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.lanes import as_stored, stored_view
-from cpu_kernels.norm import rms_norm_row
+from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.worker_pool import WorkerPool
 
 Rotation = tuple[np.ndarray, np.ndarray]
-QKNorm = tuple[np.ndarray, np.ndarray, float]
+_NO_BIAS = np.empty(0, np.float32)
+
+
+class QKNorm(NamedTuple):
+    """Weights f32 [head_dim] of the norm of each head of q and of k, or of length 0 for none; eps; the same of biases,
+    where it is LayerNorm rather than RMSNorm."""
+
+    q: np.ndarray
+    k: np.ndarray
+    eps: float
+    q_bias: np.ndarray = _NO_BIAS
+    k_bias: np.ndarray = _NO_BIAS
 
 
 @subroutine(fastmath={"contract"})
@@ -36,11 +49,13 @@ def rope_heads(worker, workers, qkv, rotation, norm, cache, table, position):  #
     heads = total - 2 * kv_heads
     block, slot = table[position // block_size], position % block_size
     cos, sin = rotation
-    q_norm, k_norm, eps = norm
+    q_norm, k_norm, eps, q_bias, k_bias = norm
     for h in range(total * worker // workers, total * (worker + 1) // workers):
         x = qkv[h]
         if h < heads + kv_heads:
-            if q_norm.shape[0]:
+            if q_norm.shape[0] and q_bias.shape[0]:
+                layer_norm_row(x, q_norm if h < heads else k_norm, q_bias if h < heads else k_bias, eps, x)
+            elif q_norm.shape[0]:
                 rms_norm_row(x, q_norm if h < heads else k_norm, eps, x)
             _rotate_head(x, cos, sin)
         if h >= heads:
@@ -62,10 +77,9 @@ def rope(
     """Rotate the queries and keys in `qkv` in place, and write keys and values to the cache at `position`.
 
     qkv: [n_heads + 2 * n_kv_heads, head_dim] f32, heads of q, then k, then v. rotation: cosines and sines
-    [head_dim / 2] f32, or both of length 0 for a model without RoPE. norm: weights of q and k [head_dim] f32 and eps;
-    weights of length 0 for none. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16, keys at 0 and values
-    at 1; table: int32 ids of the sequence's blocks in order. Raises `ValueError` when shapes, types or the position do
-    not fit.
+    [head_dim / 2] f32, or both of length 0 for a model without RoPE. cache: [blocks, 2, n_kv_heads, block_size,
+    head_dim] f32 or f16, keys at 0 and values at 1; table: int32 ids of the sequence's blocks in order. Raises
+    `ValueError` when shapes, types or the position do not fit.
     """
     _check(qkv, rotation, norm, cache, table)
     block_size = cache.shape[3]
@@ -74,8 +88,8 @@ def rope(
             f"position {position} has no place in the KV cache: the table has {table.size} blocks of {block_size} "
             f"tokens, the cache {cache.shape[0]} blocks"
         )
-    norm = (norm[0], norm[1], float(norm[2]))
-    pool.run(rope_heads, pool.workers_for(qkv.nbytes), qkv, rotation, norm, stored_view(cache), table, position)
+    norms = (norm.q, norm.k, float(norm.eps), norm.q_bias, norm.k_bias)
+    pool.run(rope_heads, pool.workers_for(qkv.nbytes), qkv, rotation, norms, stored_view(cache), table, position)
 
 
 def rope_ref(
@@ -88,11 +102,15 @@ def rope_ref(
     pool: WorkerPool | None,
 ) -> None:
     """`rope` in NumPy, in f64."""
-    (cos, sin), (q_norm, k_norm, eps) = rotation, norm
+    (cos, sin), (q_norm, k_norm, eps, q_bias, k_bias) = rotation, norm
     kv_heads, block_size = cache.shape[2:4]
     q, k, v = np.split(qkv.astype(np.float64), [len(qkv) - 2 * kv_heads, len(qkv) - kv_heads])
+    if q_bias.size:
+        q, k = (x - x.mean(-1, keepdims=True) for x in (q, k))
     if q_norm.size:
         q, k = (x / np.sqrt(np.square(x).mean(-1, keepdims=True) + eps) * w for x, w in ((q, q_norm), (k, k_norm)))
+    if q_bias.size:
+        q, k = q + q_bias, k + k_bias
     if cos.size:
         turn = np.exp(1j * np.arctan2(sin.astype(np.float64), cos)) * np.hypot(cos, sin, dtype=np.float64)
         q, k = (_as_halves(_as_complex(x) * turn) for x in (q, k))
@@ -110,7 +128,7 @@ def _as_halves(x: np.ndarray) -> np.ndarray:
 
 
 def _check(qkv: np.ndarray, rotation: Rotation, norm: QKNorm, cache: np.ndarray, table: np.ndarray) -> None:
-    floats = (qkv, *rotation, norm[0], norm[1], cache)
+    floats = (qkv, *rotation, norm.q, norm.k, norm.q_bias, norm.k_bias, cache)
     if any(a.dtype != np.float32 for a in floats[:-1]) or cache.dtype not in (np.float32, np.float16):
         raise ValueError(f"rope wants f32 arrays, a cache also of f16, got {', '.join(str(a.dtype) for a in floats)}")
     if not all(a.flags.c_contiguous for a in floats):
@@ -121,6 +139,10 @@ def _check(qkv: np.ndarray, rotation: Rotation, norm: QKNorm, cache: np.ndarray,
     fits = qkv.ndim == 2 and cache.ndim == 5 and cache.shape[1] == 2 and cache.shape[4] == head_dim
     fits = fits and len(qkv) > 2 * cache.shape[2] and rotation[0].shape == rotation[1].shape
     fits = fits and (rotation[0].shape == (0,) or (head_dim % 2 == 0 and rotation[0].shape == (head_dim // 2,)))
-    if not fits or norm[0].shape != norm[1].shape or norm[0].shape not in ((head_dim,), (0,)):
+    fits = fits and norm.q.shape == norm.k.shape and norm.q.shape in ((head_dim,), (0,))
+    fits = fits and norm.q_bias.shape == norm.k_bias.shape and norm.q_bias.shape in (norm.q.shape, (0,))
+    if not fits:
         shapes = ", ".join(str(a.shape) for a in floats)
-        raise ValueError(f"rope shapes do not fit: qkv, cosines, sines, q norm, k norm, cache have {shapes}")
+        raise ValueError(
+            f"rope shapes do not fit: qkv, cosines, sines, norms of q and k, their biases, cache: {shapes}"
+        )

@@ -3,8 +3,9 @@
     out[t] = sum over i in rows(t) of  act(gate[i].x[t] + gb[i]) * (up[i].x[t] + ub[i]) * down[i]      gated
     out[t] = sum over i in rows(t) of  act(up[i].x[t] + ub[i]) * down[i]                               not gated
 
-Weights are neuron-major: row i of gate, up and (transposed) down belong to neuron i. With `skip_zeros`, a neuron whose
-activation comes out 0 is left there and its other rows are never read; the sum is the same.
+With dReLU it is relu(up . x) that multiplies. Weights are neuron-major: row i of gate, up and (transposed) down belong
+to neuron i. With `skip_zeros`, a neuron whose activation comes out 0 is left there and its other rows are never read;
+the sum is the same.
 
 Threads: for one token, and for up to 8 over the union of their rows, workers take blocks of rows of gate and up, meet
 at the pool's barrier, take pieces of down, which are a part of its rows and a slice of their columns, meet again, and
@@ -24,9 +25,9 @@ import numpy as np
 import torch
 
 from cpu_kernels import barrier
-from cpu_kernels.activations import activate_ref
+from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.compiled import kernel
-from cpu_kernels.contract import ACTIVATION_CODES, MAX_BATCH
+from cpu_kernels.contract import MAX_BATCH, activation_word
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts, new_down_scratch, sum_parts
 from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
@@ -59,8 +60,7 @@ class FFNView:
         activation: str,
     ) -> FFNView:
         """Raises `ValueError` for a misfit or an unknown activation."""
-        if activation not in ACTIVATION_CODES:
-            raise ValueError(f"unknown activation {activation!r}, known are {', '.join(ACTIVATION_CODES)}")
+        activation_word(activation)
         for name, part in (("gate", gate), ("down", down)):
             if part is not None and (part.shape != up.shape or part.dtype != up.dtype):
                 raise ValueError(f"{name} has shape {part.shape} of {part.dtype}, up is {up.shape} of {up.dtype}")
@@ -89,7 +89,7 @@ class FFNView:
 
 @kernel
 def _together(  # type: ignore[no-untyped-def]
-    worker, workers, state, ffn, code, skip, x, ids, masks, parts, mine, hidden, places, own, sums, offsets, out, fired
+    worker, workers, state, ffn, word, skip, x, ids, masks, parts, mine, hidden, places, own, sums, offsets, out, fired
 ):  # fmt: skip
     """Up to `MAX_BATCH` tokens over the union `ids` of their rows, which are read once; every worker brings the inputs
     into form itself."""
@@ -98,7 +98,7 @@ def _together(  # type: ignore[no-untyped-def]
         copy(x[t], d, mine[0][t])
         prepare(ffn.like, one_input(mine, t), d)
     likely = not skip or n < len(places)
-    gate_and_up(state, workers, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
+    gate_and_up(state, workers, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
     fired[worker], used = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
@@ -108,7 +108,7 @@ def _together(  # type: ignore[no-untyped-def]
 
 @kernel
 def _apart(  # type: ignore[no-untyped-def]
-    worker, workers, state, ffn, code, skip, x, rows, starts, masks, parts, mine, hidden, places, own, sums, offsets,
+    worker, workers, state, ffn, word, skip, x, rows, starts, masks, parts, mine, hidden, places, own, sums, offsets,
     out, fired
 ):  # fmt: skip
     """Whole tokens, one after another, each over its own rows."""
@@ -121,7 +121,7 @@ def _apart(  # type: ignore[no-untyped-def]
         prepare(ffn.like, one_input(mine, 0), d)
         barrier.restart(state)
         likely = not skip or n < len(places)
-        gate_and_up(state, one, ffn, ids, n, masks, mine, code, skip, likely, _NOT_GIVEN, hidden, places, own[1])
+        gate_and_up(state, one, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
         count, used = down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
         fired[worker] += count
@@ -188,17 +188,17 @@ def sparse_ffn(
         raise ValueError(f"sparse_ffn wants f32 x and out, int32 rows, int64 offsets; got {x.dtype}, {rows.dtype}")
     if not rows.size:
         return 0
-    code, f, s = ACTIVATION_CODES[ffn.activation], ffn.up.shape[0], scratch
+    word, f, s = activation_word(ffn.activation), ffn.up.shape[0], scratch
     s.fired[:] = 0
     if tokens > MAX_BATCH:
         states, hiddens, sums, taken = s.apart
-        given = (ffn.weights, code, skip_zeros, x, rows, offsets, s.ones, s.parts)
+        given = (ffn.weights, word, skip_zeros, x, rows, offsets, s.ones, s.parts)
         buffers = (s.inputs, hiddens, s.places, s.owns(1), sums, taken)
         pool.run(_apart, pool.threads, states, *given, *buffers, out, s.fired)
         return int(s.fired.sum())
     ids, masks = (rows, s.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, f)
     hidden = s.hidden[: tokens * ids.size].reshape(tokens, -1)
-    what = (ffn.weights, code, skip_zeros, x, ids, masks, s.parts)
+    what = (ffn.weights, word, skip_zeros, x, ids, masks, s.parts)
     own = (s.inputs, hidden, s.places, s.owns(tokens), *s.sums(s.parts * tokens))
     pool.run(_together, pool.workers_for(ids.size * ffn.row_bytes), pool.barrier, *what, *own, out, s.fired)
     return int(s.fired[0])
@@ -226,8 +226,8 @@ def sparse_ffn_ref(ffn: FFNView, x: np.ndarray, rows: np.ndarray, offsets: np.nd
 
         first = project(ffn.up, ffn.up_bias) if ffn.gate is None else project(ffn.gate, ffn.gate_bias)
         hidden = activate_ref(ffn.activation, first)
-        total += int((hidden != 0).sum())
         if ffn.gate is not None:
-            hidden = hidden * project(ffn.up, ffn.up_bias)
+            hidden = hidden * activate_up_ref(ffn.activation, project(ffn.up, ffn.up_bias))
+        total += int((hidden != 0).sum())
         out[t] += (hidden @ ffn.down.widen(mine).double()).float().numpy()
     return total

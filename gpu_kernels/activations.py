@@ -1,4 +1,4 @@
-"""The FFN activations: in Triton kernels, by their codes in `cpu_kernels/contract.py`, and in torch."""
+"""The FFN activations: in Triton kernels, by their words of `cpu_kernels/contract.py`, and in torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from cpu_kernels.contract import split_activation
+
 NO_ACTIVATION = -1
 
 
 @triton.jit
-def activate(code: tl.constexpr, z):  # type: ignore[no-untyped-def]
-    """The activation numbered `code` of f32 values; below 0 for none."""
-    if code == 0:
+def activate(word: tl.constexpr, z):  # type: ignore[no-untyped-def]
+    """The activation `word` of f32 values, of gate, or of up where there is no gate; below 0 for none."""
+    code: tl.constexpr = word % 256 if word >= 0 else -1
+    if code == 0 or code == 6:
         z = tl.maximum(z, 0.0)
     elif code == 1:
         z = tl.maximum(z, 0.0) * z
@@ -24,16 +27,35 @@ def activate(code: tl.constexpr, z):  # type: ignore[no-untyped-def]
     elif code == 4:
         # 0.5 z (1 + tanh(u)) is z / (1 + exp(-2 u)), which loses no digits where u is near 0.
         z = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    elif code == 5:
+        threshold = tl.full([], word // 256, tl.int32).to(tl.float32, bitcast=True)
+        z = tl.where(z > threshold, z, 0.0)
     return z
 
 
+@triton.jit
+def activate_up(word: tl.constexpr, u):  # type: ignore[no-untyped-def]
+    """What the gate's activation is multiplied with: up, or its ReLU."""
+    if word == 6:
+        u = tl.maximum(u, 0.0)
+    return u
+
+
 def activate_ref(name: str, z: torch.Tensor) -> torch.Tensor:
-    """The activation `name` in torch; raises `KeyError` for an unknown name."""
+    """The activation `name` in torch; raises `ValueError` for an unknown name."""
+    base, threshold = split_activation(name)
     functions = {
         "relu": F.relu,
         "relu2": lambda t: F.relu(t).square(),
         "silu": F.silu,
         "gelu": F.gelu,
         "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "fatrelu": lambda t: F.threshold(t, threshold, 0.0),
+        "drelu": F.relu,
     }
-    return functions[name](z)
+    return functions[base](z)
+
+
+def activate_up_ref(name: str, up: torch.Tensor) -> torch.Tensor:
+    """`activate_up` in torch."""
+    return F.relu(up) if name == "drelu" else up

@@ -3,7 +3,7 @@
     split     terms[0] = bf16(x), terms[1] = bf16(x - terms[0]), terms[2] = bf16(x - terms[0] - terms[1])
     widen     out[i, j] = weight[i, j] as f32
     softmax   scores[h, r] = softmax over the keys that row r may see, 0 elsewhere
-    activate  first = act(first) * second, or act(first)
+    activate  first = act(first) * second, or act(first); of dReLU relu(first) * relu(second)
 
 The three terms of `split` add up to x, and the product of two bf16 values is exact in f32: so a GEMM of the terms with
 bf16 weights on tensor cores, whose three results are added, is one of f32 values.
@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cpu_kernels.contract import ACTIVATION_CODES, SCALE_BYTES
-from gpu_kernels.activations import activate, activate_ref
+from cpu_kernels.contract import SCALE_BYTES, activation_word
+from gpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET
 from gpu_kernels.matrix import DeviceMatrix
 
@@ -149,12 +149,12 @@ def causal_softmax_ref(
 
 
 @triton.jit
-def _activate_kernel(first, second, size, CODE: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activate_kernel(first, second, size, WORD: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    value = activate(CODE, tl.load(first + at, mask=mask, other=0.0))
+    value = activate(WORD, tl.load(first + at, mask=mask, other=0.0))
     if GATED:
-        value *= tl.load(second + at, mask=mask, other=0.0)
+        value *= activate_up(WORD, tl.load(second + at, mask=mask, other=0.0))
     tl.store(first + at, value, mask=mask)
 
 
@@ -167,11 +167,11 @@ def activate_product(first: torch.Tensor, second: torch.Tensor | None, activatio
         if tensor.shape != first.shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"activate_product wants contiguous f32 of one shape, got {tuple(tensor.shape)}")
     _activate_kernel[(triton.cdiv(first.numel(), _BLOCK),)](
-        first, second, first.numel(), CODE=ACTIVATION_CODES[activation], GATED=second is not None, BLOCK=_BLOCK
+        first, second, first.numel(), WORD=activation_word(activation), GATED=second is not None, BLOCK=_BLOCK
     )
 
 
 def activate_product_ref(first: torch.Tensor, second: torch.Tensor | None, activation: str) -> None:
     """`activate_product` in torch."""
     value = activate_ref(activation, first.double())
-    first.copy_(value if second is None else value * second)
+    first.copy_(value if second is None else value * activate_up_ref(activation, second))

@@ -39,7 +39,7 @@ from gpu_kernels.constants import (
 )
 from gpu_kernels.fences import acquire, nanoseconds, next_number, release
 from gpu_kernels.launch import begin, is_native, options
-from gpu_kernels.norm import add_parts, norm_weights, normed, residual_norm_ref, row_sizes
+from gpu_kernels.norm import add_parts, norm_kind, norm_weights, normed, residual_norm_ref, row_sizes
 
 _COMPACT_BLOCK, _COUNT_BLOCK = 4096, 16384
 _PIECE = 1024  # of the neurons listed here; those for the host are one program's, whose writes one fence orders
@@ -49,15 +49,15 @@ _POLLING_WARPS = 4
 
 @triton.jit
 def _post_kernel(  # type: ignore[no-untyped-def]
-    x, weight, bias, out, host, posted, state, eps, d, AHEAD: tl.constexpr, LAYER: tl.constexpr, BLOCK: tl.constexpr,
+    x, weight, bias, out, host, posted, state, eps, d, AHEAD: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
     NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
-    weights, biases = norm_weights(weight, bias, columns, mask, True, LAYER)
+    weights, biases = norm_weights(weight, bias, columns, mask, NORM)
     begin(PDL)
-    values = normed(tl.load(x + row + columns, mask=mask, other=0.0), mask, weights, biases, eps, d, LAYER)
+    values = normed(tl.load(x + row + columns, mask=mask, other=0.0), mask, weights, biases, eps, d, NORM)
     tl.store(out + row + columns, values, mask=mask)
     tl.store(host + row + columns, values, mask=mask)
     if AHEAD:
@@ -161,13 +161,13 @@ def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-u
 @triton.jit(do_not_specialize=["timeout"])
 def _receive_kernel(  # type: ignore[no-untyped-def]
     x, parts, added, host, flags, state, weight, bias, out, eps, d, part_stride, timeout, PARTS: tl.constexpr,
-    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, LAYER: tl.constexpr, AT_ONCE: tl.constexpr,
+    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, NORM: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
     mask = columns < d
-    weights, biases = norm_weights(weight, bias, columns, mask, True, LAYER)
+    weights, biases = norm_weights(weight, bias, columns, mask, NORM)
     begin(PDL)
     values = tl.load(x + row + columns, mask=mask, other=0.0)
     if PARTS:
@@ -180,13 +180,13 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
         answer = tl.load(host + row + columns, mask=answered, other=0.0, volatile=True)
         values = answer if REPLACE else values + answer
     tl.store(x + row + columns, values, mask=mask)
-    tl.store(out + row + columns, normed(values, mask, weights, biases, eps, d, LAYER), mask=mask)
+    tl.store(out + row + columns, normed(values, mask, weights, biases, eps, d, NORM), mask=mask)
 
 
 def post(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor, box: Mailbox
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor, box: Mailbox
 ) -> None:
-    """out [t, d] = norm(x [t, d]), RMSNorm or with a bias LayerNorm; the same to the host. All f32.
+    """out [t, d] = norm(x [t, d]), RMSNorm, with a bias LayerNorm, without a weight x; the same to the host. All f32.
 
     One token's is numbered, so that the workers take it while the GPU still predicts which neurons they will compute.
     """
@@ -194,7 +194,7 @@ def post(
     tokens, d = x.shape
     _post_kernel[(tokens,)](
         x, weight, bias, out, box.x, box.request[Word.POSTED :], box.state, eps, d,
-        AHEAD=tokens == 1, LAYER=bias is not None, NATIVE=is_native(), **row_sizes(d),
+        AHEAD=tokens == 1, NORM=norm_kind(weight, bias), NATIVE=is_native(), **row_sizes(d),
     )  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def receive(
     x: torch.Tensor,
     parts: torch.Tensor | None,
     added: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
     out: torch.Tensor,
@@ -264,7 +264,7 @@ def receive(
     _receive_kernel[(tokens,)](
         x, parts, added, box.out, box.flags[Flag.DONE :], box.state, weight, bias, out, eps,
         d, tokens * d, int(box.timeout * 1e9), PARTS=0 if parts is None else parts.shape[0],
-        ADDED=added is not None, ASKED=asked, REPLACE=replace, LAYER=bias is not None, NATIVE=is_native(),
+        ADDED=added is not None, ASKED=asked, REPLACE=replace, NORM=norm_kind(weight, bias), NATIVE=is_native(),
         **row_sizes(d, _POLLING_WARPS if asked else 16, sums=True),
     )  # fmt: skip
 
@@ -278,7 +278,7 @@ def _check(x: torch.Tensor, out: torch.Tensor, box: Mailbox) -> None:
 
 
 def post_ref(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, out: torch.Tensor, box: Mailbox
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, out: torch.Tensor, box: Mailbox
 ) -> None:
     """`post` in torch."""
     residual_norm_ref(x, weight, bias, eps, out)
@@ -344,7 +344,7 @@ def receive_ref(
     x: torch.Tensor,
     parts: torch.Tensor | None,
     added: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     eps: float,
     out: torch.Tensor,

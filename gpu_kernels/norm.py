@@ -4,7 +4,7 @@
     out[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight                             RMSNorm, arXiv 1910.07467
     out[t] = (x[t] - mean(x[t])) / sqrt(var(x[t]) + eps) * weight + bias          LayerNorm, when there is a bias
 
-A token is one program's, which keeps its whole row in registers.
+or as it is, where there is no weight. A token is one program's, which keeps its whole row in registers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ import triton.language as tl
 from gpu_kernels.launch import begin, options
 
 MOST_COLUMNS = 16384
+# Kinds of norm, as kernels take them.
+_RMS, _LAYER, _AS_IS = 0, 1, 2
+
+
+def norm_kind(weight: torch.Tensor | None, bias: torch.Tensor | None) -> int:
+    """What a norm with these vectors is, for `norm_weights` and `normed`."""
+    return _AS_IS if weight is None else _RMS if bias is None else _LAYER
 
 
 @triton.jit
-def norm_weights(weight_ptr, bias_ptr, columns, mask, NORM: tl.constexpr, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
+def norm_weights(weight_ptr, bias_ptr, columns, mask, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
     """A norm's weight and bias in registers, for `normed`: no kernel writes them, so they are read before the wait."""
     weight = tl.zeros(columns.shape, tl.float32)
     bias = weight
-    if NORM:
+    if NORM < 2:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    if LAYER:
+    if NORM == 1:
         bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
     return weight, bias
 
@@ -41,17 +48,19 @@ def add_parts(values, parts_ptr, columns, mask, stride, PARTS: tl.constexpr, AT_
 
 
 @triton.jit
-def normed(values, mask, weight, bias, eps, d, LAYER: tl.constexpr):  # type: ignore[no-untyped-def]
-    """RMSNorm, or LayerNorm if LAYER, of one row of d f32 values in registers.
+def normed(values, mask, weight, bias, eps, d, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The norm of the kind NORM of one row of d f32 values in registers.
 
     values, mask: [BLOCK >= d], mask where there is a column; what values hold elsewhere is ignored, and what is
     returned there is not to be stored. weight, bias: of `norm_weights`.
     """
-    values = tl.where(mask, values, 0.0)
-    if LAYER:
-        values = tl.where(mask, values - tl.sum(values, axis=0) / d, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / d + eps)
-    return values * scale * weight + bias if LAYER else values * scale * weight
+    if NORM < 2:
+        values = tl.where(mask, values, 0.0)
+        if NORM == 1:
+            values = tl.where(mask, values - tl.sum(values, axis=0) / d, 0.0)
+        values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / d + eps)
+        values = values * weight + bias if NORM == 1 else values * weight
+    return values
 
 
 @triton.jit
@@ -63,25 +72,26 @@ def _residual_norm_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     eps,
     d,
+    stride,
     part_stride,
     PARTS: tl.constexpr,
+    OUT: tl.constexpr,
     NORM: tl.constexpr,
-    LAYER: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    row = tl.program_id(0) * d
+    row = tl.program_id(0) * stride
     columns = tl.arange(0, BLOCK)
     mask = columns < d
-    weight, bias = norm_weights(weight_ptr, bias_ptr, columns, mask, NORM, LAYER)
+    weight, bias = norm_weights(weight_ptr, bias_ptr, columns, mask, NORM)
     begin(PDL)
     values = tl.load(x_ptr + row + columns, mask=mask, other=0.0)
     if PARTS:
         values = add_parts(values, parts_ptr + row, columns, mask, part_stride, PARTS, AT_ONCE)
         tl.store(x_ptr + row + columns, values, mask=mask)
-    if NORM:
-        out = normed(values, mask, weight, bias, eps, d, LAYER)
+    if OUT:
+        out = normed(values, mask, weight, bias, eps, d, NORM)
         tl.store(out_ptr + row + columns, out, mask=mask)
 
 
@@ -110,9 +120,9 @@ def residual_norm(
 ) -> None:
     """Add `parts` to the residual `x` in place, and write its norm to `out`: LayerNorm if there is a bias.
 
-    x, out: [t, d] f32, out None for the sum only; out may be x, which then holds the norm. parts: [s, t, d] f32 or
-    None. weight, bias: [d] f32; weight may be None if out is. d: at most 16384. Raises `ValueError` when shapes, types
-    or strides do not fit.
+    x, out: [t, d] f32, out None for the sum only; out may be x, which then holds the norm, and may then be columns of
+    wider rows. parts: [s, t, d] f32 or None. weight, bias: [d] f32, or None for no norm. d: at most 16384. Raises
+    `ValueError` when shapes, types or strides do not fit.
     """
     _check(x, weight, bias, out, parts)
     tokens, d = x.shape
@@ -124,10 +134,11 @@ def residual_norm(
         out,
         float(eps),
         d,
+        x.stride(0),
         tokens * d,
         PARTS=0 if parts is None else parts.shape[0],
-        NORM=out is not None,
-        LAYER=bias is not None,
+        OUT=out is not None,
+        NORM=norm_kind(weight, bias),
         **row_sizes(d, sums=True),
     )
 
@@ -143,7 +154,10 @@ def residual_norm_ref(
     """`residual_norm` in torch: the sum in f32, as the kernel adds, the norm in f64."""
     for part in () if parts is None else parts:
         x += part
-    if out is None or weight is None:
+    if out is None:
+        return
+    if weight is None:
+        out.copy_(x)
         return
     wide = x.double()
     if bias is not None:
@@ -161,13 +175,14 @@ def _check(
 ) -> None:
     given = {"x": x, "weight": weight, "bias": bias, "out": out, "parts": parts}
     for name, array in given.items():
-        if array is not None and (array.dtype != torch.float32 or not array.is_contiguous()):
+        in_place = array is not None and parts is None and out is x and array is x and x.stride(-1) == 1
+        if array is not None and (array.dtype != torch.float32 or not (in_place or array.is_contiguous())):
             raise ValueError(
                 f"residual_norm wants contiguous f32 tensors, got {name} {array.dtype} with strides {array.stride()}"
             )
     fits = x.ndim == 2 and 1 <= x.shape[1] <= MOST_COLUMNS and (out is None or out.shape == x.shape)
     fits = fits and all(p is None or p.shape == x.shape[1:] for p in (weight, bias))
     fits = fits and (parts is None or (parts.ndim == 3 and parts.shape[1:] == x.shape))
-    if not fits or (out is None and parts is None) or (out is not None and weight is None):
+    if not fits or (out is None and parts is None) or (weight is None and bias is not None):
         shapes = ", ".join(f"{name} {None if a is None else tuple(a.shape)}" for name, a in given.items())
         raise ValueError(f"residual_norm arguments do not fit: {shapes}; at most {MOST_COLUMNS} columns")

@@ -1,4 +1,4 @@
-"""RoPE of queries and keys, with QK RMSNorm before it, and keys and values written to the KV cache.
+"""RoPE of queries and keys, with their norms before it, and keys and values written to the KV cache.
 
 With a, b the first and second half of a head and c, s the cosines and sines of the token's position, rotated is
 
@@ -26,6 +26,13 @@ def _weight(q_norm, k_norm, at, mask, is_query, is_key):  # type: ignore[no-unty
 
 
 @triton.jit
+def _bias(q_bias, k_bias, at, mask, is_query, is_key):  # type: ignore[no-untyped-def]
+    """The norm's biases of this head; 0 for a value."""
+    of_query = tl.load(q_bias + at, mask=mask & is_query, other=0.0)
+    return of_query + tl.load(k_bias + at, mask=mask & is_key, other=0.0)
+
+
+@triton.jit
 def _kept(x, cache):  # type: ignore[no-untyped-def]
     """x in the cache's type; f16 ends at 65504, beyond which it would be infinite."""
     if cache.dtype.element_ty == tl.float16:
@@ -40,6 +47,8 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     sin,
     q_norm,
     k_norm,
+    q_bias,
+    k_bias,
     eps,
     positions,
     table,
@@ -51,6 +60,7 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     BLOCK_SIZE: tl.constexpr,
     ROTATED: tl.constexpr,
     NORMED: tl.constexpr,
+    LAYER: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -67,11 +77,18 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     b = tl.load(x + HALF + j, mask=in_b, other=0.0)
     position = tl.load(positions + t)
     block = tl.load(table + t * table_stride + position // BLOCK_SIZE).to(tl.int64)
+    if LAYER:
+        mean = (tl.sum(a, axis=0) + tl.sum(b, axis=0)) / HEAD_DIM
+        mean = tl.where(is_value, 0.0, mean)
+        a, b = tl.where(in_a, a - mean, 0.0), tl.where(in_b, b - mean, 0.0)
     if NORMED:
         squares = tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)
         scale = tl.where(is_value, 1.0, 1.0 / tl.sqrt(squares / HEAD_DIM + eps))
         a = a * scale * _weight(q_norm, k_norm, j, in_a, is_query, is_key)
         b = b * scale * _weight(q_norm, k_norm, HALF + j, in_b, is_query, is_key)
+    if LAYER:
+        a += _bias(q_bias, k_bias, j, in_a, is_query, is_key)
+        b += _bias(q_bias, k_bias, HALF + j, in_b, is_query, is_key)
     if ROTATED:  # by no angle where it is a value
         turned = in_a & (is_query | is_key)
         c = tl.load(cos + position * HALF + j, mask=turned, other=1.0)
@@ -96,17 +113,19 @@ def rope(
     table: torch.Tensor,
     cache: torch.Tensor,
     n_heads: int,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> None:
     """Rotate the queries in `qkv` in place, and write rotated keys and plain values of each token to the cache.
 
     qkv: [t, (n_heads + 2 * n_kv_heads) * head_dim] f32, heads of q, then k, then v; keys in it stay as they are. cos,
     sin: [capacity, head_dim / 2] f32, or None for a model without RoPE. q_norm, k_norm: weights [head_dim] f32 of an
-    RMSNorm before it with `eps`, or None. positions: [t] int32, each within `table` (not checked: it is device memory).
-    table: [t, max_blocks] int32 ids of a token's blocks in order; the row stride may be 0. cache: [blocks, 2,
-    n_kv_heads, block_size, head_dim] f32, f16 or bf16, keys at 0 and values at 1. Raises `ValueError` when shapes,
-    types or strides do not fit.
+    RMSNorm before it with `eps`, or None; q_bias, k_bias: [head_dim] f32 where that is a LayerNorm. positions: [t]
+    int32, each within `table` (not checked: it is device memory). table: [t, max_blocks] int32 ids of a token's blocks
+    in order; the row stride may be 0. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, keys at 0
+    and values at 1. Raises `ValueError` when shapes, types or strides do not fit.
     """
-    _check(qkv, cos, sin, q_norm, k_norm, positions, table, cache, n_heads)
+    _check(qkv, cos, sin, (q_norm, k_norm, q_bias, k_bias), positions, table, cache, n_heads)
     kv_heads, block_size, head_dim = cache.shape[2:]
     _rope_kernel[(qkv.shape[0], n_heads + 2 * kv_heads)](
         qkv,
@@ -114,6 +133,8 @@ def rope(
         sin,
         q_norm,
         k_norm,
+        q_bias,
+        k_bias,
         float(eps),
         positions,
         table,
@@ -125,6 +146,7 @@ def rope(
         BLOCK_SIZE=block_size,
         ROTATED=cos is not None,
         NORMED=q_norm is not None,
+        LAYER=q_bias is not None,
         PADDED_HALF=triton.next_power_of_2(-(-head_dim // 2)),
         **options(1),
     )
@@ -141,14 +163,20 @@ def rope_ref(
     table: torch.Tensor,
     cache: torch.Tensor,
     n_heads: int,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> None:
     """`rope` in torch, in f64."""
     kv_heads, block_size, head_dim = cache.shape[2:]
     for t, position in enumerate(positions.tolist()):
         heads = qkv[t].double().view(-1, head_dim)
         q, k, v = heads.split([n_heads, kv_heads, kv_heads])
+        if q_bias is not None:
+            q, k = (x - x.mean(-1, keepdim=True) for x in (q, k))
         if q_norm is not None and k_norm is not None:
             q, k = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * w for x, w in ((q, q_norm), (k, k_norm)))
+        if q_bias is not None and k_bias is not None:
+            q, k = q + q_bias, k + k_bias
         if cos is not None and sin is not None:
             q, k = (_rotated(x, cos[position].double(), sin[position].double()) for x in (q, k))
         qkv[t, : n_heads * head_dim] = q.flatten()
@@ -165,14 +193,13 @@ def _check(
     qkv: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
-    q_norm: torch.Tensor | None,
-    k_norm: torch.Tensor | None,
+    norms: tuple[torch.Tensor | None, ...],
     positions: torch.Tensor,
     table: torch.Tensor,
     cache: torch.Tensor,
     n_heads: int,
 ) -> None:
-    floats = [a for a in (qkv, cos, sin, q_norm, k_norm) if a is not None]
+    floats = [a for a in (qkv, cos, sin, *norms) if a is not None]
     if any(a.dtype != torch.float32 or not a.is_contiguous() for a in floats):
         raise ValueError(f"rope wants contiguous f32 tensors, got {', '.join(str(a.dtype) for a in floats)}")
     if cache.ndim != 5 or cache.shape[1] != 2 or cache.dtype not in CACHE_TYPES or not cache.is_contiguous():
@@ -182,13 +209,14 @@ def _check(
         )
     tokens, head_dim = qkv.shape[0], cache.shape[4]
     fits = qkv.ndim == 2 and n_heads >= 1 and qkv.shape[1] == (n_heads + 2 * cache.shape[2]) * head_dim
-    fits = fits and all(norm is None or norm.shape == (head_dim,) for norm in (q_norm, k_norm))
-    fits = fits and (q_norm is None) == (k_norm is None) and (cos is None) == (sin is None)
+    fits = fits and all(norm is None or norm.shape == (head_dim,) for norm in norms)
+    q_norm, k_norm, q_bias, k_bias = (norm is not None for norm in norms)
+    fits = fits and q_norm == k_norm and q_bias == k_bias <= q_norm and (cos is None) == (sin is None)
     if cos is not None and sin is not None:
         fits = fits and cos.ndim == 2 and cos.shape == sin.shape and 2 * cos.shape[1] == head_dim
     if not fits:
-        shapes = ", ".join(str(None if a is None else tuple(a.shape)) for a in (qkv, cos, sin, q_norm, k_norm, cache))
-        raise ValueError(f"rope shapes do not fit {n_heads} heads: qkv, cos, sin, q_norm, k_norm, cache are {shapes}")
+        shapes = ", ".join(str(None if a is None else tuple(a.shape)) for a in (qkv, cos, sin, *norms, cache))
+        raise ValueError(f"rope shapes do not fit {n_heads} heads: qkv, cos, sin, norms of q, k, cache are {shapes}")
     check_places("rope", tokens, positions, table)
 
 

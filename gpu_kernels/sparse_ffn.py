@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from cpu_kernels.contract import ACTIVATION_CODES, GROUP, MAX_BATCH
-from gpu_kernels.activations import activate, activate_ref
+from cpu_kernels.contract import GROUP, MAX_BATCH, activation_word
+from gpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
@@ -67,8 +67,7 @@ class DeviceFFNView:
     activation: str
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATION_CODES:
-            raise ValueError(f"unknown activation {self.activation!r}, known are {', '.join(ACTIVATION_CODES)}")
+        activation_word(self.activation)
         for name, part in (("gate", self.gate), ("down", self.down)):
             if part is not None and (part.shape != self.up.shape or part.kind != self.up.kind):
                 raise ValueError(f"{name} is {part.shape} of {part.kind}, up {self.up.shape} of {self.up.kind}")
@@ -140,7 +139,7 @@ def _gate_and_up(  # type: ignore[no-untyped-def]
                     value = second[t]
                     if up_bias is not None:
                         value += tl.load(up_bias + rows, mask=live, other=0.0)
-                    tl.store(hidden + t * capacity + at, first[t] * value, mask=live)
+                    tl.store(hidden + t * capacity + at, first[t] * activate_up(ACTIVATION, value), mask=live)
             else:
                 for t in tl.static_range(T):
                     tl.store(hidden + t * capacity + at, first[t], mask=live)
@@ -205,7 +204,7 @@ def sparse_ffn(
     _gate_and_up[(min(triton.cdiv(capacity, first.rows), PROGRAMS),)](
         gate, ffn.up.rows, ffn.gate_bias, ffn.up_bias, x, x.stride(0), ids, count, masks, hidden, capacity,
         KIND=kind, K=d, T=tokens, R=first.rows, C=first.columns(kind, d),
-        ACTIVATION=ACTIVATION_CODES[ffn.activation], SKIP=skip, EAGER=eager, **options(first.warps),
+        ACTIVATION=activation_word(ffn.activation), SKIP=skip, EAGER=eager, **options(first.warps),
     )  # fmt: skip
     # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
     together = min(tokens, 4) if kind == "int4" else tokens
@@ -266,7 +265,8 @@ def sparse_ffn_ref(
     if ffn.gate is None:
         found = activate_ref(ffn.activation, project(ffn.up, ffn.up_bias))
     else:
-        found = activate_ref(ffn.activation, project(ffn.gate, ffn.gate_bias)) * project(ffn.up, ffn.up_bias)
+        found = activate_ref(ffn.activation, project(ffn.gate, ffn.gate_bias))
+        found = found * activate_up_ref(ffn.activation, project(ffn.up, ffn.up_bias))
     if masks is not None:
         tokens = torch.arange(x.shape[0], device=x.device)[:, None]
         found = found * ((masks[: len(rows)] >> tokens) & 1)

@@ -85,6 +85,8 @@ class Workspace:
         vectors = {
             "x": spec.d_model,
             "normed": spec.d_model,
+            "ahead": spec.d_model * spec.parallel,
+            "added": 2 * spec.d_model * (spec.norms != "before"),
             "qkv": queries + both,
             "attended": queries,
             "predictor hidden": self.rank,
@@ -114,7 +116,7 @@ class Workspace:
     @property
     def norms(self) -> int:
         """The norm that each layer begins with, wherever that is, and the final norm: what follows an FFN's sum."""
-        return (self.spec.n_layers + 1) * self.norm_bytes
+        return (1 if self.spec.norms == "after" else self.spec.n_layers + 1) * self.norm_bytes
 
     @property
     def norm_bytes(self) -> int:
@@ -123,8 +125,9 @@ class Workspace:
 
     @property
     def rope(self) -> int:
-        """Cosines and sines f32 [context, head_dim / 2]."""
-        return 2 * aligned(4 * self.context * -(-self.spec.head_dim // 2)) if self.spec.rope else 0
+        """Cosines and sines f32 [context, head_dim / 2] of each RoPE."""
+        ropes = (self.spec.rope is not None) + (self.spec.other_rope is not None)
+        return 2 * ropes * aligned(4 * self.context * -(-self.spec.head_dim // 2))
 
     @property
     def prefill(self) -> dict[str, int]:
@@ -139,6 +142,8 @@ class Workspace:
         return {
             "x": aligned(4 * chunk * spec.d_model),
             "normed": aligned(4 * chunk * spec.d_model),
+            "ahead": aligned(4 * chunk * spec.d_model * spec.parallel),
+            "added": aligned(4 * chunk * spec.d_model * (spec.norms != "before")),
             "positions": aligned(4 * chunk),
             "qkv": aligned(4 * wide * (queries + both)),
             "attended": aligned(4 * wide * queries),
@@ -191,9 +196,9 @@ def neurons_bytes(spec: ModelSpec, count: Bytes) -> Bytes:
 def layer_bytes(spec: ModelSpec) -> int:
     """Bytes of a layer's dense tensors on the GPU: projections as they are stored, the FFN's norm and biases f32."""
     d, queries, both = spec.d_model, spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-    vectors = [d] * (1 if spec.norm == "rms" else 2)
+    vectors = [d] * (1 if spec.norm == "rms" else 2) * {"before": 1, "after": 2, "both": 3}[spec.norms]
     vectors += [queries + both] * spec.qkv_bias + [d] * spec.out_bias + [d] * spec.ffn_bias
-    vectors += [spec.head_dim] * (2 * spec.qk_norm)
+    vectors += [spec.q_norm_size, spec.k_norm_size] * (2 if spec.qk_norm == "head layer" else 1)
     matrices = aligned((queries + both) * spec.row_bytes(d)) + aligned(d * spec.row_bytes(queries))
     return matrices + sum(aligned(4 * width) for width in vectors)
 

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch.nn.functional import linear
 
+from cpu_kernels.activations import activate_ref, activate_up_ref
 from profiler.common.errors import CorpusError, InputError
+from profiler.common.spec import fires_sparsely
 
 MIN_TOKENS = 256  # below this a layer's second moments say nothing about it
 VALIDATION_SHARE = 0.125
@@ -21,8 +23,8 @@ BATCH = 512
 class FFNWeights:
     """One layer's FFN, neuron-major: gate [f, d] or None, up [f, d], down [f, d] (transposed), biases [f] or None.
 
-    A neuron fires when its gate (its up, where there is no gate) is positive. Raises `InputError` for an activation
-    that does not fire sparsely.
+    A neuron fires when the activation of its gate (its up, where there is no gate) is not 0, and with dReLU up's is not
+    either. Raises `InputError` for an activation that does not fire sparsely.
     """
 
     gate: torch.Tensor | None
@@ -33,8 +35,8 @@ class FFNWeights:
     up_bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.activation not in ("relu", "relu2"):
-            raise InputError(f"activation {self.activation} fires densely; predictors need relu or relu2")
+        if not fires_sparsely(self.activation):
+            raise InputError(f"activation {self.activation} fires densely; predictors need a kind of ReLU")
 
     def float(self) -> FFNWeights:
         """The same weights in f32, sharing memory where they are already."""
@@ -65,10 +67,13 @@ class FFNWeights:
         The output mass of a neuron is |h_i| * ||down_i||, the length of what it adds to the layer's output.
         """
         z = linear(x, self.firing_weight, self.firing_bias)
-        fired = z > 0
-        mass = z.relu_() if self.activation == "relu" else z.relu_().square_()
+        mass = activate_ref(self.activation, z)
+        fired = mass != 0
         if self.gate is not None:
-            mass *= linear(x, self.up, self.up_bias).abs_()
+            up = activate_up_ref(self.activation, linear(x, self.up, self.up_bias))
+            if self.activation == "drelu":
+                fired &= up != 0
+            mass *= up.abs_()
         return fired, mass.mul_(self.down_norm)
 
 

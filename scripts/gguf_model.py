@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from hybrid.console import progress
 from hybrid.errors import HybridError, InputError
 from hybrid.model.loader import ModelFolder
-from hybrid.model.transformer import rope_frequencies
+from hybrid.model.rope import rope_frequencies
 from profiler.common.spec import ModelSpec, RopeSpec
 
 KINDS = ("f16", "f32", "q4_0")

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from cpu_kernels import barrier
 from cpu_kernels.attention import decode_attention, decode_attention_ref
 from cpu_kernels.compiled import kernel
-from cpu_kernels.contract import ACTIVATION_CODES
+from cpu_kernels.contract import activation_word
 from cpu_kernels.ffn_phases import FFNWeights
 from cpu_kernels.gemv import gemv_ref, gemv_shared
 from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref
-from cpu_kernels.rope import rope, rope_ref
+from cpu_kernels.rope import QKNorm, rope, rope_ref
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, _together, sparse_ffn_ref
 from cpu_kernels.top_k import top_k, top_k_ref
@@ -174,7 +174,7 @@ class SparseLayers:
 
     def run(self, pool: WorkerPool) -> None:
         """All layers of a pass in one call."""
-        s, code = self._scratch, ACTIVATION_CODES["relu"]
+        s, code = self._scratch, activation_word("relu")
         given = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.parts)
         own = (s.inputs, s.hidden, s.places, s.owns(1), *s.sums(s.parts))
         pool.run(_many_layers, pool.threads, pool.barrier, *given, *own, self.out, s.fired)
@@ -267,7 +267,7 @@ def small_cases(d: int, vocab: int = 32000, calls: int = 200) -> Iterator[Case]:
     x, weight, out = _vector(1, d), _vector(d), np.empty((1, d), np.float32)
     heads = max(1, d // HEAD_DIM)
     qkv, cache = _vector(3 * heads, HEAD_DIM), np.zeros((1, 2, heads, 256, HEAD_DIM), np.float32)
-    rotation, no_norm = (_vector(HEAD_DIM // 2), _vector(HEAD_DIM // 2)), (_NO_BIAS, _NO_BIAS, 1e-5)
+    rotation, no_norm = (_vector(HEAD_DIM // 2), _vector(HEAD_DIM // 2)), QKNorm(_NO_BIAS, _NO_BIAS, 1e-5)
     table, logits = np.zeros(1, np.int32), _vector(vocab)
     tx, tw, tl = map(torch.from_numpy, (x, weight, logits))
 

@@ -29,7 +29,7 @@ from torch.nn.functional import embedding_bag, linear, rms_norm, scaled_dot_prod
 
 from cpu_kernels.blocks import FORMATS
 from cpu_kernels.contract import BLOCK, LAYOUTS
-from hybrid.model.transformer import rope_frequencies
+from hybrid.model.rope import rope_frequencies
 from predictor.low_rank import LowRankPredictor
 from predictor.quality import Counts
 from profiler.common.errors import InputError

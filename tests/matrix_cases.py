@@ -12,6 +12,7 @@ from cpu_kernels.matrix import DType, Matrix
 DTYPES: tuple[DType, ...] = ("f32", "bf16", "f16", "int8", "int4")
 SHAPES = [(1, 1), (3, 17), (65, 17), (300, 384), (129, 1023), (129, 4095)]
 THREADS = (1, 2, 3, 7)
+ACTIVATIONS = ("relu", "relu2", "silu", "gelu", "gelu_tanh", "fatrelu_0.3", "drelu")
 
 _TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 

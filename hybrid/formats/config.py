@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid.errors import ModelError
-from hybrid.formats.families import FAMILIES, Family, Switch
+from hybrid.formats.families import FAMILIES, Family
+from hybrid.formats.fields import Fields
+from hybrid.formats.rope_config import rope_spec, without_rope
 from profiler.common.errors import shown
-from profiler.common.spec import Activation, ModelSpec, RopeSpec
+from profiler.common.spec import ModelSpec, RopeSpec
 
-ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, str] = {
     "relu": "relu",
     "relu2": "relu2",
     "silu": "silu",
@@ -24,6 +27,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "fatrelu": "fatrelu",
+    "drelu": "drelu",
 }
 # Known to leave the arithmetic of inference alone: bookkeeping, training-only settings, token ids, output options, and
 # settings of sampling, which transformers does not take from this file either.
@@ -53,12 +58,6 @@ _OF_OTHERS = {
     "layer_types",
 }  # fmt: skip
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-_MOST = 2**31 - 1  # of any size: kernels count in int32
 _MOST_LAYERS = 2**16
 _MOST_BYTES = 2**26  # of a JSON file; the largest index of shards known has 9 MB
 _MOST_NESTING = 64
@@ -92,32 +91,44 @@ def parse_config(
     field, or a field that would change the arithmetic in a way not known here.
     """
     notices = [] if notices is None else notices
-    family = _family(config, where)
-    fields = _Fields(config, where, family.fields)
+    name, family = _family(config, where)
+    fields = Fields(config, where, family.fields, family.defaults)
     heads, d_model = fields.size("num_attention_heads"), fields.size("hidden_size")
+    head_dim = fields.size("head_dim", family.head_dim or d_model // heads or 1)
     layers = fields.size("num_hidden_layers", most=_MOST_LAYERS)
-    window, sliding = _sliding(fields, family, layers)
+    without = without_rope(fields, family, layers)
+    window, sliding = _sliding(fields, family, layers, without)
+    scales = _scales(fields, family, d_model, head_dim)
+    rope, other = _ropes(fields, family, head_dim, scales.score, notices)
     spec = ModelSpec(
-        family=config["model_type"],
+        family=name,
         n_layers=layers,
         d_model=d_model,
-        d_ff=fields.size("intermediate_size"),
+        d_ff=fields.size("intermediate_size", family.ffn_multiple and family.ffn_multiple * d_model),
         n_heads=heads,
         n_kv_heads=_kv_heads(fields, family, heads),
-        head_dim=fields.size("head_dim", family.head_dim or d_model // heads),
+        head_dim=head_dim,
         vocab_size=fields.size("vocab_size"),
         max_context=fields.size("max_position_embeddings"),
-        activation=_activation(fields),
+        activation=_activation(fields, family),
         dtype="f32",
         fingerprint=fingerprint,
         gated=family.gated,
         norm=family.norm,
-        norm_eps=fields.number("rms_norm_eps", family.norm_eps),
-        rope=None if family.rope_theta is None else _rope(fields, family.rope_theta, notices),
+        norm_eps=fields.number("rms_norm_eps", family.norm_eps) * scales.eps,
+        rope=rope,
+        other_rope=other,
+        other_rope_layers=() if other is None else without or sliding or (False,) * layers,
         qkv_bias=fields.switch(family.qkv_bias),
         out_bias=fields.switch(family.out_bias),
         ffn_bias=fields.switch(family.ffn_bias),
         qk_norm=family.qk_norm,
+        norms=family.norms,
+        parallel=family.parallel,
+        embedding_norm=family.embedding_norm,
+        embedding_scale=scales.embedding,
+        logit_scale=scales.logit,
+        logit_cap=_logit_cap(fields, family),
         tied=fields.flag("tie_word_embeddings", family.tied),
         sliding_window=window,
         sliding_layers=sliding,
@@ -130,61 +141,50 @@ def parse_config(
     return spec
 
 
-class _Fields:
-    """The fields of a JSON object, checked as they are asked for; null is as if missing. It knows which were not.
+class _Scales(NamedTuple):
+    """Factors of the embedded tokens, of norms' eps, of attention's scores and of the logits."""
 
-    names: the object's own names for some fields; None for those that count as missing there.
-    """
+    embedding: float = 1.0
+    eps: float = 1.0
+    score: float = 1.0
+    logit: float = 1.0
 
-    def __init__(self, values: Mapping[str, Any], where: str, names: Mapping[str, str | None] | None = None) -> None:
-        self.where, self._values, self._names = where, values, names or {}
-        self._asked = {"model_type"}
 
-    def name(self, field: str) -> str:
-        """What the object calls `field`."""
-        return self._names.get(field, field) or field
+def _scales(fields: Fields, family: Family, d_model: int, head_dim: int) -> _Scales:
+    if family.multipliers:
+        # The residual is kept in units of what is added to it: every norm of it gives the same with eps in such units.
+        unit, score = fields.number("residual_multiplier", 1.0), fields.number("attention_multiplier", 1.0)
+        embedding, logit = fields.number("embedding_multiplier", 1.0), fields.number("logits_scaling", 1.0)
+        return _Scales(embedding / unit, unit**-2, score * head_dim**0.5, 1 / logit)
+    embedding = d_model**0.5 if family.scaled_embedding else 1.0
+    if family.score_width is None:
+        return _Scales(embedding)
+    return _Scales(embedding, score=(head_dim / fields.number("query_pre_attn_scalar", family.score_width)) ** 0.5)
 
-    def get(self, field: str, default: Any = None) -> Any:
-        name = self._names.get(field, field)
-        if name is None:
-            return default
-        self._asked.add(name)
-        value = self._values.get(name)
-        return default if value is None else value
 
-    def has(self, field: str) -> bool:
-        """Whether the field is there, though it be null."""
-        return self._names.get(field, field) in self._values
+def _ropes(
+    fields: Fields, family: Family, head_dim: int, score_scale: float, notices: list[str]
+) -> tuple[RopeSpec | None, RopeSpec | None]:
+    """That of most layers, and that of the others: layers without RoPE, or those with a window."""
+    if family.rope_theta is None:
+        return None, None
+    rope = replace(rope_spec(fields, family, head_dim, notices), score_scale=score_scale)
+    if family.no_rope_every is not None:
+        return rope, RopeSpec(kind="none", score_scale=score_scale)
+    if family.local_rope_theta is None:
+        return rope, None
+    return rope, replace(rope_spec(fields, family, head_dim, notices, local=True), score_scale=score_scale)
 
-    def size(self, field: str, default: int | None = None, most: int = _MOST) -> int:
-        value = self.get(field, default)
-        if value is None:
-            raise ModelError(f"{self.where} has no field '{self.name(field)}'; the model cannot be built without it")
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise self.wrong(field, value, f"a whole number of at least 1 and at most {most}")
-        return value
 
-    def number(self, field: str, default: float, least: float = 1e-30) -> float:
-        value = self.get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= 1e30:
-            raise self.wrong(field, str(value), f"a number of at least {least:g}, at most 1e+30")
-        return value
-
-    def flag(self, field: str, default: bool) -> bool:
-        value = self.get(field, default)
-        if not isinstance(value, bool):
-            raise self.wrong(field, str(value), "true or false")
-        return value
-
-    def switch(self, rule: Switch | bool) -> bool:
-        return rule if isinstance(rule, bool) else self.flag(rule.field, rule.default)
-
-    def wrong(self, field: str, value: object, expected: str) -> ModelError:
-        return ModelError(f"{self.where}: '{self.name(field)}' is {shown(value)}, expected {expected}")
-
-    def rest(self) -> dict[str, Any]:
-        """The fields that were never asked for."""
-        return {name: value for name, value in self._values.items() if name not in self._asked}
+def _logit_cap(fields: Fields, family: Family) -> float | None:
+    if family.capped is None:
+        return None
+    if fields.has("final_logit_softcapping") and fields.get("final_logit_softcapping") is None:
+        return None
+    (default,) = family.capped
+    if default is None and fields.get("final_logit_softcapping") is None:
+        return None
+    return fields.number("final_logit_softcapping", default or 0.0)
 
 
 def _nests_deeper(value: object, levels: int) -> bool:
@@ -194,34 +194,52 @@ def _nests_deeper(value: object, levels: int) -> bool:
     return not levels or any(_nests_deeper(each, levels - 1) for each in inner)
 
 
-def _family(config: Mapping[str, Any], where: str) -> Family:
+def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
+    """The name and row of the family. Raises `ModelError` for one that is not known."""
     name = config.get("model_type")
+    known = ", ".join(name for name in FAMILIES if " " not in name)
     if name is None:
-        raise ModelError(f"{where} has no field 'model_type'; expected one of {', '.join(FAMILIES)}")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(f"{where}: unknown architecture {shown(name)}; known are {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+        raise ModelError(f"{where} has no field 'model_type'; expected one of {known}")
+    if not isinstance(name, str) or name not in FAMILIES or " " in name:
+        raise ModelError(f"{where}: unknown architecture {shown(name)}; known are {known}")
+    found = None
+    while found != name:
+        found = name
+        for field, value, variant in FAMILIES[found].variants:
+            if config.get(field) == value:
+                name = variant
+    return name, FAMILIES[name]
 
 
-def _kv_heads(fields: _Fields, family: Family, heads: int) -> int:
+def _kv_heads(fields: Fields, family: Family, heads: int) -> int:
     """As many as heads where the field is null, or missing in a family whose default does not divide them."""
     fits = family.kv_heads and heads % family.kv_heads == 0 and not fields.has("num_key_value_heads")
     return fields.size("num_key_value_heads", family.kv_heads if fits else heads)
 
 
-def _activation(fields: _Fields) -> Activation:
+def _activation(fields: Fields, family: Family) -> str:
     name = fields.get("hidden_act")
+    if family.activation is not None:
+        return family.activation
     if name is None:
         raise ModelError(
             f"{fields.where} has no field '{fields.name('hidden_act')}'; expected one of {', '.join(ACTIVATIONS)}"
         )
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ModelError(f"{fields.where}: unknown activation {shown(name)}; known are {', '.join(ACTIVATIONS)}")
+    if name == "relu":
+        return family.of_relu
+    if name == "fatrelu":
+        return f"fatrelu_{fields.number('hidden_act_param', 0.0, least=0.0)!r}"
+    if name == "drelu" and not family.gated:
+        raise ModelError(f"{fields.where}: drelu is of gate and up, and a {fields.get('model_type')} model has no gate")
     return ACTIVATIONS[name]
 
 
-def _check_others(fields: _Fields, family: Family, notices: list[str]) -> None:
+def _check_others(fields: Fields, family: Family, notices: list[str]) -> None:
     """Raise for a field that may change the arithmetic; `notices` get those that this family does not read."""
+    for name in family.ignored:
+        fields.get(name)
     for name, value in family.only.items():
         if fields.get(name, value) != value:
             raise ModelError(f"{fields.where}: '{name}' is {shown(fields.get(name))}; only {value!r} is supported")
@@ -241,34 +259,10 @@ def _check_others(fields: _Fields, family: Family, notices: list[str]) -> None:
         notices.append(f"config.json's '{name}' ({shown(value)}) has no part in a {kind} model and is ignored")
 
 
-def _rope(fields: _Fields, theta: float, notices: list[str]) -> RopeSpec:
-    """By transformers' rules: `rope_scaling` goes before `rope_parameters`, a base inside before one beside it."""
-    older, newer = fields.get("rope_scaling"), fields.get("rope_parameters")
-    scaling = older or newer or {}
-    if not isinstance(scaling, dict):
-        raise ModelError(f"{fields.where}: RoPE scaling is {shown(scaling)}, expected an object")
-    if older and newer and older != newer:
-        notices.append("config.json has 'rope_scaling' and 'rope_parameters': the former is used, the latter ignored")
-    theta = fields.number("rope_theta", theta)
-    inner = _Fields(scaling, fields.where)
-    theta, kind = inner.number("rope_theta", theta), inner.get("rope_type", inner.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ModelError(f"{fields.where}: unknown RoPE type {shown(kind)}; known are {', '.join(_ROPE_FIELDS)}")
-    needed = _ROPE_FIELDS[kind]
-    for name in needed:
-        if inner.get(name) is None:
-            raise ModelError(f"{fields.where}: RoPE type '{kind}' has no field '{name}'")
-    numbers = [inner.number(name, 1.0) for name in needed]
-    unknown = sorted(name for name, value in inner.rest().items() if name != "type" and value not in (None, 1.0))
-    if unknown:
-        raise ModelError(f"{fields.where}: RoPE field {shown(unknown[0])} is not known for type '{kind}'")
-    if kind == "default":
-        return RopeSpec(theta)
-    return RopeSpec(theta, "linear", *numbers) if kind == "linear" else RopeSpec(theta, "llama3", *numbers)  # type: ignore[arg-type]
-
-
-def _sliding(fields: _Fields, family: Family, layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The window and, per layer, whether it applies; neither where no layer has one."""
+def _sliding(
+    fields: Fields, family: Family, layers: int, without: tuple[bool, ...]
+) -> tuple[int | None, tuple[bool, ...]]:
+    """The window and, per layer, whether it applies; neither where no layer has one. without: layers without RoPE."""
     rule = family.window
     if rule is None:
         return None, ()
@@ -278,7 +272,12 @@ def _sliding(fields: _Fields, family: Family, layers: int) -> tuple[int | None, 
         size = None
     first = 0 if rule.first_layer is None else fields.number("max_window_layers", rule.first_layer, least=0)
     types = fields.get("layer_types")
-    if types is None:
+    every = None if rule.every is None else fields.size("sliding_window_pattern", rule.every)
+    if types is None and without:
+        sliding = without
+    elif types is None and every is not None:
+        sliding = tuple((layer + 1) % every != 0 for layer in range(layers))
+    elif types is None:
         sliding = tuple(layer >= first for layer in range(layers))
     elif isinstance(types, list) and len(types) == layers and all(kind in _LAYER_TYPES for kind in types):
         sliding = tuple(kind == "sliding_attention" for kind in types)

@@ -35,6 +35,7 @@ from cpu_kernels.row_types import ROW_TYPES
 from hybrid.console import size
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats.config import parse_config, read_json
+from hybrid.formats.tensors import layer_shapes, outer_shapes
 from profiler.common.artifact import ArtifactFile, ArtifactHeader, open_artifact
 from profiler.common.spec import DType, ModelSpec
 from profiler.common.tensor_file import Entry, Place
@@ -97,20 +98,21 @@ def parts(spec: ModelSpec) -> Iterator[Part]:
     for layer in range(spec.n_layers):
         for part in _layer_parts(spec):
             yield replace(part, name=f"layers.{layer}.{part.name}")
-    yield from _norm(spec, "final_norm")
+    yield from _vectors(spec, "final_norm")
     if not spec.tied:
         yield Part("head", (spec.vocab_size, d), outer)
 
 
 def _layer_parts(spec: ModelSpec) -> Iterator[Part]:
     d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    yield from _norm(spec, "attention_norm")
+    for name in ("attention_norm", "attention_post_norm"):
+        yield from _vectors(spec, name)
     yield from _linear("qkv", (q + 2 * kv, d), spec.dtype, q + 2 * kv if spec.qkv_bias else 0)
-    if spec.qk_norm:
-        yield Part("q_norm", (spec.head_dim,), "f32")
-        yield Part("k_norm", (spec.head_dim,), "f32")
+    for name in ("q_norm", "k_norm"):
+        yield from _vectors(spec, name)
     yield from _linear("out", (d, q), spec.dtype, d if spec.out_bias else 0)
-    yield from _norm(spec, "ffn_norm")
+    for name in ("ffn_norm", "ffn_post_norm"):
+        yield from _vectors(spec, name)
     neurons = (spec.d_ff, d)
     if spec.gated:
         yield from _linear("gate", neurons, spec.dtype, spec.d_ff if spec.ffn_bias else 0)
@@ -124,10 +126,12 @@ def _linear(name: str, shape: tuple[int, int], dtype: DType, bias: int) -> Itera
         yield Part(f"{name}.bias", (bias,), "f32")
 
 
-def _norm(spec: ModelSpec, name: str) -> Iterator[Part]:
-    yield Part(f"{name}.weight", (spec.d_model,), "f32")
-    if spec.norm == "layer":
-        yield Part(f"{name}.bias", (spec.d_model,), "f32")
+def _vectors(spec: ModelSpec, norm: str) -> Iterator[Part]:
+    """Weight and bias of a norm, as far as the model has them."""
+    shapes = outer_shapes(spec) | layer_shapes(spec)
+    for kind in ("weight", "bias"):
+        if f"{norm}.{kind}" in shapes:
+            yield Part(f"{norm}.{kind}", shapes[f"{norm}.{kind}"], "f32")
 
 
 def order_hash(order: np.ndarray) -> str:

@@ -1,13 +1,17 @@
-"""Which tensors a model's checkpoint must have, their names and shapes, and what may lie beside them."""
+"""Which tensors a model's checkpoint must have, where its parts lie in them, and what may lie beside them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
 
 from hybrid.errors import ModelError
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.families import FAMILIES
+from hybrid.formats.folds import Stored, in_turned_order, turned_order
 from profiler.common.errors import shown
 from profiler.common.spec import ModelSpec
 
@@ -35,14 +39,16 @@ _LAST_REMEDY = (
 
 
 class TensorNames:
-    """A model's tensor names in a checkpoint, which lack the leading `model.` where it was saved without its head.
+    """A model's tensors in a checkpoint, whose names lack the leading word where it was saved without its head.
 
     Of a tied embedding and head either may be the one that was stored.
     """
 
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
-        self._tensors = FAMILIES[spec.family].tensors
-        self._prefixed = any(name.startswith("model.") for name in checkpoint.infos)
+        self._spec, self._family = spec, FAMILIES[spec.family]
+        self._tensors = self._family.tensors
+        self._prefix = self._tensors["embedding"].partition(".")[0] + "."
+        self._prefixed = any(name.startswith(self._prefix) for name in checkpoint.infos)
         stored = {part for part in ("embedding", "head") if f"{self._plain(part)}.weight" in checkpoint.infos}
         self._embedding = "head" if spec.tied and stored == {"head"} else "embedding"
 
@@ -52,7 +58,31 @@ class TensorNames:
 
     def _plain(self, part: str, layer: int | None = None) -> str:
         name = self._tensors[part].format(layer)
-        return name if self._prefixed else name.removeprefix("model.")
+        return name if self._prefixed else name.removeprefix(self._prefix)
+
+    def stored(self, part: str, layer: int | None = None, kind: str = "weight") -> Stored | None:
+        """Where `part` lies; None for a norm without weights. Its shape is as in `outer_shapes` and `layer_shapes`."""
+        if part not in self._tensors:
+            return None
+        spec, name, shape = self._spec, f"{self.of(part, layer)}.{kind}", self._shapes[f"{part}.{kind}"]
+        is_norm = part.endswith("norm") and kind == "weight"
+        times = spec.logit_scale if part == "final_norm" else 1.0
+        plus = self._family.norm_plus * times if is_norm else 0.0
+        rows = None
+        if part in self._family.rows:
+            count, rows = self._family.rows[part](spec)
+            shape = (count, *shape[1:])
+        if part in ("q", "k", "q_norm", "k_norm") and self._turned is not None:
+            rows = in_turned_order(np.arange(shape[0]) if rows is None else rows, self._turned)
+        return Stored(name, shape, rows, times, plus)
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return outer_shapes(self._spec) | layer_shapes(self._spec)
+
+    @cached_property
+    def _turned(self) -> np.ndarray | None:
+        return turned_order(self._spec, self._family.sine_turned)
 
 
 def outer_shapes(spec: ModelSpec) -> Shapes:
@@ -67,7 +97,9 @@ def outer_shapes(spec: ModelSpec) -> Shapes:
 def layer_shapes(spec: ModelSpec) -> Shapes:
     """The shape of each tensor of a layer, by part and kind, such as `q.bias`; matrices are [outputs, inputs]."""
     d, q, kv = spec.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-    shapes = _norm(spec, "attention_norm") | _norm(spec, "ffn_norm")
+    shapes: Shapes = {}
+    for part in layer_norms(spec):
+        shapes |= _norm(spec, part)
     for part, rows, columns, bias in (
         ("q", q, d, spec.qkv_bias),
         ("k", kv, d, spec.qkv_bias),
@@ -78,9 +110,15 @@ def layer_shapes(spec: ModelSpec) -> Shapes:
         ("down", d, spec.d_ff, spec.ffn_bias),
     ):
         shapes |= {f"{part}.weight": (rows, columns)} | ({f"{part}.bias": (rows,)} if bias else {})
-    if spec.qk_norm:
-        shapes |= {"q_norm.weight": (spec.head_dim,), "k_norm.weight": (spec.head_dim,)}
+    for part, count in (("q_norm", spec.q_norm_size), ("k_norm", spec.k_norm_size)) if spec.qk_norm else ():
+        shapes |= {f"{part}.weight": (count,)} | ({f"{part}.bias": (count,)} if spec.qk_norm == "head layer" else {})
     return shapes
+
+
+def layer_norms(spec: ModelSpec) -> tuple[str, ...]:
+    """The norms of a layer before and after attention and FFN."""
+    before = ("attention_norm", "ffn_norm") if spec.norms != "after" else ()
+    return before + (("attention_post_norm", "ffn_post_norm") if spec.norms != "before" else ())
 
 
 def check_tensors(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> None:
@@ -90,9 +128,9 @@ def check_tensors(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -
     """
     names = TensorNames(spec, checkpoint)
     needed = set()
-    for name, shape in _all(spec, names):
-        checkpoint.info(name, shape)
-        needed.add(name)
+    for stored in _all(spec, names):
+        checkpoint.info(stored.name, stored.shape)
+        needed.add(stored.name)
     rest = sorted(checkpoint.infos.keys() - needed)
     if spec.tied:  # and the head stored again, the same
         rest = [name for name in rest if name != f"{names.of('head')}.weight"]
@@ -117,13 +155,11 @@ def _norm(spec: ModelSpec, part: str) -> Shapes:
     return {f"{part}.{kind}": (spec.d_model,) for kind in kinds}
 
 
-def _all(spec: ModelSpec, names: TensorNames) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each tensor that the model needs."""
-    for key, shape in outer_shapes(spec).items():
+def _all(spec: ModelSpec, names: TensorNames) -> Iterator[Stored]:
+    """Each tensor that the model needs; one that is several parts comes several times."""
+    keys = [(None, key) for key in outer_shapes(spec)]
+    keys += [(layer, key) for layer in range(spec.n_layers) for key in layer_shapes(spec)]  # type: ignore[misc]
+    for layer, key in keys:
         part, _, kind = key.partition(".")
-        yield f"{names.of(part)}.{kind}", shape
-    shapes = layer_shapes(spec)
-    for layer in range(spec.n_layers):
-        for key, shape in shapes.items():
-            part, _, kind = key.partition(".")
-            yield f"{names.of(part, layer)}.{kind}", shape
+        if (stored := names.stored(part, layer, kind)) is not None:
+            yield stored

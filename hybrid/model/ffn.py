@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cpu_kernels.activations import activate_ref
+from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.contract import MAX_BATCH
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
@@ -83,8 +83,11 @@ class Activation(nn.Module):
         super().__init__()
         self.name = name
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return activate_ref(self.name, z)
+    def forward(self, z: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+        """The activation of gate, or of up where there is no gate: 0 where a neuron does not fire. Of dReLU its product
+        with that of `up`, where either may leave it idle."""
+        found = activate_ref(self.name, z)
+        return found if up is None else found * activate_up_ref(self.name, up)
 
 
 class HybridFFN(nn.Module):
@@ -164,7 +167,11 @@ class HybridFFN(nn.Module):
                 return nn.functional.linear(x, widened(weight, block, pool), None if bias is None else bias[block])
 
             up = project(m.up, m.up_bias)
-            hidden = self.act(up) if m.gate is None else self.act(project(m.gate, m.gate_bias)) * up
+            hidden = up if m.gate is None else project(m.gate, m.gate_bias)
+            if m.gate is not None and self.act.name == "drelu":
+                hidden = self.act(hidden, up)
+            else:
+                hidden = self.act(hidden) if m.gate is None else self.act(hidden) * up
             out += hidden @ widened(m.down, block, pool)
         return out
 

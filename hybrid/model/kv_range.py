@@ -39,15 +39,23 @@ def needs_wide_kv(spec: ModelSpec, reader: CheckpointReader) -> bool:
 
 def _layer_fits(spec: ModelSpec, reader: CheckpointReader, layer: int) -> bool:
     scale, shift = (reader.finite("attention_norm", layer, kind) for kind in ("weight", "bias"))
-    assert scale is not None
-    inputs, turned = _Inputs(scale, shift), math.sqrt(2) if spec.rope else 1.0
-    normed = reader.finite("k_norm", layer, "weight")
+    if scale is None:  # without a norm before them, what they can reach is not known
+        return False
+    inputs, turned = _Inputs(scale, shift), _turning(spec)
+    normed, offset = (reader.finite("k_norm", layer, kind) for kind in ("weight", "bias"))
     if normed is None:
         keys_fit = _fits(spec, reader, layer, "k", inputs, turned)
     else:
-        sizes = normed.abs()
-        keys_fit = _holds(turned * math.sqrt(spec.head_dim) * float(sizes.max()), sizes.amax(0, keepdim=True))
+        sizes, most = normed.abs(), 0.0 if offset is None else float(offset.abs().max())
+        most += math.sqrt(len(normed)) * float(sizes.max())
+        keys_fit = _holds(turned * most, turned * sizes.amax(0, keepdim=True))
     return keys_fit and _fits(spec, reader, layer, "v", inputs, 1.0)
+
+
+def _turning(spec: ModelSpec) -> float:
+    """By how much RoPE may lengthen an element of a key."""
+    ropes = [rope for rope in (spec.rope, spec.other_rope) if rope is not None]
+    return max((math.sqrt(2 * rope.score_scale) * rope.scale for rope in ropes), default=1.0)
 
 
 def _fits(

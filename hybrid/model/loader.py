@@ -20,7 +20,7 @@ from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.kv_range import needs_wide_kv
 from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
-from hybrid.model.transformer import Attention, Block, Linear, Transformer
+from hybrid.model.transformer import Attention, Block, LayerNorms, Linear, Transformer
 from placement.placement import Placement
 from predictor.bank import PredictorBank
 from profiler.common.spec import DType, ModelSpec
@@ -109,6 +109,7 @@ class ModelFolder:
         for block, predictor in zip(blocks, mapped, strict=False):
             block.ffn.set_predictor(predictor)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
+        assert norm is not None
         head = embedding if self.spec.tied else reader.head()
         return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
 
@@ -123,7 +124,8 @@ class ModelFolder:
             predictor = predictor.reordered(order) if predictor is not None else None
         ffn = HybridFFN(reader.ffn(layer), self.spec.activation, hot, predictor, runtime)
         attention = Attention(self.spec, layer, *reader.attention(layer))
-        return Block(reader.norm("attention_norm", layer), attention, reader.norm("ffn_norm", layer), ffn)
+        names = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")
+        return Block(LayerNorms(*(reader.norm(name, layer) for name in names)), attention, ffn, self.spec.parallel)
 
 
 def _is_tied(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> bool:

@@ -28,7 +28,7 @@ class Reader(Protocol):
 
     def attention(self, layer: int) -> AttentionParts: ...
 
-    def norm(self, part: str, layer: int | None = None) -> Norm: ...
+    def norm(self, part: str, layer: int | None = None) -> Norm | None: ...
 
     def embedding(self) -> Matrix: ...
 
@@ -58,14 +58,15 @@ class CheckpointReader:
         self._shapes = outer_shapes(spec) | layer_shapes(spec)
 
     def tensor(self, part: str, layer: int | None = None, kind: str = "weight") -> torch.Tensor:
-        return self._checkpoint.tensor(*self._place(part, layer, kind))
+        stored = self._names.stored(part, layer, kind)
+        if stored is None:  # a norm without weights
+            return torch.full(self._shapes[f"{part}.{kind}"], self._spec.logit_scale if part == "final_norm" else 1.0)
+        return stored.of(self._checkpoint.tensor(stored.name, stored.shape))
 
     def largest(self, part: str, layer: int | None = None, kind: str = "weight") -> float:
-        """The largest magnitude in a tensor. Raises `ModelError` for infinite numbers or NaN."""
-        return self._checkpoint.largest(*self._place(part, layer, kind))
-
-    def _place(self, part: str, layer: int | None, kind: str) -> tuple[str, tuple[int, ...]]:
-        return f"{self._names.of(part, layer)}.{kind}", self._shapes[f"{part}.{kind}"]
+        """The largest magnitude in the tensor where a part lies. Raises `ModelError` for infinite numbers or NaN."""
+        stored = self._names.stored(part, layer, kind)
+        return 1.0 if stored is None else self._checkpoint.largest(stored.name, stored.shape)
 
     def vector(self, part: str, layer: int | None = None, kind: str = "bias") -> torch.Tensor | None:
         """A bias, or the weights of a norm; None where the model has none."""
@@ -78,8 +79,10 @@ class CheckpointReader:
             self.largest(part, layer, kind)
         return None if found is None else found.float()
 
-    def norm(self, part: str, layer: int | None = None) -> Norm:
-        return Norm(self.tensor(part, layer), self.vector(part, layer), self._spec.norm_eps)
+    def norm(self, part: str, layer: int | None = None) -> Norm | None:
+        """The norm `part`; None where the model has none."""
+        weight = self.vector(part, layer, "weight")
+        return None if weight is None else Norm(weight, self.vector(part, layer), self._spec.norm_eps)
 
     def qkv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows and bias of q, k and v, one after another."""
@@ -158,12 +161,9 @@ class MatrixReader:
         for weight, bias in (self._source.qkv(layer), self._source.out(layer)):
             matrix = Matrix.of(weight.float() if self._mixed_attention else weight)
             linears.append(Linear(matrix, bias, self._runtime))
-        norms: list[Norm | None] = [None, None]
-        if self._spec.qk_norm:
-            norms = [self._source.norm(part, layer) for part in ("q_norm", "k_norm")]
-        return (linears[0], linears[1], norms[0], norms[1])
+        return (linears[0], linears[1], self._source.norm("q_norm", layer), self._source.norm("k_norm", layer))
 
-    def norm(self, part: str, layer: int | None = None) -> Norm:
+    def norm(self, part: str, layer: int | None = None) -> Norm | None:
         return self._source.norm(part, layer)
 
     def embedding(self) -> Matrix:
@@ -181,6 +181,7 @@ class PackedReader:
 
     def __init__(self, packed: PackedModel, runtime: FFNRuntime) -> None:
         self._packed, self._spec, self._runtime = packed, packed.spec, runtime
+        self._shapes = outer_shapes(packed.spec) | layer_shapes(packed.spec)
 
     def ffn(self, layer: int) -> FFNMatrices:
         spec, at = self._spec, f"layers.{layer}"
@@ -202,18 +203,18 @@ class PackedReader:
         q, kv = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
         qkv = self._linear(f"{at}.qkv", (q + 2 * kv, spec.d_model), spec.qkv_bias)
         out = self._linear(f"{at}.out", (spec.d_model, q), spec.out_bias)
-        if not spec.qk_norm:
-            return qkv, out, None, None
-        q_norm, k_norm = (
-            Norm(self._vector(f"{at}.{name}", spec.head_dim), None, spec.norm_eps) for name in ("q_norm", "k_norm")
-        )
-        return qkv, out, q_norm, k_norm
+        return qkv, out, self.norm("q_norm", layer), self.norm("k_norm", layer)
 
-    def norm(self, part: str, layer: int | None = None) -> Norm:
+    def norm(self, part: str, layer: int | None = None) -> Norm | None:
         name = part if layer is None else f"layers.{layer}.{part}"
-        d, layered = self._spec.d_model, self._spec.norm == "layer"
-        bias = self._vector(f"{name}.bias", d) if layered else None
-        return Norm(self._vector(f"{name}.weight", d), bias, self._spec.norm_eps)
+        if f"{part}.weight" not in self._shapes:
+            return None
+        weight, bias = (
+            self._vector(f"{name}.{kind}", *shape) if (shape := self._shapes.get(f"{part}.{kind}")) else None
+            for kind in ("weight", "bias")
+        )
+        assert weight is not None
+        return Norm(weight, bias, self._spec.norm_eps)
 
     def embedding(self) -> Matrix:
         return self._packed.matrix("embedding", self._spec.vocab_size, self._spec.d_model)

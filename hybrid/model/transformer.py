@@ -9,8 +9,9 @@ numbers as f32 arithmetic on the same weights. A sequence is [tokens, d_model]; 
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +20,8 @@ from cpu_kernels.matrix import Matrix
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.gemm import linear, linear_few, widened
 from hybrid.model.kv_cache import KVCache
-from profiler.common.spec import ModelSpec, RopeSpec
+from hybrid.model.rope import Rotation, rotation, step_rotation
+from profiler.common.spec import ModelSpec
 
 OPT_POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
 
@@ -51,24 +53,11 @@ class Norm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def rope_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Angles per position of each rotated pair, [head_dim / 2] f32, with the scaling that `rope` names."""
-    base = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    if rope.kind == "plain":
-        return base
-    if rope.kind == "linear":
-        return base / rope.factor
-    # Llama 3: long wavelengths are divided by the factor, short ones kept, those between blended.
-    wavelength = 2 * math.pi / base
-    low, high = rope.original_context / rope.low_freq_factor, rope.original_context / rope.high_freq_factor
-    blend = (rope.original_context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blended = (1 - blend) * base / rope.factor + blend * base
-    scaled = torch.where(wavelength > low, base / rope.factor, base)
-    return torch.where((wavelength <= low) & (wavelength >= high), blended, scaled)
-
-
 class Attention(nn.Module):
-    """Grouped-query attention with optional biases, QK norm, RoPE and sliding window."""
+    """Grouped-query attention with optional biases, norms of q and k, RoPE and sliding window.
+
+    rope: which of the model's rotations it takes.
+    """
 
     def __init__(
         self, spec: ModelSpec, layer: int, qkv: Linear, out: Linear, q_norm: Norm | None, k_norm: Norm | None
@@ -77,18 +66,17 @@ class Attention(nn.Module):
         self.qkv, self.out, self.q_norm, self.k_norm = qkv, out, q_norm, k_norm
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, spec.n_heads, spec.n_kv_heads, spec.head_dim
         self.window = spec.sliding_window if spec.sliding_layers and spec.sliding_layers[layer] else None
+        self.rope = int(bool(spec.other_rope_layers) and spec.other_rope_layers[layer])
 
-    def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
-    ) -> torch.Tensor:
-        """x: [t, d]; `rotation` holds cosines and sines [t, 1, head_dim / 2]; returns [t, d]."""
+    def forward(self, x: torch.Tensor, rotations: tuple[Rotation, ...], cache: KVCache | None) -> torch.Tensor:
+        """x: [t, d]; `rotations` as `Transformer.rotations` gives them; returns [t, d]."""
         tokens, start = x.shape[0], cache.length if cache is not None else 0
         split = [self.heads, self.kv_heads, self.kv_heads]
         q, k, v = self.qkv(x).view(tokens, sum(split), self.head_dim).split(split, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+        if rotations:
+            cos, sin = (angle[:, None] for angle in rotations[self.rope])
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         keys, values = cache.append(self.layer, k, v) if cache is not None else (k.transpose(0, 1), v.transpose(0, 1))
         if tokens == 1 and self.window is not None:
             keys, values = keys[:, -self.window :], values[:, -self.window :]
@@ -110,23 +98,43 @@ class Attention(nn.Module):
         return visible if self.window is None else visible & (ahead < self.window)
 
 
+def _normed(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    """Heads [t, n, head_dim], each by itself or all as one, by the size of the norm's weights."""
+    if norm is None:
+        return heads
+    return norm(heads) if len(norm.weight) == heads.shape[-1] else norm(heads.flatten(1)).view_as(heads)
+
+
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
+@dataclass(frozen=True, eq=False)
+class LayerNorms:
+    """The norms of a layer; None for those that it does not have."""
+
+    attention: Norm | None
+    ffn: Norm | None
+    attention_post: Norm | None = None
+    ffn_post: Norm | None = None
+
+
 class Block(nn.Module):
-    """One layer: norm, attention, residual, norm, FFN, residual."""
+    """One layer: norm, attention, norm, residual, norm, FFN, norm, residual; or both beside each other."""
 
-    def __init__(self, attention_norm: Norm, attention: Attention, ffn_norm: Norm, ffn: HybridFFN) -> None:
+    def __init__(self, norms: LayerNorms, attention: Attention, ffn: HybridFFN, parallel: bool = False) -> None:
         super().__init__()
-        self.attention_norm, self.attention, self.ffn_norm, self.ffn = attention_norm, attention, ffn_norm, ffn
+        self.norms, self.attention, self.ffn, self.parallel = norms, attention, ffn, parallel
 
-    def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None, cache: KVCache | None
-    ) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, cache)
-        return x + self.ffn(self.ffn_norm(x))
+    def forward(self, x: torch.Tensor, rotations: tuple[Rotation, ...], cache: KVCache | None) -> torch.Tensor:
+        norms = self.norms
+        after = x + _or_same(norms.attention_post, self.attention(_or_same(norms.attention, x), rotations, cache))
+        return after + _or_same(norms.ffn_post, self.ffn(_or_same(norms.ffn, x if self.parallel else after)))
+
+
+def _or_same(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)
 
 
 class Transformer(nn.Module):
@@ -146,19 +154,16 @@ class Transformer(nn.Module):
         self.layers, self.blocks = nn.ModuleList(blocks), blocks
         self.ffns = [block.ffn for block in blocks]
         self.final_norm, self.head = final_norm, head
-        self._frequencies = rope_frequencies(spec.rope, spec.head_dim) if spec.rope else None
+        self._ropes = [rope for rope in (spec.rope, spec.other_rope) if rope is not None]
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """tokens: int64 [t], following those in `cache`; returns [t, d_model] f32 after the final norm."""
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[0])
-        x = self.embedding.widen(tokens.numpy())
-        if self.positions is not None:
-            x = x + self.positions.widen((positions + OPT_POSITION_OFFSET).numpy())
-        rotation = self.rotation(positions)
+        x, rotations = self.embed(tokens.numpy(), start), self.rotations(positions)
         for layer in self.layers:
-            x = layer(x, rotation, cache)
+            x = layer(x, rotations, cache)
         if cache is not None:
             cache.advance(tokens.shape[0])
         return self.final_norm(x)
@@ -166,7 +171,23 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [t, d_model]; returns [t, vocab_size] f32."""
-        return self.head(hidden)
+        return self.capped(self.head(hidden))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits in place, within what the model's cap leaves; the order of different ones stays."""
+        cap = self.spec.logit_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def embed(self, tokens: np.ndarray | int, start: int) -> torch.Tensor:
+        """What the first layer takes: a token, or int64 [t], at positions from `start` on to f32 [t, d_model]."""
+        # A slice for one: lists of rows take several times as long.
+        at, ids = start + OPT_POSITION_OFFSET, slice(tokens, tokens + 1) if isinstance(tokens, int) else tokens
+        x = self.embedding.widen(ids)
+        if self.positions is not None:
+            x = x + self.positions.widen(slice(at, at + len(x)))
+        if self.spec.embedding_scale != 1.0:
+            x = x * self.spec.embedding_scale
+        return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x
 
     @torch.inference_mode()
     def load_kernels(self) -> None:
@@ -179,9 +200,12 @@ class Transformer(nn.Module):
             linear_few(torch.zeros(2, matrix.columns), row, None, pool)
             widened(row, slice(1), pool)
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines [t, 1, head_dim / 2] of the positions' angles; None for a model without RoPE."""
-        if self._frequencies is None:
-            return None
-        angles = torch.outer(positions.float(), self._frequencies)[:, None, :]
-        return angles.cos(), angles.sin()
+    def rotations(self, positions: torch.Tensor) -> tuple[Rotation, ...]:
+        """Cosines and sines [t, head_dim / 2] of each of the model's RoPEs, for positions of a text that ends with the
+        last of them; none for learned positions."""
+        length = int(positions[-1]) + 1 if len(positions) else 0
+        return tuple(rotation(rope, self.spec.head_dim, positions, length) for rope in self._ropes)
+
+    def step_rotations(self, capacity: int) -> tuple[Rotation, ...]:
+        """Cosines and sines [capacity, head_dim / 2] for one token after another."""
+        return tuple(step_rotation(rope, self.spec.head_dim, capacity) for rope in self._ropes)

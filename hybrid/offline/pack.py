@@ -86,8 +86,8 @@ class Packer:
             part.name: Source.of(part, folder.spec, names, self._order) for part in self._parts if part.name != "order"
         }
         for source in self._sources.values():
-            for name, shape in source.tensors:
-                folder.checkpoint.info(name, shape)
+            for stored in source.parts:
+                folder.checkpoint.info(stored.name, stored.shape)
         spec = folder.spec
         self.profile = bundle.load_profile(spec, samples=False) if bundle.profile.is_file() else None
         if bundle.predictors.is_file():

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from cpu_kernels.activations import activate_ref
+from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.contract import LAYOUTS
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.packed import Part
@@ -68,7 +68,7 @@ class FFNFeedback:
         if not self._spec.gated:
             return activate_ref(self._spec.activation, up).numpy()
         gate = torch.from_numpy(self._project(layer, "gate", inputs, rows))
-        return (activate_ref(self._spec.activation, gate) * up).numpy()
+        return (activate_ref(self._spec.activation, gate) * activate_up_ref(self._spec.activation, up)).numpy()
 
     def _project(self, layer: int, name: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
         out = inputs @ self._sources[f"layers.{layer}.{name}"].rows(self._checkpoint, rows).T

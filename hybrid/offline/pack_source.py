@@ -11,6 +11,7 @@ import numpy as np
 
 from cpu_kernels.lanes import widen_ref
 from hybrid.formats.checkpoint import Checkpoint
+from hybrid.formats.folds import Stored
 from hybrid.formats.packed import Part
 from hybrid.formats.tensors import TensorNames
 from profiler.common.spec import ModelSpec
@@ -20,47 +21,56 @@ _BLOCK_WEIGHTS = 2**21
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where the rows of a packed tensor come from: checkpoint tensors with their shapes, one after another.
+    """Where the rows of a packed tensor come from: parts of the checkpoint, one after another; else it is `constant`.
 
-    order: of the rows, taken from the one tensor there is; transposed: its columns are the rows.
+    order: of the rows, taken from the one part there is; transposed: its columns are the rows.
     """
 
-    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+    parts: tuple[Stored, ...]
     order: np.ndarray | None = None
     transposed: bool = False
+    constant: np.ndarray | None = None
 
     @classmethod
     def of(cls, part: Part, spec: ModelSpec, names: TensorNames, order: np.ndarray) -> Source:
         """The source of `part` with the neurons of each layer in `order` [n_layers, d_ff]."""
         layer, name, kind = split_name(part.name)
-        if name == "qkv":
-            kv = spec.n_kv_heads * spec.head_dim
-            rows = {"q": spec.n_heads * spec.head_dim, "k": kv, "v": kv}
-            return cls(tuple((f"{names.of(p, layer)}.{kind}", (n, *part.shape[1:])) for p, n in rows.items()))
+        found = [names.stored(each, layer, kind) for each in (("q", "k", "v") if name == "qkv" else (name,))]
+        stored = tuple(each for each in found if each is not None)
+        if not stored:
+            value = spec.logit_scale if name == "final_norm" else 1.0
+            return cls((), constant=np.full(part.shape, value, np.float32))
         transposed = name == "down" and kind == "weight"
         reordered = layer is not None and (name in ("gate", "up") or transposed)
-        shape = part.shape[::-1] if transposed else part.shape
-        return cls(((f"{names.of(name, layer)}.{kind}", shape),), order[layer] if reordered else None, transposed)
+        return cls(stored, order[layer] if reordered else None, transposed)
 
     def blocks(self, checkpoint: Checkpoint) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
         """The rows in order, 8 MiB of f32 at a time: how many, and what reads them as f32 [k, columns], on any thread;
         or one f32 vector after another."""
-        for name, shape in self.tensors:
-            stored = checkpoint.mapped(name, shape)
-            rows = shape[-1] if self.transposed else shape[0]
-            step = max(1, _BLOCK_WEIGHTS // (math.prod(shape) // rows))
+        if self.constant is not None:
+            yield len(self.constant), partial(np.copy, self.constant)
+        for part in self.parts:
+            mapped = checkpoint.mapped(part.name, part.shape)
+            rows = part.shape[-1] if self.transposed else part.count
+            columns = math.prod(part.shape) // (part.shape[-1] if self.transposed else part.shape[0])
+            step = max(1, _BLOCK_WEIGHTS // columns)
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
-                yield stop - start, partial(self._widened, stored, slice(start, stop))
+                yield stop - start, partial(self._widened, part, mapped, slice(start, stop))
 
     def rows(self, checkpoint: Checkpoint, rows: slice | np.ndarray) -> np.ndarray:
         """Some rows, f32 [k, columns] or [k], of a part that comes from one tensor."""
-        ((name, shape),) = self.tensors
-        return self._widened(checkpoint.mapped(name, shape), rows)
+        (part,) = self.parts
+        return self._widened(part, checkpoint.mapped(part.name, part.shape), rows)
 
-    def _widened(self, stored: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
+    def _widened(self, part: Stored, mapped: np.ndarray, rows: slice | np.ndarray) -> np.ndarray:
         chosen = rows if self.order is None else self.order[rows]
-        return np.ascontiguousarray(widen_ref(stored[:, chosen].T if self.transposed else stored[chosen]))
+        if part.rows is not None:
+            chosen = part.rows[chosen]
+        found = np.ascontiguousarray(widen_ref(mapped[:, chosen].T if self.transposed else mapped[chosen]))
+        return (
+            found if part.times == 1.0 and part.plus == 0.0 else found * np.float32(part.times) + np.float32(part.plus)
+        )
 
 
 def split_name(name: str) -> tuple[int | None, str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.addresses import address_table
-from cpu_kernels.contract import ACTIVATION_CODES, GROUP
+from cpu_kernels.contract import GROUP, activation_word
 from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,
@@ -71,8 +71,11 @@ class CpuStep:
             blocks=cache.data.shape[1],
             block_size=cache.block_size,
             layer_norm=int(spec.norm == "layer"),
-            activation=ACTIVATION_CODES[spec.activation],
+            activation=activation_word(spec.activation),
             strategy=DENSE,
+            parallel=int(spec.parallel),
+            embedding_norm=int(spec.embedding_norm),
+            all_heads_normed=int(spec.qk_norm == "all"),
         )
         workers = runtime.pool.threads
         self._shared = new_shared(self._shape, rank, workers)
@@ -84,7 +87,7 @@ class CpuStep:
         self._likes = (*(matrix.like for matrix in matrices), keys, codes)
         self._logits = torch.from_numpy(self._shared.logits[0])
         self._rotation = self._angles(cache.capacity)
-        self._numbers = new_numbers(self._shape, float(spec.norm_eps))
+        self._numbers = new_numbers(self._shape, float(spec.norm_eps), float(spec.embedding_scale))
         self._shared_table = address_table((self._rotation, cache.table, self._shared))
         self._own_tables = Each(address_table(own) for own in self._owns)
 
@@ -96,6 +99,7 @@ class CpuStep:
         self._shared.ticks[:], self._shared.tallies[:] = 0, 0
         start = perf_counter()
         self._run(self._table, self._shape._replace(strategy=_STRATEGIES[strategy]), token, self._cache.length)
+        self._model.capped(self._logits)
         self._count(perf_counter() - start, strategy)
         self._cache.advance(1)
         return self._logits
@@ -147,12 +151,16 @@ class CpuStep:
         for column, vector in (
             (Column.QKV_BIAS, attention.qkv.bias),
             (Column.OUT_BIAS, attention.out.bias),
-            (Column.ATTENTION_NORM, block.attention_norm.weight),
-            (Column.ATTENTION_NORM_BIAS, block.attention_norm.bias),
-            (Column.FFN_NORM, block.ffn_norm.weight),
-            (Column.FFN_NORM_BIAS, block.ffn_norm.bias),
+            (Column.ATTENTION_NORM, _weight(block.norms.attention)),
+            (Column.ATTENTION_NORM_BIAS, _bias(block.norms.attention)),
+            (Column.FFN_NORM, _weight(block.norms.ffn)),
+            (Column.FFN_NORM_BIAS, _bias(block.norms.ffn)),
+            (Column.ATTENTION_POST_NORM, _weight(block.norms.attention_post)),
+            (Column.FFN_POST_NORM, _weight(block.norms.ffn_post)),
             (Column.Q_NORM, _weight(attention.q_norm)),
             (Column.K_NORM, _weight(attention.k_norm)),
+            (Column.Q_NORM_BIAS, _bias(attention.q_norm)),
+            (Column.K_NORM_BIAS, _bias(attention.k_norm)),
             (Column.GATE_BIAS, matrices.gate_bias),
             (Column.UP_BIAS, matrices.up_bias),
             (Column.DOWN_BIAS, matrices.down_bias),
@@ -161,6 +169,7 @@ class CpuStep:
         row[Column.KV] = self._cache.data[number].ctypes.data
         row[Column.WINDOW] = attention.window or 0
         row[Column.HOT] = ffn.hot
+        row[Column.ROTATION] = attention.rope * self._cache.capacity
         if predictor is not None:
             self._put_predictor(row, predictor)
         return row
@@ -195,12 +204,17 @@ class CpuStep:
         return self._kept[-1].ctypes.data
 
     def _angles(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines f32 [capacity, head_dim / 2], of no columns for a model without RoPE."""
-        found = self._model.rotation(torch.arange(capacity))
-        if found is None:
+        """Cosines and sines f32 of each RoPE [capacity, head_dim / 2], one after another; of no columns for none."""
+        found = self._model.step_rotations(capacity)
+        if not found:
             return np.empty((capacity, 0), np.float32), np.empty((capacity, 0), np.float32)
-        return found[0][:, 0].contiguous().numpy(), found[1][:, 0].contiguous().numpy()
+        cos, sin = (torch.cat(angles).contiguous().numpy() for angles in zip(*found, strict=True))
+        return cos, sin
 
 
 def _weight(norm: Norm | None) -> torch.Tensor | None:
     return None if norm is None else norm.weight
+
+
+def _bias(norm: Norm | None) -> torch.Tensor | None:
+    return None if norm is None else norm.bias

@@ -5,35 +5,63 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cpu_kernels.contract import LAYOUTS, DType
+from cpu_kernels.contract import LAYOUTS, DType, split_activation
 
-Activation = Literal["relu", "relu2", "silu", "gelu", "gelu_tanh"]
+QKNorm = Literal["head", "all", "head layer"]
 # Which neurons of an FFN are computed in decode: `hybrid.model.ffn` says what each does.
 Strategy = Literal["dense", "exact", "learned"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
-SPARSE_ACTIVATIONS = frozenset({"relu", "relu2"})
+_SPARSE_ACTIVATIONS = frozenset({"relu", "relu2", "fatrelu", "drelu"})
+
+
+def fires_sparsely(activation: str) -> bool:
+    """Whether an activation is exactly 0 for many inputs. Raises `ValueError` for an unknown name."""
+    return split_activation(activation)[0] in _SPARSE_ACTIVATIONS
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding. `linear` divides positions by `factor`; `llama3` rescales low frequencies only."""
+    """Rotary position embedding; `hybrid.model.rope` says what each kind does, `none` turns nothing.
+
+    turned: elements of each head that are turned, even; None for all. scale: what their cosines and sines are
+    multiplied with. score_scale: what attention's scores are, beside one over the root of the head's size. low, high:
+    llama3's factors of frequency, yarn's slow and fast numbers of turns, which `whole_turns` rounds to whole pairs.
+    original_context: tokens that the model was first trained for. short, long: longrope's factors of each frequency.
+    """
 
     theta: float = 10000.0
-    kind: Literal["plain", "linear", "llama3"] = "plain"
+    kind: Literal["plain", "linear", "llama3", "yarn", "dynamic", "longrope", "none"] = "plain"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low: float = 1.0
+    high: float = 4.0
     original_context: int = 8192
+    turned: int | None = None
+    scale: float = 1.0
+    score_scale: float = 1.0
+    whole_turns: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on how long the text is."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Shape and arithmetic of a decoder-only transformer. Sizes are counts of elements; `*_bytes` are bytes.
 
-    `rope=None` means learned positions. `sliding_window` applies to the layers marked in `sliding_layers`.
-    `dtype` is that of the matrices, but for `embedding_dtype` of embedding, positions and head where it is given;
-    norms and biases have it too, or are f32 beside int8 and int4 blocks. `wide_kv`: f16 does not hold keys and values.
+    `rope=None` means learned positions; layers marked in `other_rope_layers` have `other_rope` in its place.
+    `sliding_window` applies to the layers marked in `sliding_layers`. `norms`: whether attention and FFN have a norm
+    before them, after them, or both; `parallel`: both take the same input, and their results are added together.
+    `qk_norm`: RMSNorm of each head of q and k, or of all of them as one, or LayerNorm of each head. `embedding_norm`:
+    embedded tokens are normed, without weights; `embedding_scale` and `logit_scale` are factors; `logit_cap` c makes
+    logits z c tanh(z / c).
+    `activation` is a name that `cpu_kernels.contract` knows. `dtype` is that of the matrices, but for
+    `embedding_dtype` of embedding, positions and head where it is given; norms and biases have it too, or are f32
+    beside int8 and int4 blocks. `wide_kv`: f16 does not hold keys and values.
     `fingerprint` identifies the weights; artefacts carry it and are refused against any other model.
     """
 
@@ -46,17 +74,25 @@ class ModelSpec:
     head_dim: int
     vocab_size: int
     max_context: int
-    activation: Activation
+    activation: str
     dtype: DType
     fingerprint: str
     gated: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     rope: RopeSpec | None = RopeSpec()
+    other_rope: RopeSpec | None = None
+    other_rope_layers: tuple[bool, ...] = ()
     qkv_bias: bool = False
     out_bias: bool = False
     ffn_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
+    norms: Literal["before", "after", "both"] = "before"
+    parallel: bool = False
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
     tied: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
@@ -66,7 +102,7 @@ class ModelSpec:
     @property
     def fires_sparsely(self) -> bool:
         """True when the activation is exactly zero for many inputs, so that neurons can be skipped without loss."""
-        return self.activation in SPARSE_ACTIVATIONS
+        return fires_sparsely(self.activation)
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a matrix row of `columns` weights; in blocks this counts scales and padding."""
@@ -108,9 +144,20 @@ class ModelSpec:
         """Bytes of a layer outside its neurons: attention projections, norms and the down projection's bias."""
         d, q, kv = self.d_model, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         vectors = (q + 2 * kv) * self.qkv_bias + d * self.out_bias + d * self.ffn_bias
-        vectors += 2 * d * (1 if self.norm == "rms" else 2) + 2 * self.head_dim * self.qk_norm
+        vectors += (4 if self.norms == "both" else 2) * d * (1 if self.norm == "rms" else 2)
+        vectors += (self.q_norm_size + self.k_norm_size) * (2 if self.qk_norm == "head layer" else 1)
         matrices = (q + 2 * kv) * self.row_bytes(d) + d * self.row_bytes(q)
         return matrices + vectors * self.vector_element_bytes
+
+    @property
+    def q_norm_size(self) -> int:
+        """Weights of the norm of queries; 0 for none."""
+        return 0 if self.qk_norm is None else self.head_dim * (self.n_heads if self.qk_norm == "all" else 1)
+
+    @property
+    def k_norm_size(self) -> int:
+        """Weights of the norm of keys; 0 for none."""
+        return 0 if self.qk_norm is None else self.head_dim * (self.n_kv_heads if self.qk_norm == "all" else 1)
 
     @property
     def head_bytes(self) -> int:

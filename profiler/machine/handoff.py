@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cpu_kernels.contract import ACTIVATION_CODES, Flag, Op
+from cpu_kernels.contract import Flag, Op, activation_word
 from cpu_kernels.decode_buffers import LEARNED, Column, Shape, new_own, new_shared
 from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
@@ -150,7 +150,7 @@ class Handoff:
     def _serve(self) -> None:
         _, d, f = self.shape
         sizes = {"heads": 1, "kv_heads": 1, "head_dim": d, "vocab": 1, "blocks": 1, "block_size": 1, "layer_norm": 0}
-        shape = Shape(d, f, **sizes, activation=ACTIVATION_CODES["relu"], strategy=LEARNED)
+        shape = Shape(d, f, **sizes, activation=activation_word("relu"), strategy=LEARNED)
         workers, like = self._pool.threads, np.empty((1, 128), np.uint16)
         likes = (like, like, like, like, np.empty(1, np.int16), np.empty((1, 128), np.int8))
         rotation, blocks = (np.empty((1, 0), np.float32), np.empty((1, 0), np.float32)), np.zeros(1, np.int32)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpu_kernels.rope import rope, rope_heads, rope_ref
+from cpu_kernels.rope import QKNorm, rope, rope_heads, rope_ref
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.model.transformer import Norm, _rotate
 
@@ -18,7 +18,10 @@ def make(heads, kv_heads, head_dim, rotated=True, normed=False, dtype=np.float32
     qkv = rng.standard_normal((heads + 2 * kv_heads, head_dim)).astype(np.float32)
     angles = rng.uniform(-7, 7, head_dim // 2)
     rotation = (np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)) if rotated else (NONE, NONE)
-    norm = (*(rng.standard_normal((2, head_dim)).astype(np.float32) if normed else (NONE, NONE)), EPS)
+    norms = rng.standard_normal((4, head_dim)).astype(np.float32)
+    norm = QKNorm(norms[0], norms[1], EPS) if normed else QKNorm(NONE, NONE, EPS)
+    if normed == "layer":
+        norm = norm._replace(q_bias=norms[2], k_bias=norms[3])
     cache = np.full((5, 2, kv_heads, BLOCK_SIZE, head_dim), np.nan, dtype)
     return qkv, rotation, norm, cache, np.array([3, 0, 4], np.int32)
 
@@ -26,7 +29,7 @@ def make(heads, kv_heads, head_dim, rotated=True, normed=False, dtype=np.float32
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (17, 1), (8, 8)])
 @pytest.mark.parametrize("head_dim", [2, 10, 64, 128])
 @pytest.mark.parametrize("rotated", [True, False])
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", ["layer", True, False])
 def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
     ours, truth = (make(heads, kv_heads, head_dim, rotated, normed) for _ in range(2))
     for position in (0, 3, 4, 11):
@@ -36,13 +39,16 @@ def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
         np.testing.assert_allclose(ours[3], truth[3], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", ["layer", True, False])
 def test_is_what_the_model_does(normed):
     args = make(6, 2, 10, normed=normed)
-    heads, (cos, sin), (q_norm, k_norm, _) = torch.from_numpy(args[0].copy()), args[1], args[2]
+    heads, (cos, sin), (q_norm, k_norm, _, q_bias, k_bias) = torch.from_numpy(args[0].copy()), args[1], args[2]
     q, k, v = heads.split([6, 2, 2])
     if normed:
-        q, k = (Norm(torch.from_numpy(weight), None, EPS)(x) for weight, x in ((q_norm, q), (k_norm, k)))
+        q, k = (
+            Norm(torch.from_numpy(weight), torch.from_numpy(bias) if bias.size else None, EPS)(x)
+            for weight, bias, x in ((q_norm, q_bias, q), (k_norm, k_bias, k))
+        )
     turned_q, turned_k = (_rotate(x, torch.from_numpy(cos), torch.from_numpy(sin)) for x in (q, k))
     rope(*args, 6, WorkerPool(1))
     np.testing.assert_allclose(args[0][:6], turned_q, rtol=1e-5, atol=1e-6)
@@ -85,7 +91,7 @@ def test_same_bits_for_any_number_of_workers():
     pool, answers = WorkerPool(7), []
     for workers in (1, 2, 3, 7):
         args = make(5, 1, 64, normed=True)
-        pool.run(rope_heads, workers, *args, 5)
+        pool.run(rope_heads, workers, *args[:2], tuple(args[2]), *args[3:], 5)
         answers.append(np.concatenate([args[0].ravel(), args[3].ravel()]))
     pool.close()
     for answer in answers[1:]:
@@ -99,7 +105,8 @@ def test_misfits_are_refused():
         (qkv[:2], rotation, norm, cache, table),
         (qkv[:, :8].copy(), rotation, norm, cache, table),
         (qkv, (rotation[0], rotation[1][:4]), norm, cache, table),
-        (qkv, rotation, (NONE, np.ones(10, np.float32), EPS), cache, table),
+        (qkv, rotation, QKNorm(NONE, np.ones(10, np.float32), EPS), cache, table),
+        (qkv, rotation, QKNorm(*np.ones((2, 10), np.float32), EPS, NONE, np.ones(10, np.float32)), cache, table),
         (qkv, rotation, norm, cache[:, :1].copy(), table),
     ):
         with pytest.raises(ValueError, match="rope shapes do not fit"):

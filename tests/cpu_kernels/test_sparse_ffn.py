@@ -6,10 +6,20 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from matrix_cases import DTYPES, SHAPES, THREADS, in_f64, product_bound, random_input, random_matrix, stored
+from matrix_cases import (
+    ACTIVATIONS,
+    DTYPES,
+    SHAPES,
+    THREADS,
+    in_f64,
+    product_bound,
+    random_input,
+    random_matrix,
+    stored,
+)
 
 from cpu_kernels.activations import activate_ref
-from cpu_kernels.contract import ACTIVATION_CODES, padded
+from cpu_kernels.contract import padded
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn, sparse_ffn_ref
 from cpu_kernels.worker_pool import WorkerPool
@@ -88,7 +98,7 @@ def test_many_tokens_match_the_reference(f, d, dtype):
         assert (error <= relu_bound(make(f, d, dtype), *inputs)).all()
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("skip", [True, False])

@@ -46,7 +46,7 @@ def test_each_needed_field_is_named_when_missing(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "unknown architecture 'mamba'; known are llama, mistral, qwen2, qwen3, opt"),
+        ({"model_type": "mamba"}, "unknown architecture 'mamba'; known are llama, mistral, qwen2, qwen3, bamboo"),
         ({"hidden_act": "tanh"}, "unknown activation 'tanh'"),
         ({"hidden_size": 0}, "'hidden_size' is 0, expected a whole number of at least 1"),
         ({"num_hidden_layers": "2"}, "'num_hidden_layers' is '2'"),
@@ -55,7 +55,7 @@ def test_each_needed_field_is_named_when_missing(name):
         ({"quantization_config": {"bits": 4}}, "field 'quantization_config'"),
         ({"num_local_experts": 8}, "field 'num_local_experts'"),
         ({"pretraining_tp": 2}, "'pretraining_tp' is 2; only 1"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "unknown RoPE type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "xpos", "factor": 2.0}}, "unknown RoPE type 'xpos'"),
         ({"rms_norm_eps": [1]}, "'rms_norm_eps' is '.1.', expected a number"),
         ({"rms_norm_eps": -1.0}, "'rms_norm_eps' is '-1.0'"),
         ({"rope_theta": 0}, "'rope_theta' is '0'"),
@@ -68,7 +68,7 @@ def test_each_needed_field_is_named_when_missing(name):
         ({"model_type": "mistral", "sliding_window": -3}, "'sliding_window' is -3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "RoPE type 'linear' has no field 'factor'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
-        ({"rope_parameters": {"rope_theta": 10.0}, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 10.0}, "rope_scaling": {"type": "xpos", "factor": 2.0}}, "type 'xpos'"),
         ({"rope_theta": 10**400}, "'rope_theta' is '1000.*, expected a number of at least 1e-30, at most 1e.30"),
         ({"model_type": "lla\nma"}, r"unknown architecture 'lla\\nma'"),
         ({"hidden_act": "\ud800"}, r"unknown activation '\\ud800'"),
@@ -149,10 +149,14 @@ def test_rope_scaling_goes_before_rope_parameters():
     both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     both["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
     spec = parse_config(LLAMA | both, notices=notices)
-    assert spec.rope == RopeSpec(10000.0, "linear", 2.0)  # the base of the field that is not used is not used either
+    assert spec.rope == RopeSpec(
+        10000.0, "linear", 2.0, original_context=128
+    )  # the base of the field that is not used is not used either
     assert len(notices) == 1 and "'rope_scaling' and 'rope_parameters'" in notices[0]
     both["rope_parameters"] = both["rope_scaling"]
-    assert parse_config(LLAMA | both | {"rope_theta": 7.0}, notices=notices).rope == RopeSpec(7.0, "linear", 2.0)
+    assert parse_config(LLAMA | both | {"rope_theta": 7.0}, notices=notices).rope == RopeSpec(
+        7.0, "linear", 2.0, original_context=128
+    )
     assert len(notices) == 1
     assert parse_config(LLAMA | {"rope_theta": 7.0, "rope_scaling": {"rope_theta": None}}).rope == RopeSpec(7.0)
 

@@ -21,12 +21,25 @@ transformers = pytest.importorskip("transformers")
 # Without these no model can be built; a family's row knows the rest.
 NEEDED = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 NEEDED |= {"max_position_embeddings", "intermediate_size", "ffn_dim", "hidden_act", "activation_function"}
-TINY = {"vocab_size": 37, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+NEEDED |= {"ffn_hidden_size", "activation", "hidden_activation"}
+# Families whose code comes with the weights are otherwise as these; `model_cases` has them as well.
+LIKE = {"bamboo": "mistral", "sparse_qwen2": "qwen2", "llama_sparse_relu": "llama"}
+TYPES = [name for name in FAMILIES if " " not in name]  # the others are variants
+TINY = {
+    "pad_token_id": 0,
+    "vocab_size": 37,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
 TINY["max_position_embeddings"] = 64
 PAST_EVERY_DEFAULT = 4200  # 4096 is the largest of those that count
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LIMITS = [
-    *((name, {}) for name in FAMILIES),
+    *((name, {}) for name in TYPES if name not in LIKE),
+    ("phi3", {"sliding_window": 60, "partial_rotary_factor": 0.5}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1}),
     ("llama", {"rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 16}, "rope_theta": 500.0}),
     ("llama", {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2}),
     ("mistral", {"sliding_window": None}),
@@ -78,23 +91,26 @@ def test_logits_beyond_every_limit_of_the_config(name, says, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        *((name, {}) for name in FAMILIES),
+        *((name, {}) for name in TYPES),
         ("qwen2", {"use_sliding_window": True}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": None}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 3}),
     ],
 )
 def test_what_config_json_leaves_out_is_as_in_transformers(name, says):
-    fields = {"num_hidden_layers": 30, "num_attention_heads": 32, "hidden_size": 64, "vocab_size": 99}
-    theirs = transformers.AutoConfig.for_model(name, **fields | says)
+    fields = {"num_hidden_layers": 30, "num_attention_heads": 32, "hidden_size": 256, "vocab_size": 99}
+    theirs = transformers.AutoConfig.for_model(LIKE.get(name, name), **fields | says | {"pad_token_id": 0})
     given = theirs.to_dict() | {"model_type": name}
     spec = parse_config({key: given[key] for key in NEEDED & given.keys() - {"num_key_value_heads"}} | says)
-    assert spec.n_kv_heads == getattr(theirs, "num_key_value_heads", 32)
-    assert spec.head_dim == getattr(theirs, "head_dim", None) or 2
+    assert spec.n_kv_heads == getattr(theirs, "num_key_value_heads", 1 if getattr(theirs, "multi_query", 0) else 32)
+    assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
     assert spec.norm_eps == getattr(theirs, "rms_norm_eps", 1e-5)
+    assert spec.d_ff == getattr(theirs, FAMILIES[name].fields.get("intermediate_size", "intermediate_size"))
     assert spec.tied == theirs.tie_word_embeddings
     rope = getattr(theirs, "rope_parameters", None)
-    assert (spec.rope and spec.rope.theta) == (rope and rope["rope_theta"])
+    assert (spec.rope and spec.rope.theta) == (rope and rope.get("full_attention", rope)["rope_theta"])
+    share = rope.get("partial_rotary_factor", 1) if rope else 1
+    assert (spec.rope and spec.rope.turned) == (None if share == 1 else int(share * spec.head_dim))
     window = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * 30
     expected = [window if kind == "sliding_attention" else None for kind in types]

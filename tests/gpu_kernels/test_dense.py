@@ -3,8 +3,8 @@
 import pytest
 import torch
 from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
+from matrix_cases import ACTIVATIONS
 
-from cpu_kernels.contract import ACTIVATION_CODES
 from gpu_kernels.dense import (
     activate_product,
     activate_product_ref,
@@ -78,7 +78,7 @@ def test_softmax_refuses_misfits():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation(activation, gated):
     found, second = random_input(3, 700) * 4, random_input(3, 700, 2) if gated else None
     expected = found.clone()

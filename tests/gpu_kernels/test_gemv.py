@@ -3,8 +3,8 @@
 import pytest
 import torch
 from gpu_cases import DEVICE, KINDS, assert_close, random_input, random_matrix
+from matrix_cases import ACTIVATIONS
 
-from cpu_kernels.contract import ACTIVATION_CODES
 from gpu_kernels.gemv import Tiling, gemv, gemv_ref
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -51,7 +51,7 @@ def test_bias_then_activation_then_adding():
     check(matrix, x, None, activation="silu")
 
 
-@pytest.mark.parametrize("activation", ACTIVATION_CODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     matrix, x = random_matrix(40, 64, "f32"), 3 * random_input(2, 64)
     check(matrix, x, activation=activation)
@@ -60,7 +60,7 @@ def test_activations(activation):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_large_values_of_an_activation_stay_finite():
     matrix = random_matrix(4, 16, "f32")
-    for activation in ACTIVATION_CODES:
+    for activation in ACTIVATIONS:
         check(matrix, 1e3 * random_input(1, 16), activation=activation)
 
 

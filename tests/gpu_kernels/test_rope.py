@@ -97,7 +97,7 @@ def test_is_what_the_cpu_does(normed):
     arrays = [None if a is None else a.cpu().numpy().copy() for a in (*args[:5], args[8])]
     qkv, cos, sin, q_norm, k_norm, cache = arrays
     norm = (np.empty(0, np.float32),) * 2 if q_norm is None else (q_norm, k_norm)
-    cpu_rope_ref(qkv.reshape(-1, 24), (cos[6], sin[6]), (*norm, EPS), cache, args[7][0].cpu().numpy(), 6, None)
+    cpu_rope_ref(qkv.reshape(-1, 24), (cos[6], sin[6]), QKNorm(*norm, EPS), cache, args[7][0].cpu().numpy(), 6, None)
     rope(*args)
     assert_close(args[0][:, : 4 * 24], torch.from_numpy(qkv)[:, : 4 * 24])
     assert_same_cache(args[8].cpu(), torch.from_numpy(cache), 1e-5)

@@ -82,7 +82,7 @@ def test_rows_are_shared_by_persistent_programs(monkeypatch):
     check(random_ffn("bf16"), 2, 23, use_masks=True)
 
 
-@pytest.mark.parametrize("activation", ["relu2", "silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["relu2", "silu", "gelu_tanh", "fatrelu_0.3", "drelu"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_activations_and_biases(activation, gated):
     check(random_ffn("f16", activation=activation, gated=gated, biased=True), 2, 19, use_masks=True)

@@ -32,6 +32,8 @@ def test_decode_by_hand():
     assert found == {
         "x": 2048,
         "normed": 2048,
+        "ahead": 0,
+        "added": 0,
         "qkv": 4096,  # 2 x (256 + 256) x 4
         "attended": 2048,
         "predictor hidden": 1024,  # 800
@@ -51,6 +53,7 @@ def test_prefill_by_hand():
     found = Workspace(spec, context=700, rank=0, prefill_chunk=600, batch=1).prefill
     assert found == {
         **dict.fromkeys(("x", "normed"), 600 * 256 * 4),
+        **dict.fromkeys(("ahead", "added"), 0),
         "positions": 2560,  # 2400
         "qkv": 512 * 512 * 4,
         "attended": 512 * 256 * 4,

@@ -19,10 +19,16 @@ WORKSPACE, ROPE = "workspace: decode", "workspace: RoPE tables"
 
 @dataclass(frozen=True, eq=False)
 class StepBuffers:
-    """Scratch of all layers for up to `MAX_BATCH` tokens; f32 unless their name says otherwise."""
+    """Scratch of all layers for up to `MAX_BATCH` tokens; f32 unless their name says otherwise.
+
+    ahead: the FFN's input where it is that of attention, else `normed`; added: [2, t, d], what a norm follows before it
+    joins the residual, of no size where none does; rotations: of each RoPE cosines and sines.
+    """
 
     x: torch.Tensor
     normed: torch.Tensor
+    ahead: torch.Tensor
+    added: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
     units: torch.Tensor
@@ -41,8 +47,7 @@ class StepBuffers:
     logits: torch.Tensor
     positions: torch.Tensor
     table: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    rotations: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     attention: dict[int, AttentionScratch]
 
     @classmethod
@@ -53,10 +58,10 @@ class StepBuffers:
         heads = spec.n_heads + 2 * spec.n_kv_heads
         most_hot, f = max(1, int(hot.max())), spec.d_ff
         rank = max((len(ffn.predictor.b1) for ffn in model.ffns if ffn.predictor is not None), default=1)
-        rotation = model.rotation(torch.arange(cache.capacity))
-        angles: list[torch.Tensor | None] = [None, None]
-        if rotation is not None:
-            angles = [arena.put(ROPE, angle[:, 0].contiguous()) for angle in rotation]
+        rotations = tuple(
+            (arena.put(ROPE, cos.contiguous()), arena.put(ROPE, sin.contiguous()))
+            for cos, sin in model.step_rotations(cache.capacity)
+        )
 
         def floats(*shape: int) -> torch.Tensor:
             return arena.zeros(part, shape)
@@ -66,9 +71,12 @@ class StepBuffers:
             shaped = attention_scratch(tokens, spec.n_heads, spec.head_dim, splits, "meta")
             return AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals)))
 
+        normed = floats(MAX_BATCH, spec.d_model)
         return cls(
             x=floats(MAX_BATCH, spec.d_model),
-            normed=floats(MAX_BATCH, spec.d_model),
+            normed=normed,
+            ahead=floats(MAX_BATCH, spec.d_model) if spec.parallel else normed,
+            added=floats(2 * (spec.norms != "before"), MAX_BATCH, spec.d_model),
             qkv=floats(MAX_BATCH, heads * spec.head_dim),
             attended=floats(MAX_BATCH, spec.n_heads * spec.head_dim),
             units=floats(MAX_BATCH * rank),
@@ -87,7 +95,6 @@ class StepBuffers:
             logits=floats(MAX_BATCH, spec.vocab_size),
             positions=arena.zeros(part, (MAX_BATCH,), torch.int32),
             table=arena.put(part, torch.from_numpy(cache.table)),
-            cos=angles[0],
-            sin=angles[1],
+            rotations=rotations,
             attention={tokens: scratch(tokens) for tokens in BATCHES},
         )

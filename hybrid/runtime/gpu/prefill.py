@@ -27,11 +27,12 @@ from gpu_kernels.sparse_ffn import DeviceFFNView
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
-from hybrid.model.transformer import OPT_POSITION_OFFSET, Transformer
+from hybrid.model.rope import Rotation
+from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.cold_stream import ColdStream
 from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, scratch_floats, some_rows
-from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
+from hybrid.runtime.gpu.weights import GpuLayer, GpuNorm, GpuWeights, normed_heads
 from placement.workspace import PREFILL_CHUNK, PREFILL_ROWS, PREFILL_WIDE, Workspace
 from profiler.common.openmp import torch_threads
 
@@ -52,13 +53,15 @@ class PrefillCounters:
 
 @dataclass(frozen=True, eq=False)
 class _Buffers:
-    """f32 unless their name says otherwise; x and normed for the tokens of a chunk, the rest for those at once.
+    """f32 unless their name says otherwise; x to added for the tokens of a chunk, the rest for those at once.
 
     keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
     """
 
     x: torch.Tensor
     normed: torch.Tensor
+    ahead: torch.Tensor
+    added: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
     first: torch.Tensor
@@ -83,9 +86,12 @@ class _Buffers:
         def floats(*shape: int) -> torch.Tensor:
             return arena.empty(PART, shape)
 
+        normed = floats(chunk, spec.d_model)
         return cls(
             x=floats(chunk, spec.d_model),
-            normed=floats(chunk, spec.d_model),
+            normed=normed,
+            ahead=floats(chunk, spec.d_model) if spec.parallel else normed,
+            added=floats(chunk if spec.norms != "before" else 0, spec.d_model),
             qkv=floats(wide, queries + both),
             attended=floats(wide, queries),
             first=floats(wide * neurons),
@@ -125,17 +131,17 @@ class GpuPrefill:
         runtime: FFNRuntime,
         arena: DeviceArena,
         streams: Streams,
-        rotation: tuple[torch.Tensor | None, torch.Tensor | None],
+        rotations: tuple[Rotation, ...],
     ) -> None:
         """streams(tokens, layer): whether to stream the layer's cold neurons rather than compute them on the CPU.
 
-        rotation: cosines and sines [capacity, head_dim / 2] f32 on the device, None for a model without RoPE. Raises
-        `ValueError` where they are missing.
+        rotations: of each of the model's RoPEs cosines and sines [capacity, head_dim / 2] f32 on the device. Raises
+        `ValueError` for another number of them.
         """
-        if (model.spec.rope is None) != (rotation[0] is None):
-            raise ValueError("prefill needs cosines and sines for a model with RoPE, and none for one without")
+        if len(rotations) != (model.spec.rope is not None) + (model.spec.other_rope is not None):
+            raise ValueError("prefill needs cosines and sines for each RoPE of the model, and none without any")
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
-        self._streams, self._rotation, self._eps = streams, rotation, float(model.spec.norm_eps)
+        self._streams, self._rotations, self._eps = streams, rotations, float(model.spec.norm_eps)
         self.counters = PrefillCounters()
         self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
         self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
@@ -182,7 +188,7 @@ class GpuPrefill:
     def _layers(self, tokens: Sequence[int]) -> None:
         """All layers for a chunk; x then holds what the final norm takes."""
         count, start = len(tokens), self._cache.length
-        self._embed(tokens, start)
+        self._to_device(self._model.embed(np.array(tokens), start), self._buffers.x)
         torch.arange(start, start + count, out=self._buffers.positions[:count])
         streamed = [n for n, cold in enumerate(self._cold) if cold and self._streams(count, n)]
         if self._stream is not None:
@@ -191,16 +197,14 @@ class GpuPrefill:
             if layer is None:
                 self._layer_on_cpu(number, count, start)
                 continue
+            x, ahead = self._buffers.x[:count], self._buffers.ahead[:count]
+            if self._model.spec.parallel:  # before attention adds to what both of them take
+                residual_norm(x, layer.ffn_norm.weight, layer.ffn_norm.bias, self._eps, ahead)
             for part in pieces(count, self._wide):
                 self._attention(number, layer, part, start)
-            self._ffn(number, layer, count, number in streamed)
-
-    def _embed(self, tokens: Sequence[int], start: int) -> None:
-        ids = np.array(tokens)
-        rows = self._model.embedding.widen(ids)
-        if self._model.positions is not None:
-            rows = rows + self._model.positions.widen(start + np.arange(len(ids)) + OPT_POSITION_OFFSET)
-        self._to_device(rows, self._buffers.x)
+            if not self._model.spec.parallel:
+                residual_norm(x, layer.ffn_norm.weight, layer.ffn_norm.bias, self._eps, ahead)
+            self._ffn(number, layer, ahead, number in streamed)
 
     def _attention(self, number: int, layer: GpuLayer, part: slice, start: int) -> None:
         """x += attention of its norm, for some tokens of the chunk."""
@@ -209,13 +213,21 @@ class GpuPrefill:
         norm = self._weights.norms[number]
         residual_norm(x, norm.weight, norm.bias, self._eps, normed)
         self._gemm.project(normed, Projection(layer.qkv, layer.qkv_bias, qkv))
+        cos, sin = self._rotations[layer.rope] if self._rotations else (None, None)
+        norms = normed_heads(qkv, layer, spec, self._eps)
         rope(
-            qkv, *self._rotation, layer.q_norm, layer.k_norm, self._eps, b.positions[part], b.table.expand(count, -1),
-            layer.cache, spec.n_heads,
+            qkv, cos, sin, norms.q, norms.k, self._eps, b.positions[part], b.table.expand(count, -1), layer.cache,
+            spec.n_heads, norms.q_bias, norms.k_bias,
         )  # fmt: skip
         self._attend(qkv, layer, start + part.start, attended)
         self._gemm.project(attended, Projection(layer.out, layer.out_bias, normed))
-        x += normed
+        self._add(normed, layer.attention_post, x)
+
+    def _add(self, values: torch.Tensor, norm: GpuNorm | None, x: torch.Tensor) -> None:
+        """x += values, or their norm."""
+        if norm is not None:
+            residual_norm(values, norm.weight, norm.bias, self._eps, values)
+        x += values
 
     def _attend(self, qkv: torch.Tensor, layer: GpuLayer, start: int, out: torch.Tensor) -> None:
         """Attention of tokens at `start` over the cache, some queries at a time: their scores fill the scratch.
@@ -256,11 +268,12 @@ class GpuPrefill:
             at += size
         return cut
 
-    def _ffn(self, number: int, layer: GpuLayer, count: int, streamed: bool) -> None:
-        """x += FFN of its norm."""
-        b, norm, cold = self._buffers, layer.ffn_norm, self._cold[number]
-        x, normed = b.x[:count], b.normed[:count]
-        residual_norm(x, norm.weight, norm.bias, self._eps, normed)
+    def _ffn(self, number: int, layer: GpuLayer, normed: torch.Tensor, streamed: bool) -> None:
+        """x += FFN of `normed`, which is then used up."""
+        b, cold, count = self._buffers, self._cold[number], len(normed)
+        x = b.x[:count]
+        if layer.ffn_post is not None:
+            x = b.added[:count].zero_()
         given = self._to_host(normed) if cold and not streamed else None
         if layer.ffn is not None:
             self._neurons_of(layer.ffn, x, normed)
@@ -275,6 +288,8 @@ class GpuPrefill:
             self.counters.streamed += 1
             for view in self._stream.layer(number):
                 self._neurons_of(view, x, normed)
+        if layer.ffn_post is not None:
+            self._add(x, layer.ffn_post, b.x[:count])
 
     def _neurons_of(self, view: DeviceFFNView, x: torch.Tensor, normed: torch.Tensor) -> None:
         """x += all these neurons for normed."""
@@ -303,8 +318,8 @@ class GpuPrefill:
         for part in pieces(count, self._wide):
             cache = copy(self._cache)  # the same keys and values, of which this part's follow
             cache.length = start + part.start
-            rotation = self._model.rotation(torch.arange(cache.length, start + part.stop))
-            x[part] = self._model.blocks[number](x[part], rotation, cache)
+            rotations = self._model.rotations(torch.arange(cache.length, start + part.stop))
+            x[part] = self._model.blocks[number](x[part], rotations, cache)
         self._buffers.x[:count].copy_(x, non_blocking=True)
 
     def _logits(self, count: int) -> torch.Tensor:
@@ -315,7 +330,7 @@ class GpuPrefill:
         if head is None:
             return self._model.logits(self._to_host(last).wait())[0]
         gemv(head, last, None, b.logits)
-        return b.logits[0].to("cpu", copy=True)
+        return self._model.capped(b.logits[0].to("cpu", copy=True))
 
     def _to_device(self, values: torch.Tensor, target: torch.Tensor) -> None:
         """Copy rows to the first ones of `target`. The last copy from or to the host must be over."""

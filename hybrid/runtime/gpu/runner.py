@@ -62,7 +62,7 @@ class GpuRunner:
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
         step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
-        return step, GpuPrefill(*given, self._streams, step.rotation)
+        return step, GpuPrefill(*given, self._streams, step.rotations)
 
     def _streams(self, tokens: int, layer: int) -> bool:
         if self.streams is not None:

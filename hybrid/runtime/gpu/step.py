@@ -3,6 +3,8 @@
     norm QKV rope attention output | post predict send | hot FFN              | receive, norm of the next layer
                                                CPU: cold FFN of the active rows
 
+Where a model's FFN takes the same input as attention, it is begun first: the CPU computes during attention, too.
+
 The step is captured once for each strategy and batch size (1, 2, 4 or 8 tokens of one sequence) as a CUDA graph and
 replayed; token, position and sequence length are device data. Who waits: the caller for the end of a replay, `receive`
 on the GPU for the CPU's workers, those for `send` (`gpu_kernels/mailbox.py`, `cold_workers.py` here). Layers without
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 
@@ -26,21 +29,31 @@ from gpu_kernels.low_rank import predict
 from gpu_kernels.mailbox import ask, post, receive, send
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
-from gpu_kernels.sparse_ffn import down_parts, sparse_ffn
+from gpu_kernels.sparse_ffn import DeviceFFNView, down_parts, sparse_ffn
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
-from hybrid.model.transformer import OPT_POSITION_OFFSET, Transformer
+from hybrid.model.rope import Rotation
+from hybrid.model.transformer import Transformer
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.buffers import BATCHES, WORKSPACE, StepBuffers
 from hybrid.runtime.gpu.cold_workers import ColdWorkers
 from hybrid.runtime.gpu.sampler import DeviceSampler
-from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights
+from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights, normed_heads
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from hybrid.runtime.sampling import Sampler, most_likely, not_numbers
 from placement.placement import Placement
 from profiler.common.spec import Strategy
+
+
+class _Listed(NamedTuple):
+    """Neurons that the GPU computes: ids int32 [capacity], how many of them count, their tokens where several."""
+
+    ffn: DeviceFFNView
+    ids: torch.Tensor
+    number: torch.Tensor
+    masks: torch.Tensor | None
 
 
 class GpuStep:
@@ -79,9 +92,9 @@ class GpuStep:
         self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
 
     @property
-    def rotation(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Cosines and sines f32 [capacity, head_dim / 2] on the device; None for a model without RoPE."""
-        return self._buffers.cos, self._buffers.sin
+    def rotations(self) -> tuple[Rotation, ...]:
+        """Of each RoPE cosines and sines f32 [capacity, head_dim / 2] on the device; none for learned positions."""
+        return self._buffers.rotations
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] f32 after `token`, which joins the KV cache; a buffer that the next call overwrites."""
@@ -175,12 +188,8 @@ class GpuStep:
         self._sampler.greedy(self._buffers.logits[:count])
 
     def _embed(self, tokens: Sequence[int], start: int) -> None:
-        positions = self._model.positions
-        for at, token in enumerate(tokens):  # mostly one; slices, as lists of rows take several times as long
-            row, place = self._embedded[at : at + 1], start + at + OPT_POSITION_OFFSET
-            row.copy_(self._model.embedding.widen(slice(token, token + 1)))
-            if positions is not None:
-                row += positions.widen(slice(place, place + 1))
+        for at, token in enumerate(tokens):  # mostly one
+            self._embedded[at : at + 1] = self._model.embed(token, start + at)
             self._positions[at] = start + at
 
     def _capture(self, strategy: Strategy, count: int) -> None:
@@ -203,7 +212,8 @@ class GpuStep:
 
     def _launch(self, strategy: Strategy, count: int) -> None:
         """All kernels of a step for `count` tokens."""
-        b, norms, eps = self._buffers, self.weights.norms, float(self._model.spec.norm_eps)
+        b, norms, spec = self._buffers, self.weights.norms, self._model.spec
+        eps = float(spec.norm_eps)
         x, normed, positions = b.x[:count], b.normed[:count], b.positions[:count]
         x.copy_(self._embedded[:count], non_blocking=True)
         positions.copy_(self._positions[:count], non_blocking=True)
@@ -214,9 +224,14 @@ class GpuStep:
                 box = self._workers.mailbox
                 ask(Op.LAYER, number, x, box, positions, count)
                 receive(x, None, None, following.weight, following.bias, eps, normed, box, asked=True, replace=True)
+            elif spec.parallel:
+                ways = self._begin_ffn(number, layer, strategy, x, b.ahead[:count], positions, eps)
+                self._attention(layer, x, normed, positions, eps)
+                self._end_ffn(number, layer, strategy, ways, x, b.ahead[:count], eps)
             else:
                 self._attention(layer, x, normed, positions, eps)
-                self._ffn(number, layer, strategy, x, normed, positions, eps)
+                ways = self._begin_ffn(number, layer, strategy, x, normed, positions, eps)
+                self._end_ffn(number, layer, strategy, ways, x, normed, eps)
         self._head(x, normed, positions, eps)
         self._report.copy_(self._workers.report, non_blocking=True)
 
@@ -228,12 +243,24 @@ class GpuStep:
         qkv, attended = b.qkv[:count], b.attended[:count]
         table = b.table.expand(count, -1)
         gemv(layer.qkv, normed, layer.qkv_bias, qkv)
-        rope(qkv, b.cos, b.sin, layer.q_norm, layer.k_norm, eps, positions, table, layer.cache, spec.n_heads)
+        cos, sin = b.rotations[layer.rope] if b.rotations else (None, None)
+        norms = normed_heads(qkv, layer, spec, eps)
+        rope(
+            qkv, cos, sin, norms.q, norms.k, eps, positions, table, layer.cache, spec.n_heads, norms.q_bias,
+            norms.k_bias,
+        )  # fmt: skip
         q = qkv.view(count, -1, spec.head_dim)[:, : spec.n_heads]
         decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention[count])
-        gemv(layer.out, attended, layer.out_bias, x, add=True)
+        post = layer.attention_post
+        if post is None:
+            gemv(layer.out, attended, layer.out_bias, x, add=True)
+            return
+        added = b.added[:, :count]
+        gemv(layer.out, attended, layer.out_bias, added[0])
+        residual_norm(added[0], post.weight, post.bias, eps, added[1])
+        residual_norm(x, None, None, eps, None, added[1:])
 
-    def _ffn(
+    def _begin_ffn(
         self,
         number: int,
         layer: GpuLayer,
@@ -242,11 +269,10 @@ class GpuStep:
         normed: torch.Tensor,
         positions: torch.Tensor,
         eps: float,
-    ) -> None:
-        """x += FFN of its norm; `normed` is then what the next layer begins with."""
+    ) -> list[_Listed]:
+        """normed = norm of x; ask the CPU for its neurons of it; returns those that are the GPU's to compute."""
         b, spec, count, hot, box = self._buffers, self._model.spec, x.shape[0], self._hot[number], self._workers.mailbox
-        norm, following = layer.ffn_norm, self.weights.norms[number + 1]
-        cold = spec.d_ff - hot
+        norm, cold = layer.ffn_norm, spec.d_ff - hot
         if cold:
             post(x, norm.weight, norm.bias, eps, normed, box)
         else:
@@ -264,28 +290,44 @@ class GpuStep:
             send(b.masks, hot, b.hot_ids, b.hot_masks, b.hot_count, b.spare, box, number, positions, zero_copy)
         elif cold:
             ask(Op.FFN, number, None, box, positions, count, cold)
-        skip = strategy != "dense"
         ways = []
         if layer.ffn is not None:
-            ways.append((layer.ffn, ids, total, masks))
+            ways.append(_Listed(layer.ffn, ids, total, masks))
         if zero_copy is not None and layer.zero_copy is not None:
             listed = zero_copy.stop - hot
-            ways.append(
-                (
-                    layer.zero_copy,
-                    zero_copy.ids[:listed],
-                    zero_copy.count,
-                    zero_copy.masks[:listed] if count > 1 else None,
-                )
-            )
+            masks = zero_copy.masks[:listed] if count > 1 else None
+            ways.append(_Listed(layer.zero_copy, zero_copy.ids[:listed], zero_copy.count, masks))
+        return ways
+
+    def _end_ffn(
+        self,
+        number: int,
+        layer: GpuLayer,
+        strategy: Strategy,
+        ways: list[_Listed],
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        eps: float,
+    ) -> None:
+        """x += FFN of `normed`; b.normed is then what the next layer begins with."""
+        b, count, following = self._buffers, x.shape[0], self.weights.norms[number + 1]
+        box, asked = self._workers.mailbox, self._hot[number] < self._model.spec.d_ff
         parts = self._parts(len(ways), count)
-        for (ffn, its_ids, its_count, its_masks), its_parts in zip(ways, parts, strict=True):
-            hidden = b.hidden[: count * len(its_ids)].view(count, len(its_ids))
+        for listed, its_parts in zip(ways, parts, strict=True):
+            hidden = b.hidden[: count * len(listed.ids)].view(count, len(listed.ids))
             # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
-            eager = strategy == "learned" and ffn is layer.ffn
-            sparse_ffn(ffn, normed, its_ids, its_count, its_masks, hidden, its_parts, skip, eager)
-        sums = parts.flatten(0, 1) if ways else None
-        receive(x, sums, layer.down_bias, following.weight, following.bias, eps, normed, box, asked=bool(cold))
+            eager = strategy == "learned" and listed.ffn is layer.ffn
+            given = listed.ffn, normed, listed.ids, listed.number, listed.masks
+            sparse_ffn(*given, hidden, its_parts, strategy != "dense", eager)
+        sums, post = parts.flatten(0, 1) if ways else None, layer.ffn_post
+        if post is None:
+            out = b.normed[:count]
+            receive(x, sums, layer.down_bias, following.weight, following.bias, eps, out, box, asked=asked)
+            return
+        added = b.added[:, :count]
+        added[0].zero_()
+        receive(added[0], sums, layer.down_bias, post.weight, post.bias, eps, added[1], box, asked=asked)
+        residual_norm(x, following.weight, following.bias, eps, b.normed[:count], added[1:])
 
     def _parts(self, ways: int, count: int) -> torch.Tensor:
         """Room for the parts of down, [ways, s, t, d], of the hot and of the zero-copy neurons."""
@@ -297,6 +339,7 @@ class GpuStep:
         b, count, norm = self._buffers, x.shape[0], self.weights.norms[-1]
         if self.weights.head is not None:
             gemv(self.weights.head, normed, None, b.logits[:count])
+            self._model.capped(b.logits[:count])
             return
         box, ends = self._workers.mailbox, len(self.weights.layers)
         ask(Op.HEAD, ends, x, box, positions, count)
@@ -312,7 +355,7 @@ class GpuStep:
             self.rest()
             raise
         if self.weights.head is None:
-            self._logits[:] = torch.from_numpy(self._workers.logits)
+            self._logits[:] = self._model.capped(torch.from_numpy(self._workers.logits))
 
     def _count(self, strategy: Strategy, seconds: float, tokens: int) -> None:
         """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to; without a

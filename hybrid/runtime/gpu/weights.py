@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch
 from cpu_kernels.matrix import Matrix
 from gpu_kernels.low_rank import DevicePredictorView
 from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.norm import residual_norm
 from gpu_kernels.sparse_ffn import DeviceFFNView
 from hybrid.model.ffn import FFNMatrices, HybridFFN
 from hybrid.model.kv_cache import KVCache
@@ -28,30 +30,43 @@ DENSE, PREDICTORS, HOT, KV, HEAD = "dense weights", "predictors", "hot neurons",
 
 @dataclass(frozen=True, eq=False)
 class GpuNorm:
-    """f32 [d] weights of an RMSNorm, or with a bias of a LayerNorm."""
+    """f32 [d] weights of an RMSNorm, or with a bias of a LayerNorm; without either what it takes is left as it is."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None
+
+
+class HeadNorms(NamedTuple):
+    """f32 [head_dim] weights of the norm of each head of q and of k, and their biases, or None."""
+
+    q: torch.Tensor | None = None
+    k: torch.Tensor | None = None
+    q_bias: torch.Tensor | None = None
+    k_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
     """A layer's parts on the GPU. cache: f16 or f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if
-    any; zero_copy: those after them, whose rows kernels read in host memory."""
+    any; zero_copy: those after them, whose rows kernels read in host memory; rope: which of the model's RoPEs;
+    attention_post, ffn_post: norms of what is added to the residual, if any."""
 
     qkv: DeviceMatrix
     qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: GpuNorm | None
+    k_norm: GpuNorm | None
     out: DeviceMatrix
     out_bias: torch.Tensor | None
     ffn_norm: GpuNorm
+    attention_post: GpuNorm | None
+    ffn_post: GpuNorm | None
     ffn: DeviceFFNView | None
     zero_copy: DeviceFFNView | None
     down_bias: torch.Tensor | None
     predictor: DevicePredictorView | None
     cache: torch.Tensor
     window: int | None
+    rope: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +93,7 @@ class GpuWeights:
             _layer(arena, model.spec, block, cache, zero_copy.get(number)) if placement.layer_on_gpu[number] else None
             for number, block in enumerate(model.blocks)
         )
-        norms = [_norm(arena, block.attention_norm) for block in model.blocks]
+        norms = [_norm(arena, block.norms.attention) for block in model.blocks]
         norms.append(_norm(arena, model.final_norm, HEAD))
         head = _matrix(arena, HEAD, model.head.matrix) if placement.head_on_gpu else None
         return cls(layers, tuple(norms), head)
@@ -91,17 +106,20 @@ def _layer(
     return GpuLayer(
         qkv=_matrix(arena, DENSE, attention.qkv.matrix),
         qkv_bias=_vector(arena, attention.qkv.bias),
-        q_norm=_vector(arena, None if attention.q_norm is None else attention.q_norm.weight),
-        k_norm=_vector(arena, None if attention.k_norm is None else attention.k_norm.weight),
+        q_norm=None if attention.q_norm is None else _norm(arena, attention.q_norm),
+        k_norm=None if attention.k_norm is None else _norm(arena, attention.k_norm),
         out=_matrix(arena, DENSE, attention.out.matrix),
         out_bias=_vector(arena, attention.out.bias),
-        ffn_norm=_norm(arena, block.ffn_norm),
+        ffn_norm=_norm(arena, block.norms.ffn),
+        attention_post=None if block.norms.attention_post is None else _norm(arena, block.norms.attention_post),
+        ffn_post=None if block.norms.ffn_post is None else _norm(arena, block.norms.ffn_post),
         ffn=_hot(arena, ffn) if ffn.hot else None,
         zero_copy=None if zero_copy is None else _zero_copy(arena, zero_copy, ffn.act.name),
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:]), torch.from_numpy(cache.data).dtype),
         window=attention.window,
+        rope=attention.rope,
     )
 
 
@@ -146,9 +164,26 @@ def _matrix(arena: DeviceArena, part: str, matrix: Matrix, rows: slice = slice(N
     return DeviceMatrix(arena.put(part, matrix.tensor(rows)), matrix.columns, matrix.dtype)
 
 
-def _norm(arena: DeviceArena, norm: Norm, part: str = DENSE) -> GpuNorm:
+def _norm(arena: DeviceArena, norm: Norm | None, part: str = DENSE) -> GpuNorm:
+    if norm is None:
+        return GpuNorm(None, None)
     return GpuNorm(arena.put(part, norm.weight), None if norm.bias is None else arena.put(part, norm.bias))
 
 
 def _vector(arena: DeviceArena, vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else arena.put(DENSE, vector.float())
+
+
+def normed_heads(qkv: torch.Tensor, layer: GpuLayer, spec: ModelSpec, eps: float) -> HeadNorms:
+    """The norms of each head of q and k that `rope` is to apply.
+
+    Where all heads of q have one norm, and those of k, these are applied here, in place.
+    """
+    if layer.q_norm is None or layer.k_norm is None:
+        return HeadNorms()
+    if spec.qk_norm != "all":
+        return HeadNorms(layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.bias, layer.k_norm.bias)
+    q, k = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+    for norm, part in ((layer.q_norm, qkv[:, :q]), (layer.k_norm, qkv[:, q : q + k])):
+        residual_norm(part, norm.weight, None, eps, part)
+    return HeadNorms()

@@ -230,7 +230,8 @@ def test_two_engines_answer_by_turns(folder, engine):
     [
         (GpuStep, "_embed"),
         (GpuStep, "_launch"),
-        (GpuStep, "_ffn"),
+        (GpuStep, "_begin_ffn"),
+        (GpuStep, "_end_ffn"),
         (GpuStep, "_check"),
         (GpuStep, "_count"),
         (ColdWorkers, "start"),

@@ -35,6 +35,7 @@ KERNELS = {
     "gemv": gemv,
 }
 FAMILIES = ("llama-relu", "llama-tied-mha-bias", "mistral-window", "qwen2-window", "qwen3", "opt", "opt-gelu-untied")
+FAMILIES += ("bamboo", "nemotron", "nanochat", "persimmon", "falcon", "smollm3", "granite", "olmo2", "gemma3")
 
 
 @pytest.fixture(autouse=True)
@@ -90,9 +91,9 @@ class Case:
 
     def take(self, arena):
         weights = GpuWeights.take(arena, self.model, self.placed, self.cache)
-        found = self.model.rotation(torch.arange(CAPACITY)) or (None, None)
-        angles = [None if angle is None else arena.put("angles", angle[:, 0].contiguous()) for angle in found]
-        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, tuple(angles))
+        found = self.model.step_rotations(CAPACITY)
+        angles = tuple(tuple(arena.put("angles", angle.contiguous()) for angle in rotation) for rotation in found)
+        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, angles)
 
     def expected(self, tokens):
         hidden = self.model(torch.tensor(tokens), KVCache(self.model.spec, CAPACITY))
@@ -180,7 +181,7 @@ def test_what_does_not_fit_is_refused(stored):
     arena = DeviceArena(torch.device(DEVICE))
     weights = GpuWeights.take(arena, case.model, case.placed, case.cache)
     with pytest.raises(ValueError, match="cosines and sines"):
-        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, (None, None))
+        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, ())
 
 
 @pytest.mark.usefixtures("_references")
@@ -223,7 +224,7 @@ def test_decoding_goes_on_from_its_cache(on_cpu, stored, monkeypatch):
 
     def both(arena):
         step = GpuStep(case.model, case.cache, case.runtime, case.placed, arena)
-        return step, GpuPrefill(case.model, step.weights, case.cache, case.runtime, arena, case.streams, step.rotation)
+        return step, GpuPrefill(case.model, step.weights, case.cache, case.runtime, arena, case.streams, step.rotations)
 
     counting = DeviceArena(torch.device(DEVICE))
     both(counting)

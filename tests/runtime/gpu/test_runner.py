@@ -72,6 +72,10 @@ CASES = [
     ("opt", "exact", {"share": 0.4, "on_cpu": (0,), "head": False}),
     ("mistral-window", "learned", {"share": 0.4}),
     ("qwen3", "dense", {"share": 1.0, "on_cpu": (1,)}),
+    ("falcon-grouped", "learned", {"share": 0.4}),
+    ("gemma3", "dense", {"share": 0.4}),
+    ("persimmon", "exact", {"share": 0.4}),
+    ("olmo2", "dense", {"share": 0.0}),
 ]
 
 

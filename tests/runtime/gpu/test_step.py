@@ -49,7 +49,14 @@ def test_the_kernels_themselves(models, placed):
 
 
 @pytest.mark.usefixtures("_references")
-@pytest.mark.parametrize("name", ["llama-relu", "llama-tied-mha-bias", "mistral-window", "opt", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama-relu", "llama-tied-mha-bias", "mistral-window", "opt", "qwen3"),
+        *("prosparse", "bamboo", "nemotron", "nanochat", "persimmon", "falcon", "falcon-grouped"),
+        *("smollm3", "granite", "olmo2", "gemma3"),
+    ],
+)
 def test_families_and_strategies(models, name):
     case = StepCase(tiny_model(name, models), predictors=True)
     for strategy in ("dense", "exact", "learned"):
@@ -71,7 +78,7 @@ PLACEMENTS = [
 
 @pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("placed", PLACEMENTS)
-@pytest.mark.parametrize("name", ["llama-relu", "opt"])
+@pytest.mark.parametrize("name", ["llama-relu", "opt", "falcon", "gemma3"])
 def test_placements(models, name, placed):
     case = StepCase(tiny_model(name, models), predictors=True, **placed)
     check(case, "learned" if name == "opt" else "exact", some_tokens(4))

@@ -55,6 +55,7 @@ def test_rows_that_kernels_read_in_host_memory_follow_the_hot_ones(models):
 
 
 CASES = [("llama-relu", "int8"), ("llama-tied-mha-bias", "f32"), ("opt", "bf16"), ("qwen3", "int4")]
+CASES += [("persimmon", "f32"), ("gemma3", "bf16"), ("olmo2", "f32"), ("falcon", "int8")]
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
@@ -73,17 +74,19 @@ def test_everything_is_where_it_should_be_and_the_same(models, name, dtype):
     if matrices.gate is not None:
         assert_rows(layer.ffn.gate, matrices.gate, hot)
     assert_rows(weights.head, case.model.head.matrix, None)
-    q_norm = block.attention.q_norm
+    q_norm, post, following = block.attention.q_norm, block.norms.attention_post, case.model.blocks[1].norms.attention
     for found, expected in (
         (layer.qkv_bias, block.attention.qkv.bias),
         (layer.out_bias, block.attention.out.bias),
         (layer.down_bias, matrices.down_bias),
         (layer.ffn.up_bias, None if matrices.up_bias is None else matrices.up_bias[:hot]),
         (layer.ffn.gate_bias, None if matrices.gate_bias is None else matrices.gate_bias[:hot]),
-        (layer.q_norm, None if q_norm is None else q_norm.weight),
-        (layer.ffn_norm.weight, block.ffn_norm.weight),
-        (layer.ffn_norm.bias, block.ffn_norm.bias),
-        (weights.norms[1].weight, case.model.blocks[1].attention_norm.weight),
+        (layer.q_norm and layer.q_norm.weight, q_norm and q_norm.weight),
+        (layer.q_norm and layer.q_norm.bias, q_norm and q_norm.bias),
+        (layer.ffn_norm.weight, block.norms.ffn and block.norms.ffn.weight),
+        (layer.ffn_norm.bias, block.norms.ffn and block.norms.ffn.bias),
+        (layer.attention_post and layer.attention_post.weight, post and post.weight),
+        (weights.norms[1].weight, following and following.weight),
         (weights.norms[2].weight, case.model.final_norm.weight),
     ):
         assert (found is None) == (expected is None)
