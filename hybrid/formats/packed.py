@@ -109,7 +109,7 @@ def _layer_parts(spec: ModelSpec) -> Iterator[Part]:
         yield from _vectors(spec, name)
     yield from _linear("qkv", (q + 2 * kv, d), spec.dtype, q + 2 * kv if spec.qkv_bias else 0)
     for name in ("q_norm", "k_norm"):
-        yield from _vectors(spec, name)
+        yield from (replace(part, name=part.name.removesuffix(".weight")) for part in _vectors(spec, name))
     yield from _linear("out", (d, q), spec.dtype, d if spec.out_bias else 0)
     for name in ("ffn_norm", "ffn_post_norm"):
         yield from _vectors(spec, name)

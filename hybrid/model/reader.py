@@ -210,8 +210,8 @@ class PackedReader:
         if f"{part}.weight" not in self._shapes:
             return None
         weight, bias = (
-            self._vector(f"{name}.{kind}", *shape) if (shape := self._shapes.get(f"{part}.{kind}")) else None
-            for kind in ("weight", "bias")
+            self._vector(f"{name}{end}", *shape) if (shape := self._shapes.get(f"{part}.{kind}")) else None
+            for kind, end in (("weight", "" if part in ("q_norm", "k_norm") else ".weight"), ("bias", ".bias"))
         )
         assert weight is not None
         return Norm(weight, bias, self._spec.norm_eps)

@@ -149,9 +149,8 @@ def test_rope_scaling_goes_before_rope_parameters():
     both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
     both["rope_scaling"] = {"rope_type": "linear", "factor": 2.0}
     spec = parse_config(LLAMA | both, notices=notices)
-    assert spec.rope == RopeSpec(
-        10000.0, "linear", 2.0, original_context=128
-    )  # the base of the field that is not used is not used either
+    # The base of the field that is not used is not used either.
+    assert spec.rope == RopeSpec(10000.0, "linear", 2.0, original_context=128)
     assert len(notices) == 1 and "'rope_scaling' and 'rope_parameters'" in notices[0]
     both["rope_parameters"] = both["rope_scaling"]
     assert parse_config(LLAMA | both | {"rope_theta": 7.0}, notices=notices).rope == RopeSpec(

@@ -21,19 +21,12 @@ transformers = pytest.importorskip("transformers")
 # Without these no model can be built; a family's row knows the rest.
 NEEDED = {"model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"}
 NEEDED |= {"max_position_embeddings", "intermediate_size", "ffn_dim", "hidden_act", "activation_function"}
-NEEDED |= {"ffn_hidden_size", "activation", "hidden_activation"}
+NEEDED |= {"ffn_hidden_size", "activation", "hidden_activation", "pad_token_id"}
 # Families whose code comes with the weights are otherwise as these; `model_cases` has them as well.
 LIKE = {"bamboo": "mistral", "sparse_qwen2": "qwen2", "llama_sparse_relu": "llama"}
 TYPES = [name for name in FAMILIES if " " not in name]  # the others are variants
-TINY = {
-    "pad_token_id": 0,
-    "vocab_size": 37,
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-}
-TINY["max_position_embeddings"] = 64
+TINY = {"vocab_size": 37, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+TINY |= {"max_position_embeddings": 64, "pad_token_id": 0}
 PAST_EVERY_DEFAULT = 4200  # 4096 is the largest of those that count
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LIMITS = [
@@ -102,7 +95,8 @@ def test_what_config_json_leaves_out_is_as_in_transformers(name, says):
     theirs = transformers.AutoConfig.for_model(LIKE.get(name, name), **fields | says | {"pad_token_id": 0})
     given = theirs.to_dict() | {"model_type": name}
     spec = parse_config({key: given[key] for key in NEEDED & given.keys() - {"num_key_value_heads"}} | says)
-    assert spec.n_kv_heads == getattr(theirs, "num_key_value_heads", 1 if getattr(theirs, "multi_query", 0) else 32)
+    one_head = getattr(theirs, "multi_query", False)
+    assert spec.n_kv_heads == (1 if one_head else getattr(theirs, "num_key_value_heads", None) or 32)
     assert spec.head_dim == (getattr(theirs, "head_dim", None) or 8)
     assert spec.norm_eps == getattr(theirs, "rms_norm_eps", 1e-5)
     assert spec.d_ff == getattr(theirs, FAMILIES[name].fields.get("intermediate_size", "intermediate_size"))

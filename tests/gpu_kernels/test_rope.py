@@ -7,6 +7,7 @@ import pytest
 import torch
 from gpu_cases import DEVICE, TYPES, assert_close, random_input
 
+from cpu_kernels.rope import QKNorm
 from cpu_kernels.rope import rope_ref as cpu_rope_ref
 from gpu_kernels.rope import rope, rope_ref
 

@@ -24,7 +24,9 @@ from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats import new_folder
 from hybrid.formats.config import FAMILIES
 from hybrid.formats.packed import ALIGNMENT, PACKED_DTYPES, PACKED_FILE, PackedModel, packed_spec, parts
+from hybrid.formats.tensors import layer_norms
 from hybrid.model.loader import ModelFolder
+from hybrid.model.reader import CheckpointReader
 from hybrid.offline.pack import Packer
 from placement.placement import Placement
 
@@ -65,13 +67,17 @@ def as_stored(weight, dtype):
 
 
 def source_tensors(folder):
-    """Every tensor of a checkpoint by part name and layer, read by safetensors itself."""
-    spec = ModelFolder.open(folder).spec
+    """Every tensor of a checkpoint by part name and layer, read by safetensors itself where it is not folded."""
+    opened = ModelFolder.open(folder)
+    spec, family = opened.spec, FAMILIES[opened.spec.family]
+    turned = family.sine_turned or (spec.rope is not None and spec.rope.turned)
+    if family.rows or family.norm_plus or turned or spec.logit_scale != 1:
+        reader = CheckpointReader(spec, opened.checkpoint)  # which is held against transformers
+        return spec, lambda part, kind="weight", layer=None: reader.tensor(part, layer, kind)
     stored = {}
     for path in folder.glob("*.safetensors"):
         stored.update(load_file(path))
-    family = FAMILIES[spec.family].tensors
-    return spec, lambda part, kind="weight", layer=None: stored[f"{family[part].format(layer)}.{kind}"]
+    return spec, lambda part, kind="weight", layer=None: stored[f"{family.tensors[part].format(layer)}.{kind}"]
 
 
 def check_vector(found, name, expected):
@@ -93,13 +99,15 @@ def check_layer(found, spec, tensor, layer, order, dtype):
     check_matrix(found, at + "down", own("down").T[order], dtype)
     if spec.gated:
         check_matrix(found, at + "gate", own("gate")[order], dtype)
-    for norm in ("attention_norm", "ffn_norm"):
+    for norm in layer_norms(spec):
         check_vector(found, f"{at}{norm}.weight", own(norm))
         if spec.norm == "layer":
             check_vector(found, f"{at}{norm}.bias", own(norm, "bias"))
     if spec.qk_norm:
         check_vector(found, at + "q_norm", own("q_norm"))
         check_vector(found, at + "k_norm", own("k_norm"))
+        if spec.qk_norm == "head layer":
+            check_vector(found, at + "k_norm.bias", own("k_norm", "bias"))
     if spec.qkv_bias:
         check_vector(found, at + "qkv.bias", torch.cat([own(part, "bias") for part in "qkv"]))
     if spec.out_bias:
