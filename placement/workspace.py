@@ -144,6 +144,7 @@ class Workspace:
             "normed": aligned(4 * chunk * spec.d_model),
             "ahead": aligned(4 * chunk * spec.d_model * spec.parallel),
             "added": aligned(4 * chunk * spec.d_model * (spec.norms != "before")),
+            "rotations": self.rope if self.spec.rope and self.spec.rope.follows_length else 0,
             "positions": aligned(4 * chunk),
             "qkv": aligned(4 * wide * (queries + both)),
             "attended": aligned(4 * wide * queries),

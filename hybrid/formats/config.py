@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hybrid.errors import ModelError
 from hybrid.formats.families import FAMILIES, Family
-from hybrid.formats.fields import Fields
+from hybrid.formats.fields import MOST, Fields
 from hybrid.formats.rope_config import rope_spec, without_rope
 from profiler.common.errors import shown
 from profiler.common.spec import ModelSpec, RopeSpec
@@ -109,7 +109,7 @@ def parse_config(
         n_kv_heads=_kv_heads(fields, family, heads),
         head_dim=head_dim,
         vocab_size=fields.size("vocab_size"),
-        max_context=fields.size("max_position_embeddings"),
+        max_context=_context(fields, rope),
         activation=_activation(fields, family),
         dtype="f32",
         fingerprint=fingerprint,
@@ -174,6 +174,14 @@ def _ropes(
     if family.local_rope_theta is None:
         return rope, None
     return rope, replace(rope_spec(fields, family, head_dim, notices, local=True), score_scale=score_scale)
+
+
+def _context(fields: Fields, rope: RopeSpec | None) -> int:
+    """The most tokens: kinds of RoPE that stretch a shorter context do so by their factor."""
+    longest = fields.size("max_position_embeddings")
+    if rope is None or rope.kind not in ("dynamic", "yarn"):
+        return longest
+    return min(max(longest, int(rope.factor * rope.original_context)), MOST)
 
 
 def _logit_cap(fields: Fields, family: Family) -> float | None:

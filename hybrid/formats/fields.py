@@ -9,7 +9,7 @@ from hybrid.errors import ModelError
 from hybrid.formats.families import Switch
 from profiler.common.errors import shown
 
-_MOST = 2**31 - 1  # of any size: kernels count in int32
+MOST = 2**31 - 1  # of any size: kernels count in int32
 
 
 class Fields:
@@ -46,7 +46,7 @@ class Fields:
         """Whether the field is there, though it be null."""
         return self._names.get(field, field) in self._values
 
-    def size(self, field: str, default: int | None = None, most: int = _MOST) -> int:
+    def size(self, field: str, default: int | None = None, most: int = MOST) -> int:
         value = self.get(field, default)
         if value is None:
             raise ModelError(f"{self.where} has no field '{self.name(field)}'; the model cannot be built without it")

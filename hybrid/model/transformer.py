@@ -154,14 +154,17 @@ class Transformer(nn.Module):
         self.layers, self.blocks = nn.ModuleList(blocks), blocks
         self.ffns = [block.ffn for block in blocks]
         self.final_norm, self.head = final_norm, head
-        self._ropes = [rope for rope in (spec.rope, spec.other_rope) if rope is not None]
+        self.ropes = [rope for rope in (spec.rope, spec.other_rope) if rope is not None]
 
     @torch.inference_mode()
-    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """tokens: int64 [t], following those in `cache`; returns [t, d_model] f32 after the final norm."""
+    def forward(self, tokens: torch.Tensor, cache: KVCache | None = None, length: int | None = None) -> torch.Tensor:
+        """tokens: int64 [t], following those in `cache`; returns [t, d_model] f32 after the final norm.
+
+        length: of the text of which they are a part, where it goes on after them.
+        """
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + tokens.shape[0])
-        x, rotations = self.embed(tokens.numpy(), start), self.rotations(positions)
+        x, rotations = self.embed(tokens.numpy(), start), self.rotations(positions, length)
         for layer in self.layers:
             x = layer(x, rotations, cache)
         if cache is not None:
@@ -200,12 +203,12 @@ class Transformer(nn.Module):
             linear_few(torch.zeros(2, matrix.columns), row, None, pool)
             widened(row, slice(1), pool)
 
-    def rotations(self, positions: torch.Tensor) -> tuple[Rotation, ...]:
-        """Cosines and sines [t, head_dim / 2] of each of the model's RoPEs, for positions of a text that ends with the
-        last of them; none for learned positions."""
-        length = int(positions[-1]) + 1 if len(positions) else 0
-        return tuple(rotation(rope, self.spec.head_dim, positions, length) for rope in self._ropes)
+    def rotations(self, positions: torch.Tensor, length: int | None = None) -> tuple[Rotation, ...]:
+        """Cosines and sines [t, head_dim / 2] of each of the model's RoPEs, for positions of a text of `length` tokens,
+        or one that ends with the last of them; none for learned positions."""
+        length = length or int(positions[-1]) + 1
+        return tuple(rotation(rope, self.spec.head_dim, positions, length) for rope in self.ropes)
 
     def step_rotations(self, capacity: int) -> tuple[Rotation, ...]:
         """Cosines and sines [capacity, head_dim / 2] for one token after another."""
-        return tuple(step_rotation(rope, self.spec.head_dim, capacity) for rope in self._ropes)
+        return tuple(step_rotation(rope, self.spec.head_dim, capacity) for rope in self.ropes)

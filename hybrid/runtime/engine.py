@@ -210,7 +210,7 @@ class Engine:
         for at in range(reused, len(tokens), self.runner.chunk):
             progress(at - reused, len(tokens) - reused)
             piece = tokens[at : at + self.runner.chunk]
-            logits = self.runner.read(piece)
+            logits = self.runner.read(piece, len(tokens))
             self._cached_tokens += piece
         progress(len(tokens) - reused, len(tokens) - reused)
         return logits, reused

@@ -32,8 +32,8 @@ class Runner(Protocol):
     def load_kernels(self) -> None:
         """Compile what the first token will need, or read it from its cache."""
 
-    def read(self, tokens: list[int]) -> torch.Tensor:
-        """Logits after some more tokens of a prompt, dense."""
+    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
+        """Logits after some more tokens of a prompt, dense; length: of all the text, where it goes on after them."""
 
     def decode(self, token: int) -> torch.Tensor:
         """Logits after one more token of an answer, by the runtime's strategy."""
@@ -77,7 +77,7 @@ class CpuRunner:
         self._step.load_kernels()
         self._model.load_kernels()
 
-    def read(self, tokens: list[int]) -> torch.Tensor:
+    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
         if len(tokens) == 1:
             return self._run(tokens[0], "dense")
         self._runtime.as_decode = False
@@ -85,7 +85,7 @@ class CpuRunner:
             self._expect_scattered_reads(False)
         # A child of fork waits for ever for torch's threads, which stayed with its parent.
         with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
-            hidden = self._model(torch.tensor(tokens), self._cache)
+            hidden = self._model(torch.tensor(tokens), self._cache, length)
             self._expect_scattered_reads(self._runtime.strategy != "dense")
             return self._model.logits(hidden[-1:])[0]
 

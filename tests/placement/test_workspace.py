@@ -53,7 +53,7 @@ def test_prefill_by_hand():
     found = Workspace(spec, context=700, rank=0, prefill_chunk=600, batch=1).prefill
     assert found == {
         **dict.fromkeys(("x", "normed"), 600 * 256 * 4),
-        **dict.fromkeys(("ahead", "added"), 0),
+        **dict.fromkeys(("ahead", "added", "rotations"), 0),
         "positions": 2560,  # 2400
         "qkv": 512 * 512 * 4,
         "attended": 512 * 256 * 4,

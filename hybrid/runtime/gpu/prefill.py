@@ -27,7 +27,7 @@ from gpu_kernels.sparse_ffn import DeviceFFNView
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
-from hybrid.model.rope import Rotation
+from hybrid.model.rope import Rotation, rotation
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.cold_stream import ColdStream
@@ -55,6 +55,7 @@ class PrefillCounters:
 class _Buffers:
     """f32 unless their name says otherwise; x to added for the tokens of a chunk, the rest for those at once.
 
+    rotations: cosines, then sines [capacity, head_dim / 2] of a RoPE that depends on how long the text is.
     keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
     """
 
@@ -62,6 +63,7 @@ class _Buffers:
     normed: torch.Tensor
     ahead: torch.Tensor
     added: torch.Tensor
+    rotations: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
     first: torch.Tensor
@@ -86,12 +88,13 @@ class _Buffers:
         def floats(*shape: int) -> torch.Tensor:
             return arena.empty(PART, shape)
 
-        normed = floats(chunk, spec.d_model)
+        normed, following = floats(chunk, spec.d_model), any(rope.follows_length for rope in model.ropes)
         return cls(
             x=floats(chunk, spec.d_model),
             normed=normed,
             ahead=floats(chunk, spec.d_model) if spec.parallel else normed,
             added=floats(chunk if spec.norms != "before" else 0, spec.d_model),
+            rotations=floats(2 * cache.capacity * following, spec.head_dim // 2),
             qkv=floats(wide, queries + both),
             attended=floats(wide, queries),
             first=floats(wide * neurons),
@@ -141,7 +144,8 @@ class GpuPrefill:
         if len(rotations) != (model.spec.rope is not None) + (model.spec.other_rope is not None):
             raise ValueError("prefill needs cosines and sines for each RoPE of the model, and none without any")
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
-        self._streams, self._rotations, self._eps = streams, rotations, float(model.spec.norm_eps)
+        self._streams, self._eps = streams, float(model.spec.norm_eps)
+        self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
         self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
         self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
@@ -158,12 +162,16 @@ class GpuPrefill:
 
     @torch.inference_mode()
     def read(
-        self, tokens: Sequence[int], progress: Callable[[int, int], None] = lambda done, total: None
+        self,
+        tokens: Sequence[int],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        length: int | None = None,
     ) -> torch.Tensor:
         """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join the KV cache chunk by chunk.
 
-        `progress(done, total)` follows the chunks. Workers of the decode step must be at rest, as the CPU's part of
-        prefill runs on their pool. Raises `ContextError` when the tokens do not fit the cache.
+        `progress(done, total)` follows the chunks. length: of all the text, where it goes on after them. Workers of the
+        decode step must be at rest, as the CPU's part of prefill runs on their pool. Raises `ContextError` when the
+        tokens do not fit the cache.
         """
         end = self._cache.length + len(tokens)
         if end > self._cache.capacity:
@@ -174,6 +182,7 @@ class GpuPrefill:
         self._runtime.as_decode = False
         with torch_threads(self._runtime.pool.threads):
             self._wait()  # for what an interrupted call left under way
+            self._turn(max(end, length or 0))
             for at in range(0, len(tokens), self._chunk):
                 progress(at, len(tokens))
                 some = tokens[at : at + self._chunk]
@@ -184,6 +193,17 @@ class GpuPrefill:
                 self._cache.advance(len(some))
         progress(len(tokens), len(tokens))
         return logits
+
+    def _turn(self, length: int) -> None:
+        """Cosines and sines for a text of `length` tokens, of RoPEs that depend on it."""
+        self._length = length
+        for number, (spec, given) in enumerate(zip(self._model.ropes, self._given, strict=True)):
+            if spec.follows_length:
+                own, count = self._buffers.rotations[: 2 * given[0].shape[0]].chunk(2), min(length, given[0].shape[0])
+                found = rotation(spec, self._model.spec.head_dim, torch.arange(count), length)
+                for target, angles in zip(own, found, strict=True):
+                    target[:count].copy_(angles)
+                self._rotations[number] = (own[0], own[1])
 
     def _layers(self, tokens: Sequence[int]) -> None:
         """All layers for a chunk; x then holds what the final norm takes."""
@@ -318,7 +338,7 @@ class GpuPrefill:
         for part in pieces(count, self._wide):
             cache = copy(self._cache)  # the same keys and values, of which this part's follow
             cache.length = start + part.start
-            rotations = self._model.rotations(torch.arange(cache.length, start + part.stop))
+            rotations = self._model.rotations(torch.arange(cache.length, start + part.stop), self._length)
             x[part] = self._model.blocks[number](x[part], rotations, cache)
         self._buffers.x[:count].copy_(x, non_blocking=True)
 

@@ -80,14 +80,14 @@ class GpuRunner:
     def load_kernels(self) -> None:
         self.step.load_kernels(self._runtime.strategy)
 
-    def read(self, tokens: list[int]) -> torch.Tensor:
+    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
         self._check_process()
         if len(tokens) <= FEW_TOKENS:
             with torch_threads(1):
                 return self.step.few(tokens, self._reading)
         self.rest()
         self._expect_scattered_reads(False)
-        logits = self.prefill.read(tokens)
+        logits = self.prefill.read(tokens, length=length)
         self._expect_scattered_reads(self._runtime.strategy != "dense")
         return logits
 
