@@ -101,16 +101,33 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("name", ["llama-relu", "opt"])
 def test_matches_torch_on_the_same_matrices_of_every_type(name, dtype, stored):
+    check_packed(name, dtype, ["dense", "exact"], stored)
+
+
+def check_packed(name, dtype, strategies, stored):
     """Blocks add the rounding of each product's input to 16 bits; it moves keys to the next f16, so theirs are f32."""
     model, tokens = build(stored(name, dtype), max(THREADS)), some_tokens(40)
     assert model.ffns[0].up.dtype == dtype
     kept = replace(model.spec, dtype="f32") if "int" in dtype else model.spec
     expected = model.logits(model(tokens, KVCache(kept, 44)))[20:]
-    for strategy in ("dense", "exact"):
+    for strategy in strategies:
         cache = KVCache(kept, 44)
         model(tokens[:20], cache)
         step = CpuStep(model, cache, model.ffns[0].runtime)
         assert relative_error(decode(step, tokens[20:], strategy), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("nemotron", "int8"), ("persimmon", "int4"), ("nanochat", "int8")])
+@pytest.mark.parametrize("strategy", ["dense", "exact"])
+def test_packed_parts_that_were_folded(name, dtype, strategy, stored):
+    check_packed(name, dtype, [strategy], stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("falcon-grouped", "int4"), ("phi3", "int8"), ("gemma3", "int4"), ("granite", "int8")]
+)
+def test_packed_parts_of_dense_families(name, dtype, stored):
+    check_packed(name, dtype, ["dense"], stored)
 
 
 @pytest.mark.parametrize("dtype", ["f32", *STORED])
@@ -169,7 +186,7 @@ def watched(model, hot, predictors):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", ["llama-relu", "opt"])
+@pytest.mark.parametrize("name", ["llama-relu", "opt", "bamboo", "prosparse", "falcon"])
 @pytest.mark.parametrize("strategy", ["dense", "exact", "learned"])
 def test_counts_and_logits_of_each_strategy(strategy, name, stored):
     """Token by token through torch, with hooks that leave out and count neurons, is the truth."""

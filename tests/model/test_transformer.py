@@ -64,6 +64,22 @@ def test_half_precision_weights_compute_in_f32(name, dtype, tmp_path):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("name", ["bamboo", "prosparse", "arcee"])
+def test_what_fires_is_what_the_activation_says(name, tmp_path):
+    """As a profiler sees it: a neuron fires where what it adds is not 0."""
+    truth, tokens, seen = make_model(name, tmp_path), torch.arange(30), []
+    model = build(tmp_path)
+    for ffn in model.ffns:
+        ffn.act.register_forward_hook(lambda module, args, out: seen.append(out != 0))
+    for layer in truth.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0] != 0))
+    model(tokens)
+    truth(tokens[None])
+    ours, theirs = torch.stack(seen[:3]), torch.stack(seen[3:])
+    assert 0.1 < ours.float().mean() < 0.6 and (ours != theirs).float().mean() < 1e-3
+
+
+@torch.inference_mode()
 def test_sharded_checkpoint_equals_single_file(tmp_path):
     truth = make_model("llama-relu", tmp_path / "shards", shard_size="40KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()

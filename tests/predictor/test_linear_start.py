@@ -14,16 +14,19 @@ SHAPES = [(24, 37), (17, 61), (33, 8), (5, 3)]
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "fatrelu_0.2", "drelu"])
 def test_labels_and_mass_are_those_of_the_ffn(gated, activation):
     spec = small_spec(gated=gated, activation=activation)
     weights, x = random_layer(0, spec, dtype=torch.bfloat16).float(), torch.randn(9, spec.d_model)
     fired, mass = weights.fired_and_mass(x)
     first = x @ weights.firing_weight.T + weights.firing_bias
-    hidden = first.clamp_min(0) ** (2 if activation == "relu2" else 1)
+    fires = first > (0.2 if activation == "fatrelu_0.2" else 0)
+    hidden = (first * fires) ** (2 if activation == "relu2" else 1)
     if gated:
-        hidden = hidden * (x @ weights.up.T)
-    assert torch.equal(fired, first > 0)
+        up = x @ weights.up.T
+        hidden = hidden * (up.clamp_min(0) if activation == "drelu" else up)
+        fires &= (up > 0) | (activation != "drelu")
+    assert torch.equal(fired, fires)
     contributions = hidden[:, :, None] * weights.down
     torch.testing.assert_close(mass, contributions.norm(dim=2))
 
