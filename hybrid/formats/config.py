@@ -40,7 +40,7 @@ _HARMLESS = {
     "is_encoder_decoder", "is_decoder", "tokenizer_class", "task_specific_params", "finetuning_task", "license",
     "auto_map", "unsloth_version", "unsloth_fixed", "language", "is_llama_config", "model_max_length",
     "max_sequence_length", "gradient_checkpointing", "use_flash_attention_2", "_flash_attn_2_enabled",
-    "transformers.js_config",
+    "transformers.js_config", "cache_implementation",
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k", "top_p",
     "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",

@@ -223,6 +223,7 @@ FAMILIES: dict[str, Family] = {
         norm_eps=1e-5,
         norm_plus=1.0,
         partial=0.5,
+        ignored=("rope_percent",),
     ),
     "jais2": Family(
         tensors=_NO_GATE,
@@ -281,6 +282,7 @@ FAMILIES: dict[str, Family] = {
         no_rope_every=4,
         tied=True,
         window=Window(None, Switch("use_sliding_window", False)),
+        ignored=("pretraining_tp",),
     ),
     "granite": Family(multipliers=True),
     "olmo2": Family(

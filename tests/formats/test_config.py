@@ -144,6 +144,88 @@ def test_a_field_that_only_other_families_read_is_ignored_with_a_notice(base, ch
     assert f"'{next(iter(change))}'" in notice and notice.endswith("is ignored")
 
 
+# What published files of these families say beside sizes.
+PUBLISHED = [
+    ({"model_type": "smollm3", "pretraining_tp": 2, "no_rope_layers": [1, 0], "rope_theta": 5e6}, {}),
+    (
+        {"model_type": "gemma3_text", "cache_implementation": "hybrid", "rope_scaling": None, "sliding_window": 512}
+        | {"rope_local_base_freq": 10000, "rope_theta": 1000000, "sliding_window_pattern": 6, "head_dim": 256}
+        | {"query_pre_attn_scalar": 256, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        {"logit_cap": None, "embedding_scale": 32**0.5, "activation": "gelu_tanh"},
+    ),
+    (
+        {"model_type": "nemotron", "rope_percent": 0.5, "partial_rotary_factor": 0.5, "norm_eps": 1e-5},
+        {"rope": RopeSpec(turned=4)},
+    ),
+    (
+        {"model_type": "falcon", "activation": "relu", "num_kv_heads": 4, "multi_query": True, "n_head": None}
+        | {"apply_residual_connection_post_layernorm": False, "hidden_dropout": 0.0, "num_key_value_heads": 4},
+        {"n_kv_heads": 1, "d_ff": 128, "parallel": True},
+    ),
+    (
+        {"model_type": "arcee", "hidden_act": "relu2"}
+        | {"rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0, "rope_type": "yarn"}}
+        | {"original_max_position_embeddings": 32},
+        {"max_context": 640, "gated": False},
+    ),
+    (
+        {
+            "model_type": "phi3",
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 2048,
+            "embd_pdrop": 0.0,
+        }
+        | {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, "sliding_window": 99}
+        | {"auto_map": {"AutoConfig": "x.y"}, "rope_theta": 10000.0},
+        {"sliding_window": 99, "max_context": 2048},
+    ),
+    (
+        {"model_type": "llama", "hidden_act": "fatrelu", "hidden_act_param": 0.01},
+        {"activation": "fatrelu_0.01", "fires_sparsely": True},
+    ),
+    ({"model_type": "llama_sparse_relu", "hidden_act": "silu"}, {"activation": "relu"}),
+    ({"model_type": "bamboo", "hidden_act": "relu", "sliding_window": 4096}, {"activation": "drelu"}),
+]
+
+
+def base(says):
+    """Sizes, and an activation by the name that most families have for it."""
+    others = {"gemma3_text": {"hidden_act"}, "falcon": {"hidden_act", "intermediate_size"}}
+    return {name: value for name, value in LLAMA.items() if name not in others.get(says["model_type"], ())}
+
+
+@pytest.mark.parametrize(("says", "means"), PUBLISHED, ids=[says["model_type"] for says, _ in PUBLISHED])
+def test_what_published_files_say(says, means):
+    spec = parse_config(base(says) | says)
+    assert {name: getattr(spec, name) for name in means} == means
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"model_type": "falcon", "alibi": True}, "'alibi' is True; only False is supported"),
+        ({"model_type": "falcon", "parallel_attn": False}, "'parallel_attn' is False"),
+        ({"model_type": "falcon", "multi_query": False}, "'multi_query' is False"),
+        ({"model_type": "persimmon", "qk_layernorm": False}, "'qk_layernorm' is False"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 30.0}, "'attn_logit_softcapping' is 30.0"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "expected 2 of 0 and 1"),
+        ({"model_type": "nemotron", "partial_rotary_factor": 0.45}, "turns 3 of 8 elements of a head"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "no field 'long_factor'"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}},
+            "expected 4 numbers above 0",
+        ),
+        ({"model_type": "llama", "hidden_act": "fatrelu", "hidden_act_param": -1.0}, "a number of at least 0"),
+        ({"model_type": "arcee", "hidden_act": "drelu"}, "drelu is of gate and up"),
+        ({"model_type": "granite", "residual_multiplier": 0}, "'residual_multiplier' is '0'"),
+        ({"model_type": "falcon grouped"}, "unknown architecture"),
+    ],
+)
+def test_what_would_change_the_arithmetic_of_a_family_is_refused(says, message):
+    with pytest.raises(ModelError, match=message):
+        parse_config(base(says) | says)
+
+
 def test_rope_scaling_goes_before_rope_parameters():
     notices = []
     both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
