@@ -152,6 +152,21 @@ def pack(model: Path | None, **given: Any) -> None:
     _run(commands.pack, model, given)
 
 
+@cli.command(name="export")
+@options.MODEL
+@click.option("--powerinfer", "output", type=options.NewPath(), required=True, help="The new folder.")
+@click.option(
+    "--type", "kind", type=click.Choice(["f16", "q4_0"]), default="f16", show_default=True, help="Of the matrices."
+)
+@options.THREADS
+@options.BUNDLE
+def export_model(model: Path | None, output: Path, kind: str, **given: Any) -> None:
+    """Write a prepared model as PowerInfer's files: weights, predictors, firing counts and hot neurons."""
+    from hybrid import commands
+
+    _run(commands.export, model, output, kind, given)
+
+
 @cli.command()
 @options.MODEL
 @options.SPARSITY

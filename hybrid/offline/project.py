@@ -228,7 +228,7 @@ class Project:
         require_writable(self.bundle.path)
         check_seed(seed)
         self.folder.check_finite()
-        layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
+        layers = [self.ffn_weights(layer) for layer in range(self.spec.n_layers)]
         partial, origin = self.bundle.partial_predictors, self.train_origin(found.header, target, seed)
         with torch_threads(self.runtime.pool.threads):
             bank, report = train_predictors(
@@ -238,9 +238,7 @@ class Project:
                 found.documents,
                 target,
                 seed=seed,
-                perplexity_of=(lambda bank: self._validation_perplexity(found, bank))
-                if len(found.validation)
-                else None,
+                perplexity_of=(lambda bank: self.validation_perplexity(found, bank)) if len(found.validation) else None,
                 state=TrainingState.of(partial, self.spec, origin),
                 progress=self._progress,
             )
@@ -257,11 +255,12 @@ class Project:
     def load_predictors(self) -> PredictorBank:
         return self.bundle.load_predictors(self.spec)
 
-    def _ffn_weights(self, layer: int) -> FFNWeights:
+    def ffn_weights(self, layer: int) -> FFNWeights:
+        """One layer's FFN as predictors learn from it, in its stored type."""
         t = self.folder.ffn_tensors(layer)
         return FFNWeights(t.gate, t.up, t.down, self.spec.activation, t.gate_bias, t.up_bias)
 
-    def _validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
+    def validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
         """Perplexity on the profile's validation windows, with `bank` as decode would use it; None is dense."""
         windows = TokenWindows(found.validation.astype(np.int64), np.zeros_like(found.validation))
         self.use_predictors(bank)

@@ -1,0 +1,168 @@
+"""One model's weights, predictors and metadata under PowerInfer's names.
+
+Rows of q and k are in llama.cpp's order, the down projection is neuron by neuron, and the number of neurons is made a
+multiple of 256 by some that never fire. Predictors have no biases (`predictor.bias_free`) and read the residual, not
+what the norm makes of it, so the norm's weights go into the columns of fc1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hybrid.errors import InputError
+from hybrid.formats.powerinfer import Kind, Tensor
+from hybrid.formats.powerinfer_tokens import tokenizer_metadata
+from hybrid.model.loader import ModelFolder
+from hybrid.model.reader import CheckpointReader
+from predictor.bank import PredictorBank
+from predictor.low_rank import LowRankPredictor
+from profiler.common.spec import ModelSpec
+
+FileType = Literal["f16", "q4_0"]
+FILE_TYPES: dict[FileType, int] = {"f16": 1, "q4_0": 2}  # as llama.cpp numbers them
+_FAMILIES = ("llama", "mistral")
+_NEURONS = 256  # PowerInfer divides a layer's neurons by so many
+_WIDTH = 64  # its CUDA product of an f16 row reads so many elements at a time, with no end
+
+
+def check_exportable(spec: ModelSpec) -> None:
+    """Raise `InputError` for a model that PowerInfer's `llama` does not compute."""
+    rope = spec.rope is not None and spec.rope.kind in ("plain", "linear")
+    more = spec.qkv_bias or spec.out_bias or spec.ffn_bias or spec.qk_norm or spec.sliding_window is not None
+    plain = spec.family in _FAMILIES and spec.gated and rope and not more
+    if not plain or spec.activation != "relu" or spec.n_heads * spec.head_dim != spec.d_model:
+        raise InputError(
+            f"PowerInfer runs Llamas with ReLU gates and plain RoPE; this {spec.family} model with {spec.activation} "
+            "has something else, and stays with hybrid"
+        )
+    if spec.d_model % _WIDTH:
+        raise InputError(f"PowerInfer's kernels want a width that {_WIDTH} divides, this model's is {spec.d_model}")
+
+
+def padded(values: np.ndarray, axis: int, multiple: int = _NEURONS) -> np.ndarray:
+    """`values` with zeros behind them along `axis`, up to a multiple; by default the one for neurons."""
+    widths = [(0, -size % multiple if at == axis else 0) for at, size in enumerate(values.shape)]
+    return np.pad(values, widths)
+
+
+def padded_size(size: int, multiple: int = _NEURONS) -> int:
+    """What `padded` makes of `size`."""
+    return size + -size % multiple
+
+
+def fold(predictor: LowRankPredictor, norm: torch.Tensor, inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """fc1 [r, d] and fc2 [f, r], f32, of a predictor without biases, for the residual in place of what the norm, with
+    weights [d], makes of it. Both are padded with zeros: r to what CUDA kernels want, f with neurons never predicted.
+
+    inputs: some of those after the norm, [t, d]. Hidden units are f16 in PowerInfer, and larger for a residual by as
+    much as that is larger than its norm: a power of two, which costs nothing, makes them at most 1 for `inputs`.
+    """
+    fc1 = predictor.fc1.float() * predictor.fc1_scale[:, None]
+    largest = float((inputs @ fc1.T).abs().max()) or 1.0
+    fc1 *= 2.0 ** -np.ceil(np.log2(largest)) * norm
+    fc2 = padded((predictor.fc2.float() * predictor.fc2_scale[:, None]).numpy(), 0)
+    fc2[len(predictor.fc2) :, predictor.rank - 1] = -1  # the last unit is the one that is nearly constant
+    return padded(fc1.numpy(), 0, _WIDTH), padded(fc2, 1, _WIDTH)
+
+
+@dataclass(frozen=True, eq=False)
+class PowerInferModel:
+    """A model that `check_exportable` took, with predictors without biases. inputs: f16 [n_layers, s, d], of its FFNs.
+
+    Its tensors are read when their turn to be written comes.
+    """
+
+    folder: ModelFolder
+    bank: PredictorBank
+    inputs: np.ndarray
+    kind: FileType
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+    def metadata(self) -> dict[str, Any]:
+        """What the file says of the model and its tokenizer."""
+        spec, rope = self.folder.spec, self.folder.spec.rope
+        assert rope is not None
+        of_llama: dict[str, Any] = {
+            "context_length": spec.max_context,
+            "embedding_length": spec.d_model,
+            "block_count": spec.n_layers,
+            "feed_forward_length": padded_size(spec.d_ff),
+            "attention.head_count": spec.n_heads,
+            "attention.head_count_kv": spec.n_kv_heads,
+            "attention.layer_norm_rms_epsilon": float(spec.norm_eps),
+            "rope.dimension_count": spec.head_dim,
+            "rope.freq_base": float(rope.theta),
+        }
+        if rope.kind == "linear":
+            of_llama |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+        return {
+            "general.architecture": "llama",
+            "general.name": self.name,
+            "general.file_type": FILE_TYPES[self.kind],
+            "general.quantization_version": 2,
+            **{f"llama.{name}": value for name, value in of_llama.items()},
+            "powerinfer.sparse_threshold": 0.0,
+            "hybrid.hidden_act": spec.activation,
+            **tokenizer_metadata(self.folder.codec, spec.vocab_size),
+        }
+
+    def tensors(self) -> list[Tensor]:
+        """In the order of the file. Embedding and head have 8 bits where others have 4; predictors f16, norms f32."""
+        spec = self.folder.spec
+        outer: Kind = "q8_0" if self.kind == "q4_0" else "f16"
+        words, head = (spec.vocab_size, spec.d_model), "embedding" if spec.tied else "head"
+        ends = [
+            Tensor("token_embd.weight", words, outer, partial(self._stored, "embedding")),
+            Tensor("output_norm.weight", (spec.d_model,), "f32", partial(self._stored, "final_norm")),
+            Tensor("output.weight", words, outer, partial(self._stored, head)),
+        ]
+        return [*ends, *chain.from_iterable(self._layer(layer) for layer in range(spec.n_layers))]
+
+    def _layer(self, layer: int) -> Iterator[Tensor]:
+        spec, at = self.folder.spec, f"blk.{layer}"
+        d, kv, f = spec.d_model, spec.n_kv_heads * spec.head_dim, padded_size(spec.d_ff)
+        rank = padded_size(self.bank.predictors[layer].rank, _WIDTH)
+        for name, part in (("attn_norm", "attention_norm"), ("ffn_norm", "ffn_norm")):
+            yield Tensor(f"{at}.{name}.weight", (d,), "f32", partial(self._stored, part, layer))
+        for number, (part, rows) in enumerate((("q", d), ("k", kv), ("v", kv))):
+            yield Tensor(f"{at}.attn_{part}.weight", (rows, d), self.kind, partial(self._attention, layer, number))
+        yield Tensor(f"{at}.attn_output.weight", (d, d), self.kind, partial(self._stored, "out", layer))
+        for name, part in (("ffn_gate", "gate"), ("ffn_up", "up"), ("ffn_down_t", "down")):
+            yield Tensor(f"{at}.{name}.weight", (f, d), self.kind, partial(self._neurons, layer, part))
+        for number, shape in enumerate(((rank, d), (f, rank))):
+            yield Tensor(f"{at}.fc{number + 1}.weight", shape, "f16", partial(self._predictor, layer, number))
+
+    @cached_property
+    def _source(self) -> CheckpointReader:
+        return CheckpointReader(self.folder.spec, self.folder.checkpoint)
+
+    def _stored(self, part: str, layer: int | None = None) -> np.ndarray:
+        return self._source.tensor(part, layer).float().numpy()
+
+    def _attention(self, layer: int, number: int) -> np.ndarray:
+        """q, k or v; of the first two, rows that RoPE turns together are neighbours in llama.cpp."""
+        spec, (weight, _) = self.folder.spec, self._source.qkv(layer)
+        heads = (spec.n_heads, spec.n_kv_heads, spec.n_kv_heads)
+        found = weight.split([count * spec.head_dim for count in heads])[number].float()
+        if number < 2:
+            found = found.view(heads[number], 2, -1, spec.d_model).transpose(1, 2).reshape(found.shape)
+        return found.numpy()
+
+    def _neurons(self, layer: int, part: str) -> np.ndarray:
+        weight: torch.Tensor = getattr(self._source.ffn(layer), part)
+        return padded(weight.float().numpy(), 0)
+
+    def _predictor(self, layer: int, number: int) -> np.ndarray:
+        inputs = torch.from_numpy(self.inputs[layer].astype(np.float32))
+        norm = self._source.tensor("ffn_norm", layer).float()
+        return fold(self.bank.predictors[layer], norm, inputs)[number]
