@@ -11,8 +11,6 @@ third digit: no training is needed. Without the ridge m leans on elements that h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -24,33 +22,23 @@ from predictor.samples import FFNWeights, batches
 _RIDGE = 0.01  # of the inputs' mean square; 0.001: 4% more predicted on that model; 0.1: another 1% on some layers
 
 
-@dataclass(frozen=True, eq=False)
-class ConstantDirection:
-    """m: f32 [d]. spread: the root mean square of m x - 1."""
-
-    m: torch.Tensor
-    spread: float
-
-    @classmethod
-    def of(cls, inputs: np.ndarray, rows: np.ndarray) -> ConstantDirection:
-        """That of one layer's inputs [n, d], of which only `rows` are read."""
-        mean, moment = covariance(inputs, rows)
-        moment += torch.outer(mean, mean)
-        ridge = _RIDGE * moment.diagonal().mean().clamp_min(1e-12)
-        m = torch.linalg.solve(moment + ridge * torch.eye(len(mean), dtype=torch.float64), mean)
-        m /= (m @ mean).clamp_min(1e-12)
-        spread = (m @ moment @ m - 1).clamp_min(0).sqrt()
-        return cls(m.float(), float(spread))
+def constant_direction(inputs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """m, f32 [d], of one layer's inputs [n, d], of which only `rows` are read: m x has mean 1 and varies least."""
+    mean, moment = covariance(inputs, rows)
+    moment += torch.outer(mean, mean)
+    ridge = _RIDGE * moment.diagonal().mean().clamp_min(1e-12)
+    m = torch.linalg.solve(moment + ridge * torch.eye(len(mean), dtype=torch.float64), mean)
+    return (m / (m @ mean).clamp_min(1e-12)).float()
 
 
-def without_biases(predictor: LowRankPredictor, constant: ConstantDirection) -> LowRankPredictor:
-    """The same decision with biases and threshold of 0, from one hidden unit more: the last, which is `constant`."""
-    fc1 = predictor.fc1.float() * predictor.fc1_scale[:, None] + predictor.b1[:, None] * constant.m
+def without_biases(predictor: LowRankPredictor, m: torch.Tensor) -> LowRankPredictor:
+    """The same decision with biases and threshold of 0, from one hidden unit more: the last, along m."""
+    fc1 = predictor.fc1.float() * predictor.fc1_scale[:, None] + predictor.b1[:, None] * m
     fc2 = predictor.fc2.float() * predictor.fc2_scale[:, None]
     last = predictor.b2 - predictor.threshold
     # A unit may be any positive number of times larger: of this size its weights are rounded no worse than the others.
     size = (last.abs().max() / fc2.abs().max().clamp_min(1e-30)).clamp_min(1e-30)
-    q1, scale1 = quantize_rows(torch.cat([fc1, size * constant.m[None]]))
+    q1, scale1 = quantize_rows(torch.cat([fc1, size * m[None]]))
     q2, scale2 = quantize_rows(torch.cat([fc2, last[:, None] / size], dim=1))
     return LowRankPredictor(q1, scale1, torch.zeros(len(q1)), q2, scale2, torch.zeros(len(q2)))
 

@@ -23,7 +23,7 @@ from hybrid.offline.powerinfer_model import FileType, PowerInferModel, check_exp
 from hybrid.offline.project import Project
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from predictor.bias_free import ConstantDirection, counted, without_biases
+from predictor.bias_free import constant_direction, counted, without_biases
 from predictor.report import Quality, overall_counts
 from predictor.samples import BATCH, split_documents
 from profiler.common.progress import Progress
@@ -35,7 +35,6 @@ from profiler.profile import NeuronProfile
 class ExportResult:
     """What was written, and the predictors' quality on validation documents, with biases and without.
 
-    spread: how far from 1 the direction is that stands for the biases, the root mean square of the worst layer.
     perplexity_increase: of the exported predictors over dense; None where the profile has no text to measure it on.
     hot: neurons, of all layers.
     """
@@ -44,25 +43,27 @@ class ExportResult:
     nbytes: int
     before: Quality
     after: Quality
-    spread: float
     perplexity_increase: float | None
     hot: int
 
 
 def export(project: Project, out: Path, kind: FileType, progress: Progress) -> ExportResult:
-    """Write the folder `out`, whole or not at all; `project` must be prepared.
+    """Write the folder `out`, whole or not at all, in place of an earlier export; `project` must be prepared.
 
     Raises `InputError` for a model that PowerInfer does not run or `kind` cannot hold, `ArtifactError` for artefacts
     that are not there.
     """
     project.require_source()
     check_exportable(project.spec)
+    name = f"{project.folder.path.name}.powerinfer.gguf"
+    if out.exists() and not (out / name).is_file():
+        raise InputError(f"{out} is there and no export of this model; choose another with --powerinfer")
     found, bank = project.load_profile(), project.load_predictors()
     placement = project.bundle.load_placement(project.spec)
-    free, before, after, spread = _bias_free(project, found, bank, progress)
+    free, before, after = _bias_free(project, found, bank, progress)
     model = PowerInferModel(project.folder, free, found.inputs[:, :BATCH], kind)
-    tensors, name = model.tensors(), f"{model.name}.powerinfer.gguf"
-    with new_folder(out, sum(tensor.nbytes for tensor in tensors), "--powerinfer", replaces=False) as folder:
+    tensors = model.tensors()
+    with new_folder(out, sum(tensor.nbytes for tensor in tensors), "--powerinfer") as folder:
         with progress("powerinfer", len(tensors), "tensor") as advance:
             try:
                 powerinfer.write(folder / name, model.metadata(), tensors, advance)
@@ -73,29 +74,27 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
         write_counts(folder / "activation", found.counts)
     increase = _increase(project, found, free, progress) if len(found.validation) else None
     size = (out / name).stat().st_size
-    return ExportResult(out / name, size, before, after, spread, increase, int(placement.hot.sum()))
+    return ExportResult(out / name, size, before, after, increase, int(placement.hot.sum()))
 
 
 def _bias_free(
     project: Project, found: NeuronProfile, bank: PredictorBank, progress: Progress
-) -> tuple[PredictorBank, Quality, Quality, float]:
-    """The bank without biases, its quality before and after, and the largest spread of a layer's direction."""
+) -> tuple[PredictorBank, Quality, Quality]:
+    """The bank without biases, and the quality before and after."""
     train, validation = split_documents(found.documents, seed=0)
-    free, counts, spread = [], [], 0.0
+    free, counts = [], []
     with progress("predictors", len(bank.predictors), "layer") as advance:
         for layer, predictor in enumerate(bank.predictors):
             inputs, weights = found.inputs[layer], project.ffn_weights(layer).float()
-            constant = ConstantDirection.of(inputs, train)
-            free.append(without_biases(predictor, constant))
+            free.append(without_biases(predictor, constant_direction(inputs, train)))
             counts.append([counted(each, weights, inputs, validation) for each in (predictor, free[-1])])
-            spread = max(spread, constant.spread)
             advance(1)
     made = PredictorBank(tuple(free))
     before, after = (
         Quality.of("all", sum(p.rank for p in each.predictors), sum(each.bytes_per_layer), overall_counts(of_each))
         for each, of_each in zip((bank, made), zip(*counts, strict=True), strict=True)
     )
-    return made, before, after, spread
+    return made, before, after
 
 
 def _increase(project: Project, found: NeuronProfile, bank: PredictorBank, progress: Progress) -> float:
