@@ -41,7 +41,7 @@ def demo(output: Path | None, yes: bool, options: Mapping[str, Any]) -> None:
             return
         make_folder(folder, progress)
     budget = options["vram_budget"] or "unlimited"
-    commands.prepare(folder, {**_PREPARED_WITH, **options, "vram_budget": budget})
+    commands.prepare(folder, {**options, **_PREPARED_WITH, "vram_budget": budget})
     commands.chat(folder, None, {**options, "sparsity": "auto", "bundle": None, "mlock": False})
 
 

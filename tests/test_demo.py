@@ -10,7 +10,7 @@ from hybrid import cli, commands, demo
 from hybrid.errors import InputError
 from hybrid.formats.bundle import EMBEDDED_CORPUS
 
-ASKED = {"tokens": 5, "vram_budget": None, "context": None, "threads": 1, "temperature": "0", "stop": ()}
+ASKED = {"tokens": 5, "vram_budget": None, "context": None, "threads": 1, "temperature": "0", "stop": (), "seed": None}
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def test_it_makes_prepares_and_chats(done, tmp_path, capsys):
     demo.demo(tmp_path / "m", False, ASKED)
     (make, made), (prepare, prepared, options), (chat, chatted, system, chat_options) = done
     assert (make, prepare, chat) == ("make", "prepare", "chat") and made == prepared == chatted == tmp_path / "m"
+    assert options["seed"] == 0 and chat_options["seed"] is None  # of the preparation, and of sampling
     assert options["corpus"] == (EMBEDDED_CORPUS / "calibration.jsonl",)
     assert (options["vram_budget"], options["tokens"], options["threads"]) == ("unlimited", 5, 1)
     assert system is None and chat_options["vram_budget"] is None and chat_options["temperature"] == "0"

@@ -19,7 +19,7 @@ from hybrid.errors import InputError
 from hybrid.formats import powerinfer
 from hybrid.formats.new_folder import new_folder
 from hybrid.formats.powerinfer import Tensor
-from hybrid.offline.powerinfer_model import FileType, PowerInferModel, check_exportable, padded, padded_size
+from hybrid.offline.powerinfer_model import FileType, PowerInferModel, architecture_of, padded, padded_size
 from hybrid.offline.project import Project
 from placement.placement import Placement
 from predictor.bank import PredictorBank
@@ -54,7 +54,7 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
     that are not there.
     """
     project.require_source()
-    check_exportable(project.spec)
+    architecture_of(project.spec)
     name = f"{project.folder.path.name}.powerinfer.gguf"
     if out.exists() and not (out / name).is_file():
         raise InputError(f"{out} is there and no export of this model; choose another with --powerinfer")

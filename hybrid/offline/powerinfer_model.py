@@ -8,7 +8,7 @@ what the norm makes of it, so the norm's weights go into the columns of fc1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any, Literal
@@ -23,27 +23,34 @@ from hybrid.model.loader import ModelFolder
 from hybrid.model.reader import CheckpointReader
 from predictor.bank import PredictorBank
 from predictor.low_rank import LowRankPredictor
-from profiler.common.spec import ModelSpec
+from profiler.common.spec import ModelSpec, RopeSpec
 
 FileType = Literal["f16", "q4_0"]
 FILE_TYPES: dict[FileType, int] = {"f16": 1, "q4_0": 2}  # as llama.cpp numbers them
-_FAMILIES = ("llama", "mistral")
+_ARCHITECTURES = {"relu": "llama", "drelu": "bamboo"}
+# Fields of a spec that may be as they are; any other has to be as Llama's. A window bounds the context.
+_SHAPE = {"n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_context", "tied"}
+_STORED = {"family", "fingerprint", "dtype", "embedding_dtype", "wide_kv"}
+_FREE = _SHAPE | _STORED | {"activation", "norm_eps", "rope", "sliding_window", "sliding_layers"}
 _NEURONS = 256  # PowerInfer divides a layer's neurons by so many
 _WIDTH = 64  # its CUDA product of an f16 row reads so many elements at a time, with no end
 
 
-def check_exportable(spec: ModelSpec) -> None:
-    """Raise `InputError` for a model that PowerInfer's `llama` does not compute."""
-    rope = spec.rope is not None and spec.rope.kind in ("plain", "linear")
-    more = spec.qkv_bias or spec.out_bias or spec.ffn_bias or spec.qk_norm or spec.sliding_window is not None
-    plain = spec.family in _FAMILIES and spec.gated and rope and not more
-    if not plain or spec.activation != "relu" or spec.n_heads * spec.head_dim != spec.d_model:
+def architecture_of(spec: ModelSpec) -> str:
+    """PowerInfer's name of what computes a model. Raises `InputError` where none of its architectures does."""
+    changed = {f.name for f in fields(spec) if f.name not in _FREE and getattr(spec, f.name) != f.default}
+    rope = spec.rope or RopeSpec(kind="none")
+    plain = rope.kind in ("plain", "linear") and rope == RopeSpec(rope.theta, rope.kind, rope.factor)
+    changed |= {name for name, fits in (("rope", plain), ("activation", spec.activation in _ARCHITECTURES)) if not fits}
+    changed |= {"head_dim"} if spec.n_heads * spec.head_dim != spec.d_model else set()
+    if changed:
         raise InputError(
-            f"PowerInfer runs Llamas with ReLU gates and plain RoPE; this {spec.family} model with {spec.activation} "
-            "has something else, and stays with hybrid"
+            f"PowerInfer runs Llamas with gates of {' or '.join(_ARCHITECTURES)} and plain RoPE; this {spec.family} "
+            f"model with {spec.activation} differs in {', '.join(sorted(changed))}, and stays with hybrid"
         )
     if spec.d_model % _WIDTH:
         raise InputError(f"PowerInfer's kernels want a width that {_WIDTH} divides, this model's is {spec.d_model}")
+    return _ARCHITECTURES[spec.activation]
 
 
 def padded(values: np.ndarray, axis: int, multiple: int = _NEURONS) -> np.ndarray:
@@ -74,7 +81,7 @@ def fold(predictor: LowRankPredictor, norm: torch.Tensor, inputs: torch.Tensor) 
 
 @dataclass(frozen=True, eq=False)
 class PowerInferModel:
-    """A model that `check_exportable` took, with predictors without biases. inputs: f16 [n_layers, s, d], of its FFNs.
+    """A model that `architecture_of` took, with predictors without biases. inputs: f16 [n_layers, s, d], of its FFNs.
 
     Its tensors are read when their turn to be written comes.
     """
@@ -92,8 +99,9 @@ class PowerInferModel:
         """What the file says of the model and its tokenizer."""
         spec, rope = self.folder.spec, self.folder.spec.rope
         assert rope is not None
-        of_llama: dict[str, Any] = {
-            "context_length": spec.max_context,
+        name = architecture_of(spec)
+        of_model: dict[str, Any] = {
+            "context_length": min(spec.max_context, spec.sliding_window or spec.max_context),
             "embedding_length": spec.d_model,
             "block_count": spec.n_layers,
             "feed_forward_length": padded_size(spec.d_ff),
@@ -104,13 +112,13 @@ class PowerInferModel:
             "rope.freq_base": float(rope.theta),
         }
         if rope.kind == "linear":
-            of_llama |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+            of_model |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
         return {
-            "general.architecture": "llama",
+            "general.architecture": name,
             "general.name": self.name,
             "general.file_type": FILE_TYPES[self.kind],
             "general.quantization_version": 2,
-            **{f"llama.{name}": value for name, value in of_llama.items()},
+            **{f"{name}.{key}": value for key, value in of_model.items()},
             "powerinfer.sparse_threshold": 0.0,
             "hybrid.hidden_act": spec.activation,
             **tokenizer_metadata(self.folder.codec, spec.vocab_size),

@@ -8,7 +8,7 @@ import torch
 from predictor_cases import SPEC
 
 from hybrid.errors import InputError
-from hybrid.offline.powerinfer_model import check_exportable, fold, padded
+from hybrid.offline.powerinfer_model import architecture_of, fold, padded
 from predictor.low_rank import LowRankPredictor
 from profiler.common.spec import RopeSpec
 
@@ -16,30 +16,36 @@ LLAMA = replace(SPEC, d_model=64, head_dim=32)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "field"),
     [
-        {"activation": "silu"},
-        {"activation": "relu2"},
-        {"family": "qwen2"},
-        {"gated": False},
-        {"qkv_bias": True},
-        {"ffn_bias": True},
-        {"qk_norm": True},
-        {"sliding_window": 9},
-        {"rope": RopeSpec(kind="llama3")},
-        {"rope": None},
-        {"head_dim": 16},
+        ({"activation": "silu"}, "activation"),
+        ({"activation": "relu2"}, "activation"),
+        ({"gated": False}, "gated"),
+        ({"qkv_bias": True}, "qkv_bias"),
+        ({"ffn_bias": True}, "ffn_bias"),
+        ({"qk_norm": "head"}, "qk_norm"),
+        ({"norms": "both"}, "norms"),
+        ({"logit_cap": 15.0}, "logit_cap"),
+        ({"rope": RopeSpec(kind="llama3")}, "rope"),
+        ({"rope": RopeSpec(turned=16)}, "rope"),
+        ({"rope": None}, "rope"),
+        ({"head_dim": 16}, "head_dim"),
     ],
 )
-def test_what_powerinfer_does_not_compute_is_refused(changes):
-    check_exportable(LLAMA)
-    with pytest.raises(InputError, match="PowerInfer runs Llamas with ReLU gates and plain RoPE; this"):
-        check_exportable(replace(LLAMA, **changes))
+def test_what_powerinfer_does_not_compute_is_refused_by_name(changes, field):
+    with pytest.raises(InputError, match=rf"this llama model with \w+ differs in {field}, and stays with hybrid"):
+        architecture_of(replace(LLAMA, **changes))
+
+
+def test_architectures_are_told_apart_by_the_activation():
+    assert architecture_of(LLAMA) == "llama"
+    assert architecture_of(replace(LLAMA, activation="drelu", family="bamboo", sliding_window=9)) == "bamboo"
+    assert architecture_of(replace(LLAMA, rope=RopeSpec(5e5, "linear", 2.0), tied=True)) == "llama"
 
 
 def test_a_width_that_its_kernels_read_beyond_is_refused():
     with pytest.raises(InputError, match="want a width that 64 divides, this model's is 96"):
-        check_exportable(replace(LLAMA, d_model=96, head_dim=48))
+        architecture_of(replace(LLAMA, d_model=96, head_dim=48))
 
 
 def test_padding_is_of_zeros_behind():
