@@ -64,7 +64,7 @@ def cli(debug: bool) -> None:
 @cli.command()
 @click.option("-o", "--output", type=options.NewPath(), help="The model's folder  [default: in the user's cache]")
 @click.option("-y", "--yes", is_flag=True, help="Download without asking.")
-@click.option("--tokens", type=options.COUNT, default=32_768, show_default=True, help="Calibration tokens.")
+@options.TOKENS
 @options.BUDGET
 @options.CONTEXT
 @options.THREADS
