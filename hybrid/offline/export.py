@@ -19,7 +19,7 @@ from hybrid.errors import InputError
 from hybrid.formats import powerinfer
 from hybrid.formats.new_folder import new_folder
 from hybrid.formats.powerinfer import Tensor
-from hybrid.offline.powerinfer_model import FileType, PowerInferModel, architecture_of, padded, padded_size
+from hybrid.offline.powerinfer_model import FileType, PowerInferModel, architecture_of, name_of, padded, padded_size
 from hybrid.offline.project import Project
 from placement.placement import Placement
 from predictor.bank import PredictorBank
@@ -55,7 +55,7 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
     """
     project.require_source()
     architecture_of(project.spec)
-    name = f"{project.folder.path.name}.powerinfer.gguf"
+    name = f"{name_of(project.folder)}.powerinfer.gguf"
     if out.exists() and not (out / name).is_file():
         raise InputError(f"{out} is there and no export of this model; choose another with --powerinfer")
     found, bank = project.load_profile(), project.load_predictors()

@@ -53,6 +53,11 @@ def architecture_of(spec: ModelSpec) -> str:
     return _ARCHITECTURES[spec.activation]
 
 
+def name_of(folder: ModelFolder) -> str:
+    """What a model's files are called: as its folder, or its file without what follows the last dot."""
+    return folder.path.stem if folder.path.is_file() else folder.path.name
+
+
 def padded(values: np.ndarray, axis: int, multiple: int = _NEURONS) -> np.ndarray:
     """`values` with zeros behind them along `axis`, up to a multiple; by default the one for neurons."""
     widths = [(0, -size % multiple if at == axis else 0) for at, size in enumerate(values.shape)]
@@ -91,10 +96,6 @@ class PowerInferModel:
     inputs: np.ndarray
     kind: FileType
 
-    @property
-    def name(self) -> str:
-        return self.folder.path.name
-
     def metadata(self) -> dict[str, Any]:
         """What the file says of the model and its tokenizer."""
         spec, rope = self.folder.spec, self.folder.spec.rope
@@ -115,7 +116,7 @@ class PowerInferModel:
             of_model |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
         return {
             "general.architecture": name,
-            "general.name": self.name,
+            "general.name": name_of(self.folder),
             "general.file_type": FILE_TYPES[self.kind],
             "general.quantization_version": 2,
             **{f"{name}.{key}": value for key, value in of_model.items()},
