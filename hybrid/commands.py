@@ -28,6 +28,7 @@ from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
+from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
 from hybrid.reports import predictor_report, profile_report
@@ -51,7 +52,7 @@ def prepare(model: Path | None, options: Options) -> None:
     """Profile, train, place; each skipped when what it would make is there."""
     project = _project(model, options)
     if not project.spec.fires_sparsely:
-        click.echo(f"{project.spec.activation} fires densely: nothing to prepare, the model runs dense")
+        click.echo(project.why_dense())
         return
     request, target = _profile_request(project, options), _target(options)
     seed, settings = options["seed"], _placement_settings(project, options, "learned")
@@ -141,6 +142,25 @@ def pack(model: Path | None, options: Options) -> None:
     result = packer.pack(out.absolute())
     state = "wrote" if result.written else f"{_CURRENT}:"
     click.echo(f"{state} {out}, {size(result.nbytes)} in {dtype}; it is a model: hybrid chat {out}", err=True)
+
+
+def export(model: Path | None, output: Path, kind: Any, options: Options) -> None:
+    """Write PowerInfer's files, and print what its predictors, which have no biases, cost."""
+    project = _project(model, options)
+    project.require_sparse()
+    result = export_powerinfer(project, output.absolute(), kind, progress)
+    rows = [
+        [name, str(q.rank), percent(q.recall), percent(q.precision), f"{q.active_ratio:.2f}", f"{q.missed_mass:.2%}"]
+        for name, q in (("ours", result.before), ("PowerInfer's form", result.after))
+    ]
+    click.echo(table(["predictors", "rank", "recall", "precision", "ratio", "missed mass"], rows))
+    if result.perplexity_increase is not None:
+        click.echo(f"perplexity of the latter against dense: {result.perplexity_increase:+.2%}")
+    if not result.hot:
+        _say(
+            "note: the placement has no hot neurons; another machine's: hybrid place --hardware FILE --vram-budget 8GiB"
+        )
+    _say(f"wrote {result.model}, {size(result.nbytes)} in {kind}; run it with PowerInfer's main -m {result.model}")
 
 
 def chat(model: Path | None, system: str | None, options: Options) -> None:

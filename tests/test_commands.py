@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from hybrid import commands
 from hybrid.commands import _read_prompt
 from hybrid.errors import InputError
+from hybrid.offline.export import ExportResult
+from predictor.report import Quality
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,20 @@ def test_a_prompt_that_is_no_text(tmp_path):
     (tmp_path / "p").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not UTF-8 text"):
         _read_prompt(tmp_path / "p")
+
+
+def test_an_export_says_what_predictors_without_biases_cost(monkeypatch, capsys, tmp_path):
+    before = Quality("all", 9, 100, 0.95, 0.85, 0.2, 0.1, 0.0064)
+    after = Quality("all", 11, 120, 0.94, 0.84, 0.21, 0.1, 0.0071)
+    result = ExportResult(tmp_path / "m.powerinfer.gguf", 2**20, before, after, 0.0049, hot=0)
+    monkeypatch.setattr(commands, "_project", lambda model, options: SimpleNamespace(require_sparse=lambda: None))
+    monkeypatch.setattr(commands, "export_powerinfer", lambda project, out, kind, progress: result)
+    commands.export(tmp_path, tmp_path / "out", "f16", {})
+    said = capsys.readouterr()
+    assert said.out == (
+        "predictors         rank  recall  precision  ratio  missed mass\n"
+        "ours                  9   95.0%      85.0%   2.00        0.64%\n"
+        "PowerInfer's form    11   94.0%      84.0%   2.10        0.71%\n"
+        "perplexity of the latter against dense: +0.49%\n"
+    )
+    assert "note: the placement has no hot neurons" in said.err and f"wrote {result.model}, 1.0 MiB in f16" in said.err

@@ -18,7 +18,8 @@ from hybrid.errors import InputError
 
 ROOT = Path(cli.__file__).parents[1]
 COMMANDS = cli.cli.commands
-WORKFLOW = ["prepare", "profile", "train", "place", "pack", "chat", "generate", "eval", "bench", "inspect", "hardware"]
+WORKFLOW = ["demo", "prepare", "profile", "train", "place", "pack", "export", "chat", "generate", "eval", "bench"]
+WORKFLOW += ["inspect", "hardware"]
 HEAVY = ["torch", "numba", "scipy", "numpy", "tokenizers", "tqdm"]
 
 # Mistakes that options alone give away, and what is said of each.

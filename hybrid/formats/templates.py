@@ -25,7 +25,7 @@ _BYTES, _BYTES_PER_MESSAGE, _BYTES_PER_CHARACTER, _MOST = 2**24, 2**14, 256, 2**
 
 
 class ChatTemplate:
-    """A compiled template."""
+    """A compiled template, and its `source`."""
 
     def __init__(self, source: str, where: Path) -> None:
         """Raises `ModelError`, naming the file `where` it comes from, for a template that is not valid or too long."""
@@ -33,7 +33,7 @@ class ChatTemplate:
             raise ModelError(
                 f"the chat template in {where} has {len(source):,} characters, at most {MAX_SOURCE:,} are read"
             )
-        self._source = source
+        self.source = source
         self._code = _compile(source, where)
 
     @classmethod
@@ -59,7 +59,7 @@ class ChatTemplate:
         Raises `InputError` for messages that are none or that the template refuses, and where it fails or has no end.
         """
         checked = check_messages(messages)
-        check_roles(checked, self._source)
+        check_roles(checked, self.source)
         characters = sum(len(value) for message in checked for value in message.values() if isinstance(value, str))
         limit = min(_MOST, _BYTES + _BYTES_PER_MESSAGE * len(checked) + _BYTES_PER_CHARACTER * characters)
         environment = Sandbox(limit)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from hybrid.errors import InputError
 from hybrid.formats.long_text import PIECE_CHARACTERS, encode_pieces
@@ -30,6 +32,21 @@ class TextCodec:
     def has_chat_template(self) -> bool:
         """Whether conversations can be encoded. Raises `ModelError` for a template that is not valid."""
         return self._template is not None
+
+    @property
+    def template_text(self) -> str | None:
+        """The chat template as it is written, None where there is none. Raises `ModelError` as the one above."""
+        return None if self._template is None else self._template.source
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The `tokenizers` object that does the work."""
+        return self._tokenizer
+
+    @property
+    def special_texts(self) -> Mapping[str, str]:
+        """The texts of special tokens by their part, such as `eos_token`."""
+        return self._special
 
     def encode(self, text: str, *, special: bool = True, enough: int | None = None) -> list[int]:
         """Token ids of `text`; `special` adds what the tokenizer itself puts around a text (often a start token).

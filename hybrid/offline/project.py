@@ -151,10 +151,16 @@ class Project:
     def require_sparse(self) -> None:
         """Raise `InputError` unless neurons of this model fire sparsely."""
         if not self.spec.fires_sparsely:
-            raise InputError(
-                f"{self.spec.activation} fires densely, so there are no hot and cold neurons to tell apart; "
-                "the model runs dense without preparation"
-            )
+            raise InputError(self.why_dense())
+
+    def why_dense(self) -> str:
+        """Why a model whose neurons all fire has nothing to prepare, and what there is to do instead."""
+        path = self.folder.path
+        packed = "" if self.folder.is_packed else f", and faster packed: hybrid pack {path} --dtype int8"
+        return (
+            f"{self.spec.activation} fires densely: every neuron counts for every token, so there is nothing to "
+            f"predict; the model runs as it is: hybrid chat {path}{packed}"
+        )
 
     def require_source(self) -> None:
         """Raise `InputError` for a packed model: its neurons have another order, its weights another type."""
@@ -222,7 +228,7 @@ class Project:
         require_writable(self.bundle.path)
         check_seed(seed)
         self.folder.check_finite()
-        layers = [self._ffn_weights(layer) for layer in range(self.spec.n_layers)]
+        layers = [self.ffn_weights(layer) for layer in range(self.spec.n_layers)]
         partial, origin = self.bundle.partial_predictors, self.train_origin(found.header, target, seed)
         with torch_threads(self.runtime.pool.threads):
             bank, report = train_predictors(
@@ -232,9 +238,7 @@ class Project:
                 found.documents,
                 target,
                 seed=seed,
-                perplexity_of=(lambda bank: self._validation_perplexity(found, bank))
-                if len(found.validation)
-                else None,
+                perplexity_of=(lambda bank: self.validation_perplexity(found, bank)) if len(found.validation) else None,
                 state=TrainingState.of(partial, self.spec, origin),
                 progress=self._progress,
             )
@@ -251,11 +255,12 @@ class Project:
     def load_predictors(self) -> PredictorBank:
         return self.bundle.load_predictors(self.spec)
 
-    def _ffn_weights(self, layer: int) -> FFNWeights:
+    def ffn_weights(self, layer: int) -> FFNWeights:
+        """One layer's FFN as predictors learn from it, in its stored type."""
         t = self.folder.ffn_tensors(layer)
         return FFNWeights(t.gate, t.up, t.down, self.spec.activation, t.gate_bias, t.up_bias)
 
-    def _validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
+    def validation_perplexity(self, found: NeuronProfile, bank: PredictorBank | None) -> float:
         """Perplexity on the profile's validation windows, with `bank` as decode would use it; None is dense."""
         windows = TokenWindows(found.validation.astype(np.int64), np.zeros_like(found.validation))
         self.use_predictors(bank)

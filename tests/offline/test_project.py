@@ -112,7 +112,7 @@ def test_interrupted_steps_go_on_and_torchs_threads_are_put_back(project, corpus
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(project, "_validation_perplexity", interrupt)
+        patch.setattr(project, "validation_perplexity", interrupt)
         with pytest.raises(KeyboardInterrupt, match="3 of 3 layers trained"):
             project.train(found, TARGET, 0)
     assert project.bundle.partial_predictors.is_file() and not project.bundle.predictors.is_file()
