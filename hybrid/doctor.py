@@ -21,7 +21,7 @@ from profiler.common.artifact import package_version
 from profiler.machine.cpu import probe_cpu
 
 _CPU_FEATURES = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-bf16")
-_PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "safetensors", "tokenizers", "triton")
+_PACKAGES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "safetensors", "tokenizers", "triton")
 
 
 def doctor(model: Path | None) -> None:

@@ -113,7 +113,7 @@ def _ranks(
     with progress("ranks", len(layers), "layer", done) as advance:
         for layer, stored in enumerate(layers[done:], done):
             weights, inputs = stored.float(), samples.inputs[layer]
-            start = linear_start(weights, inputs, samples.train, candidates[-1])
+            start = linear_start(weights, inputs, samples.train, candidates[-1], samples.seed)
             state.shares.append(shares_by_rank(weights, start, inputs, samples.validation, candidates))
             state.layer_is_done()
             advance(1)
@@ -146,7 +146,7 @@ def _train_layers(
 def _train_layer(weights: FFNWeights, samples: _Samples, layer: int, rank: int) -> LowRankPredictor:
     """One layer's predictor, trained and rounded; threshold still 0."""
     inputs, rows = samples.inputs[layer], samples.train
-    start = linear_start(weights, inputs, rows, rank)
+    start = linear_start(weights, inputs, rows, rank, samples.seed)
     mlp = [part.requires_grad_() for part in start.mlp(rank)]
     scale = _mass_scale(weights, next(batches(inputs, rows, _ROUNDING_TOKENS)))
     rate = _RATE_TIMES_ROOT_D / inputs.shape[1] ** 0.5

@@ -56,7 +56,7 @@ def test_start_is_the_truncated_svd_of_the_whitened_gate(d, f):
     spec = small_spec(d_model=d, d_ff=f)
     weights, (inputs, _) = random_layer(1, spec).float(), random_samples(2, 600, spec)
     rows, rank = np.arange(500), max(1, min(d, f) // 2)
-    start = linear_start(weights, inputs[0], rows, rank)
+    start = linear_start(weights, inputs[0], rows, rank, seed=0)
     mean, cov = covariance(inputs[0], rows)
     root = torch.linalg.cholesky(cov).numpy()
     left, values, right = np.linalg.svd(weights.firing_weight.double().numpy() @ root, full_matrices=False)
@@ -68,9 +68,17 @@ def test_start_is_the_truncated_svd_of_the_whitened_gate(d, f):
     np.testing.assert_allclose(logits / start.logit_scale(rank), gate, atol=2e-3)
 
 
+def test_few_directions_are_those_of_the_exact_decomposition():
+    """Random projections find them where singular values fall fast, as a layer's do."""
+    spec = small_spec(d_model=64, d_ff=90)
+    weights, (inputs, _) = random_layer(1, spec, rank=3).float(), random_samples(2, 900, spec)
+    few, exact = (linear_start(weights, inputs[0], np.arange(900), rank, seed=0) for rank in (3, 4))
+    torch.testing.assert_close(few.fc2 @ few.fc1, exact.fc2[:, :3] @ exact.fc1[:3], rtol=1e-4, atol=1e-4)
+
+
 def test_residual_is_what_the_rank_leaves_unexplained():
     weights, (inputs, _) = random_layer(1).float(), random_samples(2, 4000)
-    start = linear_start(weights, inputs[0], np.arange(4000), 12)
+    start = linear_start(weights, inputs[0], np.arange(4000), 12, seed=0)
     x = torch.cat(list(batches(inputs[0], np.arange(4000))))
     for rank in (1, 5, 12):
         gate = (x - start.mean) @ (start.fc2[:, :rank] @ start.fc1[:rank]).T + start.center
@@ -84,7 +92,7 @@ def test_a_neuron_that_never_moves_is_decided_by_its_sign():
     weights.gate_bias[3] = 0
     weights.gate[4] = 0
     weights.gate_bias[4] = 0.1
-    fc1, b1, fc2, b2 = linear_start(weights, inputs[0], np.arange(600), 8).mlp(8)
+    fc1, b1, fc2, b2 = linear_start(weights, inputs[0], np.arange(600), 8, seed=0).mlp(8)
     logits = (torch.randn(20, 24) @ fc1.T + b1).relu() @ fc2.T + b2
     assert (logits[:, 3] < -5).all() and (logits[:, 4] > 5).all()
 
