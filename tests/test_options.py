@@ -45,7 +45,7 @@ MISTAKES = {
     ("bench", "--csv", "/dev/zero"): "'--csv': /dev/zero is a device, not a file",
     ("bench", "--runs", "0"): "'--runs': 0 is not in the range x>=1",
     ("bench", "--peer-model", "/dev/null"): "--peer and --peer-model go together",
-    ("inspect", "/dev/null"): "model folder /dev/null is not a folder",
+    ("inspect", "/dev/null"): "model /dev/null is neither a folder nor a GGUF file",
     ("hardware",): "Missing option '-o'",
     ("nonsense",): "No such command 'nonsense'",
 }
