@@ -170,12 +170,15 @@ def add_tokenizer(folder: ModelFolder, writer: Any, gguf: Any) -> None:
     writer.add_token_merges(merges)
     writer.add_string(gguf.Keys.Tokenizer.HF_JSON, (folder.path / "tokenizer.json").read_text(encoding="utf-8"))
     writer.add_add_bos_token(False)
-    config, named = read_json(folder.path / "config.json"), folder.path / "tokenizer_config.json"
+    named = folder.path / "tokenizer_config.json"
     texts = read_json(named) if named.is_file() else {}
-    for part, add in (("bos", writer.add_bos_token_id), ("eos", writer.add_eos_token_id)):
-        number = folder.codec.token_id(str(texts.get(f"{part}_token"))) if texts else config.get(f"{part}_token_id")
-        if isinstance(number, int):
-            add(number)
+    if (start := folder.codec.token_id(str(texts.get("bos_token")))) is not None:
+        writer.add_bos_token_id(start)
+    ends = dict.fromkeys((*folder.codec.eos_tokens(), *folder.defaults.end_tokens))
+    for end, add in zip(
+        ends, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
+    ):
+        add(end)
     if isinstance(texts.get("chat_template"), str):
         writer.add_chat_template(texts["chat_template"])
 

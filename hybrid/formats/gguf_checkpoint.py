@@ -194,9 +194,10 @@ class GGUFCheckpoint(Checkpoint):
         found, raw = 0.0, self._bytes(tensor)
         step = max(1, _PASS // tensor.shape[-1])
         for start in range(0, len(raw), step):
-            found = max(found, gguf_types.largest(raw[start : start + step], kind))
-            if not math.isfinite(found):
+            most = gguf_types.largest(raw[start : start + step], kind)
+            if not math.isfinite(most):
                 raise ModelError(f"{self.folder}: tensor '{name}' has a scale that is no number; fetch the model again")
+            found = max(found, most)
         return found
 
     def block_rows(self, name: str, rows: np.ndarray, kind: Blocks) -> np.ndarray | None:

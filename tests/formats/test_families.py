@@ -126,4 +126,5 @@ def test_no_other_file_names_a_family():
         constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         if any(isinstance(value, str) and value in FAMILIES for value in constants):
             naming.add(path.relative_to(room).as_posix())
-    assert naming == {"formats/families.py"}
+    # The latter two name what llama.cpp calls so.
+    assert naming == {"formats/families.py", "formats/gguf_architectures.py", "formats/gguf_tokenizer.py"}
