@@ -1,4 +1,4 @@
-"""GGUF files in tests: small models and the shipped one, written by `scripts/gguf_model.py`, in blocks by the gguf package.
+"""GGUF files in tests: small models and the shipped one, by parts of `scripts/gguf_model.py` and the gguf package.
 
 `unpacked` writes the Hugging Face folder that holds the same numbers.
 """
@@ -26,7 +26,7 @@ WIDE = SHAPE | {"hidden_act": "relu", "hidden_size": 96, "intermediate_size": 16
 def write(model: Path, out: Path, kind: str, embedding: str | None = None, **metadata: object) -> Path:
     """Write the GGUF of a folder, its matrices as `kind`, which may be any type that the gguf package writes.
 
-    embedding: the type of embedding and head, if another. metadata: keys to add, `__` for each dot, or None to leave out.
+    embedding: the type of embedding and head, if another. metadata: keys to add, `__` for each dot; None: to leave out.
     """
     import gguf
 

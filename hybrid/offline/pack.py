@@ -172,9 +172,10 @@ class Packer:
         return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)
 
     def _copy_files(self, target: Path) -> None:
-        if isinstance(self._folder.codec, GGUFCodec):
+        codec = self._folder.codec if isinstance(self._folder.weights, GGUFCheckpoint) else None
+        if isinstance(codec, GGUFCodec):
             (target / "config.json").write_text(json.dumps(self._folder.config, indent=1), encoding="utf-8")
-            for name, text in self._folder.codec.files().items():
+            for name, text in codec.files().items():
                 (target / name).write_text(text, encoding="utf-8")
             return
         found = {path for pattern in _COPIED for path in self._folder.path.glob(pattern)}
