@@ -34,7 +34,7 @@ _PARTS = {
     "down": "blk.{}.ffn_down",
 }
 # config.json's fields by the metadata's keys, which begin with the architecture's name.
-_FIELDS = {
+_SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_hidden_layers": "block_count",
@@ -42,7 +42,6 @@ _FIELDS = {
     "num_key_value_heads": "attention.head_count_kv",
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
 }
 ROPE_FACTORS = "rope_freqs.weight"
 ACTIVATION_KEY = "hybrid.hidden_act"  # llama.cpp has no key for it; our own writer says what the model computes
@@ -95,7 +94,15 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     row = architecture_of(file)
     metadata = _Metadata(file)
     config: dict[str, Any] = {"model_type": row.model_type, "hidden_act": row.activation}
-    config |= {name: metadata.get(key) for name, key in (_FIELDS | dict(row.fields)).items()}
+    config |= {name: metadata.get(key) for name, key in (_SIZES | dict(row.fields)).items()}
+    for name, key in _SIZES.items():
+        # No layer is without a tensor, and no size is beyond what one dimension of a tensor can have in any file.
+        most = len(file.tensors) if name == "num_hidden_layers" else 2**31 - 1
+        if config[name] is not None and (type(config[name]) is not int or not 1 <= config[name] <= most):
+            raise metadata.wrong(key, config[name], f"a whole number from 1 to {most}")
+    config["rope_theta"] = theta = metadata.get("rope.freq_base")
+    if theta is not None and (type(theta) is not float or not 0 < theta < 1e30):
+        raise metadata.wrong("rope.freq_base", theta, "a number above 0")
     key, name = row.eps
     config[name] = metadata.get(key)
     config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
@@ -133,8 +140,7 @@ class _Metadata:
 def _add_head_size(config: dict[str, Any], metadata: _Metadata) -> None:
     """The size of a head, and the share of it that RoPE turns where that is not all of it."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
-    sizes = (heads, width)
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if heads is None or width is None:
         return  # which the reader of the configuration says better
     size = config["head_dim"] = config["head_dim"] or width // heads
     values, turned = metadata.get("attention.value_length", size), metadata.get("rope.dimension_count", size)

@@ -141,6 +141,9 @@ def test_what_another_file_of_metadata_says_is_refused(tmp_path):
         ),
         ({"llama__embedding_length": 64}, r"has shape \[131, 96\], metadata asks for \[131, 64\]"),
         ({"llama__embedding_length": None}, "has no field 'hidden_size'"),
+        ({"llama__block_count": 2**31}, "'llama.block_count' is 2147483648, expected a whole number from 1 to 30"),
+        ({"llama__attention__head_count": "x"}, "'llama.attention.head_count' is 'x', expected a whole number"),
+        ({"llama__rope__freq_base": -1.0}, "'llama.rope.freq_base' is -1.0, expected a number above 0"),
         ({"llama__rope__scaling__type": "banana"}, "unknown RoPE type 'banana'"),
         ({"hybrid__hidden_act": "banana"}, "unknown activation 'banana'"),
     ):
