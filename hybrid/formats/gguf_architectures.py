@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hybrid.errors import ModelError
-from hybrid.formats.families import FAMILIES
+from hybrid.formats.families import FAMILIES, Family
 from hybrid.formats.gguf_file import GGUFFile
 from profiler.common.errors import shown
 
@@ -29,6 +29,8 @@ _PARTS = {
     "k_norm": "blk.{}.attn_k_norm",
     "attention_norm": "blk.{}.attn_norm",
     "ffn_norm": "blk.{}.ffn_norm",
+    "attention_post_norm": "blk.{}.post_attention_norm",
+    "ffn_post_norm": "blk.{}.post_ffw_norm",
     "gate": "blk.{}.ffn_gate",
     "up": "blk.{}.ffn_up",
     "down": "blk.{}.ffn_down",
@@ -49,35 +51,51 @@ ACTIVATION_KEY = "hybrid.hidden_act"  # llama.cpp has no key for it; our own wri
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `general.architecture`. What a row leaves out is as for llama.
+    """One `general.architecture`. What a row leaves out is as for qwen2.
 
     model_type: the family. paired: RoPE turns neighbouring rows of a head in llama.cpp: its converter moved those of q
-    and k. shifted: norms were stored with 1 added, which the family's own files leave to be added.
-    activation: where the file does not say. eps: the key of the norms' epsilon, and its field. fields: more of those.
-    parts: tensors that are called otherwise. switches: fields that are true where a tensor of layer 0 is there.
+    and k. fields: fields of config.json besides those of all, by the metadata's keys. parts: tensors that are called
+    otherwise. switches: fields that are true where a tensor of the first layer is there.
     """
 
     model_type: str
     paired: bool = False
-    shifted: frozenset[str] = frozenset()
-    activation: str = "silu"
-    eps: tuple[str, str] = ("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     fields: Mapping[str, str] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
     def names(self) -> dict[str, str]:
         """GGUF's names of the family's parts, both with `{}` for the layer."""
         known = _PARTS | dict(self.parts)
-        return {part: known[part] for part in FAMILIES[self.model_type].tensors if part in known}
+        return {part: known[part] for part in self.family.tensors if part in known}
 
 
 _LLAMA_BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_down.bias"}
+_MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+_QKV = dict.fromkeys(("q", "k", "v"), "blk.{}.attn_qkv")
 
+# What llama.cpp's converter adds to the weights of norms is what the family's row says is added to them.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", paired=True, switches=_LLAMA_BIASES),
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
+    "arcee": Architecture("arcee", paired=True, switches=_LLAMA_BIASES),
+    "granite": Architecture("granite", paired=True, fields=_MULTIPLIERS, switches=_LLAMA_BIASES),
+    "smollm3": Architecture("smollm3", paired=True, switches=_LLAMA_BIASES),
+    "nemotron": Architecture("nemotron", switches=_LLAMA_BIASES),
+    "olmo2": Architecture("olmo2"),
+    "phi3": Architecture(
+        "phi3", parts=_QKV | {"gate": "blk.{}.ffn_up"}, fields={"sliding_window": "attention.sliding_window"}
+    ),
 }
 
 
@@ -93,7 +111,7 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     """What config.json would say. Raises `ModelError` for metadata that is missing or that nothing here can compute."""
     row = architecture_of(file)
     metadata = _Metadata(file)
-    config: dict[str, Any] = {"model_type": row.model_type, "hidden_act": row.activation}
+    config: dict[str, Any] = {"model_type": row.model_type}
     config |= {name: metadata.get(key) for name, key in (_SIZES | dict(row.fields)).items()}
     for name, key in _SIZES.items():
         # No layer is without a tensor, and no size is beyond what one dimension of a tensor can have in any file.
@@ -103,18 +121,19 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     config["rope_theta"] = theta = metadata.get("rope.freq_base")
     if theta is not None and (type(theta) is not float or not 0 < theta < 1e30):
         raise metadata.wrong("rope.freq_base", theta, "a number above 0")
-    key, name = row.eps
-    config[name] = metadata.get(key)
+    kind = "layer_norm" if row.family.norm == "layer" else "layer_norm_rms"
+    config["rms_norm_eps"] = metadata.get(f"attention.{kind}_epsilon")
     config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
     embedding = file.tensors.get("token_embd.weight")
     config["vocab_size"] = embedding.shape[0] if embedding and len(embedding.shape) == 2 else None
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    config["hidden_act"] = file.metadata.get(ACTIVATION_KEY, row.activation)
+    config["hidden_act"] = file.metadata.get(ACTIVATION_KEY, row.family.defaults.get("hidden_act", "silu"))
     config |= {name: tensor in file.tensors for name, tensor in row.switches.items()}
     config |= {f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    _add_head_size(config, metadata)
+    _add_head_size(config, metadata, row.family)
     config |= _rope(config, metadata)
-    return {name: value for name, value in config.items() if value is not None}
+    names = {name: row.family.fields.get(name, name) for name in config}
+    return {names[name] or name: value for name, value in config.items() if value is not None and names[name]}
 
 
 class _Metadata:
@@ -137,7 +156,7 @@ class _Metadata:
         return ModelError(f"{self.file.path}: '{self._prefix}.{key}' is {shown(value)}, expected {expected}")
 
 
-def _add_head_size(config: dict[str, Any], metadata: _Metadata) -> None:
+def _add_head_size(config: dict[str, Any], metadata: _Metadata, family: Family) -> None:
     """The size of a head, and the share of it that RoPE turns where that is not all of it."""
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if heads is None or width is None:
@@ -146,7 +165,7 @@ def _add_head_size(config: dict[str, Any], metadata: _Metadata) -> None:
     values, turned = metadata.get("attention.value_length", size), metadata.get("rope.dimension_count", size)
     if values != size:
         raise metadata.wrong("attention.value_length", values, f"the length of keys, {size}")
-    if turned != size:
+    if turned != size or family.partial is not None:
         config["partial_rotary_factor"] = turned / size if isinstance(turned, int) and size else turned
 
 

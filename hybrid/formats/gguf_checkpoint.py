@@ -77,7 +77,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _named(self) -> Iterator[tuple[str, _Stored]]:
         row, config = architecture_of(self.file), self.config
-        family, heads = FAMILIES[row.model_type].tensors, {"q": "num_attention_heads", "k": "num_key_value_heads"}
+        family, heads = row.family, {"q": "num_attention_heads", "k": "num_key_value_heads"}
         rest = self.file.tensors.keys() - {ROPE_FACTORS}
         for part, name in row.names().items():
             for layer in range(config.get("num_hidden_layers", 0)) if "{}" in name else [0]:
@@ -89,8 +89,8 @@ class GGUFCheckpoint(Checkpoint):
                             raise ModelError(
                                 f"{self.file.path}: {moved} heads do not divide {tensor.shape[0]} rows of {part}"
                             )
-                        shift = -1.0 if kind == "weight" and part in row.shifted else 0.0
-                        yield f"{family[part].format(layer)}.{kind}", _Stored(tensor, moved, shift)
+                        shift = -family.norm_plus if kind == "weight" and part.endswith("norm") else 0.0
+                        yield f"{family.tensors[part].format(layer)}.{kind}", _Stored(tensor, moved, shift)
         if rest:
             raise ModelError(
                 f"{self.file.path} has tensor {shown(min(rest))}, which has no place in a {row.model_type} model "

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 
 from cpu_kernels.blocks import FORMATS, quantize
 from cpu_kernels.contract import BLOCK, Blocks
+from hybrid.formats.folds import Stored
 from hybrid.formats.gguf_checkpoint import GGUFCheckpoint
 from hybrid.formats.packed import Part, split_name
 from hybrid.formats.tensors import TensorNames
+from hybrid.model.reader import CheckpointReader
 from profiler.common.spec import ModelSpec
 
 _ROWS, _COLUMNS = 2**21, 16 * BLOCK  # weights of rows, and columns of `down`, that are turned at a time
@@ -48,44 +51,45 @@ class BlockParts:
         *_, name, kind = split_name(part.name)
         return part.name != "order" and kind == "weight" and len(part.shape) == 2 and name != "down"
 
-    def _sources(self, part: Part) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the tensors that `part` is of, one after another."""
+    def _stored(self, part: Part) -> list[Stored]:
+        """Where `part` lies in the checkpoint, or its pieces, one after another."""
         names = TensorNames(self.spec, self.checkpoint)
         layer, name, kind = split_name(part.name)
-        if name != "qkv":
-            return [(f"{names.of(name, layer)}.{kind}", part.shape)]
-        kv = self.spec.n_kv_heads * self.spec.head_dim
-        rows = {"q": self.spec.n_heads * self.spec.head_dim, "k": kv, "v": kv}
-        return [(f"{names.of(each, layer)}.{kind}", (n, *part.shape[1:])) for each, n in rows.items()]
+        found = [names.stored(each, layer, kind) for each in (("q", "k", "v") if name == "qkv" else (name,))]
+        return [stored for stored in found if stored is not None]
 
-    def _chosen(self, part: Part, rows: int) -> np.ndarray:
-        """The rows of a tensor in the order in which they shall be."""
+    def _ordered(self, part: Part, rows: np.ndarray) -> np.ndarray:
+        """The rows of gate and up in the neurons' order, those of others as they are."""
         layer, name, _ = split_name(part.name)
-        return self.order[layer] if layer is not None and name in ("gate", "up") else np.arange(rows)
+        return rows[self.order[layer]] if layer is not None and name in ("gate", "up") else rows
 
     def _vector(self, part: Part) -> np.ndarray:
-        found = np.concatenate([self.checkpoint.tensor(*source).float().numpy() for source in self._sources(part)])
-        return found[self._chosen(part, len(found))]
+        layer, name, kind = split_name(part.name)
+        reader = CheckpointReader(self.spec, self.checkpoint)
+        pieces = [reader.tensor(each, layer, kind) for each in (("q", "k", "v") if name == "qkv" else (name,))]
+        return self._ordered(part, torch.cat(pieces).float().numpy())
 
     def _matrix(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
         step = max(1, _ROWS // part.shape[1])
-        for name, shape in self._sources(part):
-            self.checkpoint.info(name, shape)
-            rows = self._chosen(part, shape[0])
+        for stored in self._stored(part):
+            self.checkpoint.info(stored.name, stored.shape)
+            rows = self._ordered(part, np.arange(stored.shape[0]) if stored.rows is None else stored.rows)
             for start in range(0, len(rows), step):
-                yield partial(self._rows, name, shape, rows[start : start + step], _blocks(part))
+                yield partial(self._rows, stored, rows[start : start + step], _blocks(part))
 
-    def _rows(self, name: str, shape: tuple[int, ...], rows: np.ndarray, kind: Blocks) -> np.ndarray:
-        taken = self.checkpoint.block_rows(name, rows, kind)
-        return quantize(self.checkpoint.rows(name, shape, rows).float().numpy(), kind) if taken is None else taken
+    def _rows(self, stored: Stored, rows: np.ndarray, kind: Blocks) -> np.ndarray:
+        taken = self.checkpoint.block_rows(stored.name, rows, kind)
+        if taken is not None:
+            return taken
+        return quantize(self.checkpoint.rows(stored.name, stored.shape, rows).float().numpy(), kind)
 
     def _down(self, part: Part, layer: int) -> np.ndarray:
-        name = f"{TensorNames(self.spec, self.checkpoint).of('down', layer)}.weight"
-        self.checkpoint.info(name, part.shape[::-1])
+        (stored,) = self._stored(part)
+        self.checkpoint.info(stored.name, stored.shape)
         out = np.empty(part.stored_shape, FORMATS[part.dtype].array)
         for start in range(0, len(out), _COLUMNS):
             some = slice(start, min(start + _COLUMNS, len(out)))
-            out[some] = quantize(self.checkpoint.columns(name, some), _blocks(part))
+            out[some] = quantize(self.checkpoint.columns(stored.name, some), _blocks(part))
         return out[self.order[layer]]
 
 
