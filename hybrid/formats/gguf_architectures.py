@@ -54,19 +54,26 @@ class Architecture:
     """One `general.architecture`. What a row leaves out is as for qwen2.
 
     model_type: the family. paired: RoPE turns neighbouring rows of a head in llama.cpp: its converter moved those of q
-    and k. fields: fields of config.json besides those of all, by the metadata's keys. parts: tensors that are called
-    otherwise. switches: fields that are true where a tensor of the first layer is there.
+    and k. joined: it put the rows of all queries, keys and values one after another. fields: of config.json, besides
+    those of all, by the metadata's keys. constants: fields that the metadata does not have. parts: tensors that are
+    called otherwise. switches: fields that are true where a tensor is there. variants: rows to take in this one's place
+    where a tensor is there. variant: of the family.
     """
 
     model_type: str
     paired: bool = False
+    joined: bool = False
     fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     switches: Mapping[str, str] = field(default_factory=dict)
+    variants: Mapping[str, str] = field(default_factory=dict)
+    variant: str | None = None
 
     @property
     def family(self) -> Family:
-        return FAMILIES[self.model_type]
+        """The family's row, or that of its variant."""
+        return FAMILIES[self.variant or self.model_type]
 
     def names(self) -> dict[str, str]:
         """GGUF's names of the family's parts, both with `{}` for the layer."""
@@ -81,6 +88,13 @@ _MULTIPLIERS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
+_GEMMA = {
+    "sliding_window": "attention.sliding_window",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope_local_base_freq": "rope.freq_base_swa",
+}
+_FOUR_NORMS = {"attention_post_norm": "blk.{}.post_attention_norm", "ffn_post_norm": "blk.{}.post_ffw_norm"}
+_FALCON_BIASES = {"bias": "blk.0.ffn_up.bias"}
 _QKV = dict.fromkeys(("q", "k", "v"), "blk.{}.attn_qkv")
 
 # What llama.cpp's converter adds to the weights of norms is what the family's row says is added to them.
@@ -92,7 +106,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture("granite", paired=True, fields=_MULTIPLIERS, switches=_LLAMA_BIASES),
     "smollm3": Architecture("smollm3", paired=True, switches=_LLAMA_BIASES),
     "nemotron": Architecture("nemotron", switches=_LLAMA_BIASES),
+    "jais2": Architecture("jais2"),
     "olmo2": Architecture("olmo2"),
+    "gemma3": Architecture("gemma3_text", parts=_FOUR_NORMS, fields=_GEMMA),
+    "falcon": Architecture(
+        "falcon",
+        joined=True,
+        constants={"multi_query": True, "parallel_attn": True},
+        parts=_QKV | {"ffn_norm": "blk.{}.attn_norm"},
+        switches=_FALCON_BIASES,
+        variants={"blk.0.attn_norm_2.weight": "falcon grouped"},
+    ),
+    "falcon grouped": Architecture(
+        "falcon",
+        joined=True,
+        constants={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+        parts=_QKV | {"attention_norm": "blk.{}.attn_norm_2", "ffn_norm": "blk.{}.attn_norm"},
+        switches=_FALCON_BIASES,
+        variant="falcon grouped",
+    ),
     "phi3": Architecture(
         "phi3", parts=_QKV | {"gate": "blk.{}.ffn_up"}, fields={"sliding_window": "attention.sliding_window"}
     ),
@@ -104,14 +136,15 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ModelError(f"{file.path}: unknown architecture {shown(name)}; known are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+    row = ARCHITECTURES[name]
+    return next((ARCHITECTURES[other] for tensor, other in row.variants.items() if tensor in file.tensors), row)
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:
     """What config.json would say. Raises `ModelError` for metadata that is missing or that nothing here can compute."""
     row = architecture_of(file)
     metadata = _Metadata(file)
-    config: dict[str, Any] = {"model_type": row.model_type}
+    config: dict[str, Any] = {"model_type": row.model_type, **row.constants}
     config |= {name: metadata.get(key) for name, key in (_SIZES | dict(row.fields)).items()}
     for name, key in _SIZES.items():
         # No layer is without a tensor, and no size is beyond what one dimension of a tensor can have in any file.
@@ -131,7 +164,14 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     config |= {name: tensor in file.tensors for name, tensor in row.switches.items()}
     config |= {f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     _add_head_size(config, metadata, row.family)
-    config |= _rope(config, metadata)
+    rope = _rope(config, metadata)
+    if rope is not None:
+        config["rope_parameters"] = rope if row.family.local_rope_theta is None else {"full_attention": rope}
+    if row.family.score_width is not None and config["head_dim"]:
+        # As llama.cpp has it, which knows the one model whose scores have another width by its layers.
+        is_largest = config["num_hidden_layers"] == 62
+        width = config["hidden_size"] // config["num_attention_heads"] if is_largest else config["head_dim"]
+        config["query_pre_attn_scalar"] = width
     names = {name: row.family.fields.get(name, name) for name in config}
     return {names[name] or name: value for name, value in config.items() if value is not None and names[name]}
 
@@ -169,21 +209,21 @@ def _add_head_size(config: dict[str, Any], metadata: _Metadata, family: Family) 
         config["partial_rotary_factor"] = turned / size if isinstance(turned, int) and size else turned
 
 
-def _rope(config: Mapping[str, Any], metadata: _Metadata) -> dict[str, Any]:
-    """The field `rope_parameters`, or none where positions are as they are. Raises `ModelError`."""
+def _rope(config: Mapping[str, Any], metadata: _Metadata) -> dict[str, Any] | None:
+    """The field `rope_parameters`; None where positions are as they are. Raises `ModelError`."""
     kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
     factor = factor or metadata.get("rope.scale_linear")
     original = metadata.get("rope.scaling.original_context_length")
     if ROPE_FACTORS in metadata.file.tensors:
-        return {"rope_parameters": _llama3(config, metadata.file)}
+        return _llama3(config, metadata.file)
     if kind in (None, "none") and not (factor and kind is None):
-        return {}
+        return None
     if kind in (None, "linear"):
-        return {"rope_parameters": {"rope_type": "linear", "factor": factor}} if factor not in (None, 0.0, 1.0) else {}
+        return {"rope_type": "linear", "factor": factor} if factor not in (None, 0.0, 1.0) else None
     named = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
     more = {"attention_factor": "attn_factor", "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
     named |= {name: metadata.get(f"rope.scaling.{key}") for name, key in more.items()}
-    return {"rope_parameters": {name: value for name, value in named.items() if value is not None}}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def _llama3(config: Mapping[str, Any], file: GGUFFile) -> dict[str, Any]:

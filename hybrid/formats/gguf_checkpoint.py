@@ -25,8 +25,9 @@ from hybrid.console import size
 from hybrid.errors import ModelError
 from hybrid.formats import gguf_types
 from hybrid.formats.checkpoint import DTYPES, Checkpoint, TensorInfo
+from hybrid.formats.config import parse_config
 from hybrid.formats.families import FAMILIES
-from hybrid.formats.gguf_architectures import ROPE_FACTORS, architecture_of, config_of
+from hybrid.formats.gguf_architectures import ROPE_FACTORS, Architecture, architecture_of, config_of
 from hybrid.formats.gguf_file import GGUFFile, GGUFTensor
 from hybrid.formats.gguf_types import BY_NAME, FLOATS, OURS
 from profiler.common.errors import shown
@@ -40,21 +41,17 @@ _PASS = 2**21  # weights that are widened at once
 _MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "gate_up", "down")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Stored:
-    """A tensor of the file, the heads whose rows llama.cpp's converter moved, 0: none, and what was added to it."""
+    """A tensor of the file, where in it each row of Hugging Face's is (None: in its place), and what is to be added."""
 
     tensor: GGUFTensor
-    heads: int = 0
+    order: np.ndarray | None = None
     added: float = 0.0
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Where in the file the `rows` of Hugging Face's tensor are, of which halves of a head are turned together."""
-        if not self.heads:
-            return rows
-        height = self.tensor.shape[0] // self.heads
-        head, row = np.divmod(rows, height)
-        return head * height + row % (height // 2) * 2 + row // (height // 2)
+        """Where in the file the `rows` of Hugging Face's tensor are."""
+        return rows if self.order is None else self.order[rows]
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -76,26 +73,40 @@ class GGUFCheckpoint(Checkpoint):
         }
 
     def _named(self) -> Iterator[tuple[str, _Stored]]:
-        row, config = architecture_of(self.file), self.config
-        family, heads = row.family, {"q": "num_attention_heads", "k": "num_key_value_heads"}
+        row, layers = architecture_of(self.file), self.config.get("num_hidden_layers", 0)
         rest = self.file.tensors.keys() - {ROPE_FACTORS}
         for part, name in row.names().items():
-            for layer in range(config.get("num_hidden_layers", 0)) if "{}" in name else [0]:
+            for layer in range(layers) if "{}" in name else [0]:
                 for kind in ("weight", "bias"):
-                    if tensor := self.file.tensors.get(f"{name.format(layer)}.{kind}"):
-                        rest.discard(f"{name.format(layer)}.{kind}")
-                        moved = config.get(heads[part], 0) if row.paired and part in heads else 0
-                        if moved and tensor.shape[0] % (2 * moved):
-                            raise ModelError(
-                                f"{self.file.path}: {moved} heads do not divide {tensor.shape[0]} rows of {part}"
-                            )
-                        shift = -family.norm_plus if kind == "weight" and part.endswith("norm") else 0.0
-                        yield f"{family.tensors[part].format(layer)}.{kind}", _Stored(tensor, moved, shift)
+                    stored = f"{name.format(layer)}.{kind}"
+                    if tensor := self.file.tensors.get(stored):
+                        rest.discard(stored)
+                        shift = -row.family.norm_plus if kind == "weight" and part.endswith("norm") else 0.0
+                        order = self._order(row, part, tensor)
+                        yield f"{row.family.tensors[part].format(layer)}.{kind}", _Stored(tensor, order, shift)
         if rest:
             raise ModelError(
                 f"{self.file.path} has tensor {shown(min(rest))}, which has no place in a {row.model_type} model "
-                f"of {config.get('num_hidden_layers')} layers"
+                f"of {layers} layers"
             )
+
+    def _order(self, row: Architecture, part: str, tensor: GGUFTensor) -> np.ndarray | None:
+        """Where in the file the rows of q, k and v are, where llama.cpp's converter moved them."""
+        count = tensor.shape[0]
+        if row.paired and part in ("q", "k"):
+            heads = self.config.get("num_attention_heads" if part == "q" else "num_key_value_heads") or count
+            if count % (2 * heads):
+                raise ModelError(f"{self.file.path}: {heads} heads do not divide {count} rows of {part}")
+            return np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+        if row.joined and part in ("q", "k", "v"):
+            spec = parse_config(self.config, str(self.file.path))
+            moved = np.concatenate([row.family.rows[each](spec)[1] for each in ("q", "k", "v")])
+            if len(moved) != count:
+                raise ModelError(
+                    f"{self.file.path} has {count} rows of queries, keys and values, expected {len(moved)}"
+                )
+            return np.argsort(moved)
+        return None
 
     def _common_blocks(self) -> Blocks | None:
         types = self._matrix_types()
@@ -142,7 +153,7 @@ class GGUFCheckpoint(Checkpoint):
     def mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor `name`, a view on the map where the file has its numbers so. Raises as `info` does."""
         info, stored = self.info(name, shape), self._stored[name]
-        if stored.tensor.type in FLOATS and not stored.heads and not stored.added:
+        if stored.tensor.type in FLOATS and stored.order is None and not stored.added:
             return self._bytes(stored.tensor).view(_ARRAYS[info.dtype]).reshape(shape)
         out = np.empty((math.prod(shape[:-1]), shape[-1]), _ARRAYS[info.dtype])
 
