@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import WIDE, make, write
-from model_cases import CASES, LLAMA3_ROPE, make_model
+from model_cases import LLAMA3_ROPE, make_model
 
 from hybrid.errors import ModelError
 from hybrid.formats.config import parse_config
@@ -89,40 +89,6 @@ def test_a_mixture_runs_as_f16_and_says_so(tmp_path):
     file = ModelFolder.open(path)
     assert file.spec.dtype == "f16" and file.spec.embedding_dtype is None
     assert file.notices[0].startswith("Q4_0, Q8_0, IQ4_NL run as f16, which takes ")
-
-
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_other_architectures_keep_their_rows(tmp_path, name):
-    """The writer knows Llama alone, so the names and rows of the folder are put in a file by hand."""
-    make_model(name, tmp_path / "model", **WIDE)
-    folder = ModelFolder.open(tmp_path / "model")
-    spec = folder.spec
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", name)
-    writer.add_context_length(spec.max_context)
-    writer.add_embedding_length(spec.d_model)
-    writer.add_block_count(spec.n_layers)
-    writer.add_feed_forward_length(spec.d_ff)
-    writer.add_head_count(spec.n_heads)
-    writer.add_head_count_kv(spec.n_kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_rope_freq_base(spec.rope.theta)
-    writer.add_string("hybrid.hidden_act", CASES[name][1]["hidden_act"] if name == "qwen3" else "relu")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], spec.n_layers)
-    for key, info in folder.checkpoint.infos.items():
-        values = folder.checkpoint.tensor(key, info.shape).numpy()
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    file = ModelFolder.open(tmp_path / "m.gguf")
-    expected = replace(spec, norm_eps=file.spec.norm_eps, fingerprint=file.spec.fingerprint)
-    expected = replace(expected, activation=file.spec.activation, rope=replace(spec.rope, theta=file.spec.rope.theta))
-    assert file.spec == expected
-    for key, info in folder.checkpoint.infos.items():
-        assert torch.equal(file.checkpoint.tensor(key, info.shape), folder.checkpoint.tensor(key, info.shape))
 
 
 def test_what_another_file_of_metadata_says_is_refused(tmp_path):
