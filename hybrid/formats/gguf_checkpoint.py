@@ -131,9 +131,10 @@ class GGUFCheckpoint(Checkpoint):
         if not types:
             return []
         if self.blocks:
+            # On the embedded model int8 costs 0.01% of perplexity there, int4 2%.
+            finer = "; `hybrid pack --dtype int8` rounds them finer" if self.blocks == "int4" else ""
             return [
-                f"down projections are stored along the other side, so they are rounded to {self.blocks} once more; "
-                f"all other codes are those of the file, {size(run_bytes)} in all"
+                f"down projections, which the file has along the other side, are rounded to {self.blocks} once more{finer}"
             ]
         names = ", ".join(name for name, _ in types.most_common())
         return [f"{names} run as f16, which takes {size(run_bytes)} of memory; `hybrid pack --dtype int8` halves it"]
