@@ -24,7 +24,7 @@ HEAVY = ["torch", "numba", "scipy", "numpy", "tokenizers", "tqdm"]
 
 # Mistakes that options alone give away, and what is said of each.
 MISTAKES = {
-    ("chat", "/nowhere"): "model folder /nowhere does not exist; give a Hugging Face model folder",
+    ("chat", "/nowhere"): "model /nowhere does not exist; give a Hugging Face model folder",
     ("chat", "--threads", "0"): "'--threads': 0 is not in the range x>=1",
     ("chat", "--context", "0"): "'--context': 0 is not in the range x>=1",
     ("chat", "--top-p", "2"): "'--top-p': top_p is 2.0, expected a number above 0",

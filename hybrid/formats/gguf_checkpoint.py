@@ -133,9 +133,8 @@ class GGUFCheckpoint(Checkpoint):
         if self.blocks:
             # On the embedded model int8 costs 0.01% of perplexity there, int4 2%.
             finer = "; `hybrid pack --dtype int8` rounds them finer" if self.blocks == "int4" else ""
-            return [
-                f"down projections, which the file has along the other side, are rounded to {self.blocks} once more{finer}"
-            ]
+            turned = "down projections, which the file has along the other side,"
+            return [f"{turned} are rounded to {self.blocks} once more{finer}"]
         names = ", ".join(name for name, _ in types.most_common())
         return [f"{names} run as f16, which takes {size(run_bytes)} of memory; `hybrid pack --dtype int8` halves it"]
 
