@@ -140,6 +140,11 @@ def pack(model: Path | None, options: Options) -> None:
     if dtype == "int4" and packer.profile is None and folder.spec.fires_sparsely:
         click.echo("note: no profile, so int4 is rounded plainly; `hybrid profile` first makes it better", err=True)
     result = packer.pack(out.absolute())
+    if result.errors and path.is_file():
+        lost = ", ".join(f"{name} {error:.2%}" for name, error in result.errors.items())
+        click.echo(
+            f"note: rounded once more, at a root mean square error, as a share of the weights', of: {lost}", err=True
+        )
     state = "wrote" if result.written else f"{_CURRENT}:"
     click.echo(f"{state} {out}, {size(result.nbytes)} in {dtype}; it is a model: hybrid chat {out}", err=True)
 

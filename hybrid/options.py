@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from hybrid.errors import InputError
-from hybrid.formats.folder import require_folder, require_writable
+from hybrid.formats.folder import require_model, require_writable
 from hybrid.generation import SamplingSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -78,16 +78,16 @@ class NewPath(click.Path):
 
 
 class ModelPath(click.Path):
-    """The folder of a model."""
+    """The folder of a model, or its GGUF file."""
 
     def __init__(self) -> None:
-        super().__init__(path_type=Path, file_okay=False)
+        super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Its `Path`."""
         path = Path(value)
         try:
-            require_folder(path)
+            require_model(path)
         except InputError as error:
             raise click.UsageError(str(error), ctx) from error
         return path
@@ -119,7 +119,9 @@ COUNT = click.IntRange(min=1)
 PATH = click.Path(path_type=Path)
 
 MODEL = click.argument("model", required=False, type=ModelPath())
-BUNDLE = click.option("--bundle", type=PATH, help="Folder of the artefacts  [default: MODEL/hybrid]")
+BUNDLE = click.option(
+    "--bundle", type=PATH, help="Folder of the artefacts  [default: MODEL/hybrid, or NAME.hybrid beside NAME.gguf]"
+)
 CORPUS = click.option(
     "--corpus",
     multiple=True,

@@ -1,13 +1,16 @@
 """Write the dense GGUF of a Llama-family model folder, for llama.cpp to run beside this project.
 
-    python scripts/gguf_model.py MODEL OUT.gguf --type f16|f32|q4_0
+    python scripts/gguf_model.py MODEL OUT.gguf --type f16|f32|q8_0|q4_0
 
-f16 and f32 files are written tensor by tensor. q4_0 is llama.cpp's own conversion of the f16 file, so that it holds
-what its users run: blocks of 4 bits, and the output matrix in q6_K, which the gguf package cannot write.
+f16, f32 and q8_0 files are written tensor by tensor; vectors are f32 in the last. q4_0 is llama.cpp's own conversion of
+the f16 file, so that it holds what its users run: blocks of 4 bits, and the output matrix in q6_K, which the gguf
+package cannot write.
 
 llama.cpp has no dense architecture with a gated ReLU: it runs such weights with silu. The work per token is the same,
-the text is not. Its RoPE turns neighbouring elements where Hugging Face's turns halves, so rows of q and k are moved.
-Tokens are listed so that the file loads; feed token ids, as text may be split otherwise than by the model's tokenizer.
+the text is not. `hybrid.hidden_act`, a key of our own, says to `hybrid` what the model computes. llama.cpp's RoPE turns
+neighbouring elements where Hugging Face's turns halves, so rows of q and k are moved.
+Tokens are listed so that the file loads; where the model's tokenizer cuts texts otherwise than GPT-2's, feed token ids
+to llama.cpp. The whole tokenizer.json goes along, which `hybrid` reads.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from tokenizers import Tokenizer
 
 from hybrid.console import progress
 from hybrid.errors import HybridError, InputError
+from hybrid.formats.config import read_json
+from hybrid.formats.gguf_architectures import ACTIVATION_KEY
 from hybrid.model.loader import ModelFolder
 from hybrid.model.rope import rope_frequencies
 from profiler.common.spec import ModelSpec, RopeSpec
 
-KINDS = ("f16", "f32", "q4_0")
+KINDS = ("f16", "f32", "q8_0", "q4_0")
 _ARRAY_TYPES = {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 _INSTALL = "install the peer packages: pip install hybrid-inference[peers]"
 
@@ -106,14 +111,23 @@ def rope_factors(spec: ModelSpec) -> np.ndarray | None:
     return (rope_frequencies(plain, spec.head_dim) / rope_frequencies(spec.rope, spec.head_dim)).numpy()
 
 
-def token_list(folder: Path, size: int) -> tuple[list[str], list[str]]:
-    """Tokens by id, and merges; a vocabulary larger than the tokenizer's is filled up with names of no meaning."""
-    path = folder / "tokenizer.json"
-    known = {number: token for token, number in Tokenizer.from_file(str(path)).get_vocab().items()}
+def token_list(folder: Path, size: int) -> tuple[list[str], list[bool], list[str]]:
+    """Tokens by id, whether each is special, and merges; a vocabulary larger than the tokenizer's is filled up with
+    names of no meaning."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    known = {number: token for token, number in tokenizer.get_vocab().items()}
     tokens = [known.get(number, f"[unused{number}]") for number in range(size)]
-    stored = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges") or []
+    added = tokenizer.get_added_tokens_decoder()
+    special = [number in added and added[number].special for number in range(size)]
+    stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"].get("merges") or []
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in stored]
-    return tokens, merges or [f"{tokens[0]} {tokens[1]}"]  # an empty list cannot be written
+    return tokens, special, merges or [f"{tokens[0]} {tokens[1]}"]  # an empty list cannot be written
+
+
+def cuts_as_gpt2(folder: Path) -> bool:
+    """Whether the model's tokenizer cuts a text before its merges as GPT-2's does: all that this script can name."""
+    pre = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    return pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space")
 
 
 def new_writer(folder: ModelFolder, path: Path, kind: str) -> Any:
@@ -139,34 +153,86 @@ def new_writer(folder: ModelFolder, path: Path, kind: str) -> Any:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
     writer.add_vocab_size(spec.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.ALL_F32)
-    tokens, merges = token_list(folder.path, spec.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(merges)
+    types = {"f16": "MOSTLY_F16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[types[kind]])
+    writer.add_string(ACTIVATION_KEY, spec.activation)
+    add_tokenizer(folder, writer, gguf)
     return writer
 
 
-def write_floats(folder: ModelFolder, path: Path, kind: str) -> None:
-    """Write the file as f16 or f32, one tensor in memory at a time; norms are f32 in both."""
+def add_tokenizer(folder: ModelFolder, writer: Any, gguf: Any) -> None:
+    """The tokenizer, its start and end tokens and the chat template."""
+    tokens, special, merges = token_list(folder.path, folder.spec.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2" if cuts_as_gpt2(folder.path) else "default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if each else gguf.TokenType.NORMAL for each in special])
+    writer.add_token_merges(merges)
+    writer.add_string(gguf.Keys.Tokenizer.HF_JSON, (folder.path / "tokenizer.json").read_text(encoding="utf-8"))
+    writer.add_add_bos_token(False)
+    named = folder.path / "tokenizer_config.json"
+    texts = read_json(named) if named.is_file() else {}
+    if (start := folder.codec.token_id(str(texts.get("bos_token")))) is not None:
+        writer.add_bos_token_id(start)
+    ends = dict.fromkeys((*folder.codec.eos_tokens(), *folder.defaults.end_tokens))
+    for end, add in zip(
+        ends, (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), strict=False
+    ):
+        add(end)
+    if isinstance(texts.get("chat_template"), str):
+        writer.add_chat_template(texts["chat_template"])
+
+
+def write_tensors(folder: ModelFolder, path: Path, kind: str) -> None:
+    """Write the file as f16, f32 or q8_0, one tensor in memory at a time.
+
+    Norms are f32 in all, and rows that are no whole blocks of 32 are f16 among q8_0.
+    """
     writer, factors = new_writer(folder, path, kind), rope_factors(folder.spec)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    table = [(part, _ARRAY_TYPES[kind if len(part.shape) > 1 else "f32"]) for part in parts(folder.spec)]
-    for part, dtype in table:
-        writer.add_tensor_info(part.name, part.shape, dtype, int(np.prod(part.shape)) * dtype.itemsize)
+    table = [(part, stored_type(part, kind)) for part in parts(folder.spec)]
+    for part, stored in table:
+        add_info(writer, part, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
     with progress(f"gguf {kind}", len(table), "tensor") as advance:
-        for part, dtype in table:
-            writer.write_tensor_data(tensor_values(folder, part, dtype))
+        for part, stored in table:
+            writer.write_tensor_data(encoded(folder, part, stored))
             advance(1)
     writer.close()
+
+
+def stored_type(part: Part, kind: str) -> str:
+    """The type that `part` has in a file of `kind`."""
+    if len(part.shape) == 1:
+        return "f32"
+    return "f16" if kind == "q8_0" and part.shape[1] % 32 else kind
+
+
+def add_info(writer: Any, part: Part, stored: str) -> None:
+    """Announce a tensor, of blocks by the bytes of its rows."""
+    from gguf import GGMLQuantizationType
+
+    if stored == "q8_0":
+        shape = (part.shape[0], part.shape[1] // 32 * 34)
+        writer.add_tensor_info(part.name, shape, np.dtype(np.uint8), int(np.prod(shape)), GGMLQuantizationType.Q8_0)
+    else:
+        dtype = _ARRAY_TYPES[stored]
+        writer.add_tensor_info(part.name, part.shape, dtype, int(np.prod(part.shape)) * dtype.itemsize)
+
+
+def encoded(folder: ModelFolder, part: Part, stored: str) -> np.ndarray:
+    """The bytes of a tensor."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize as quantized
+
+    if stored == "q8_0":
+        return quantized(tensor_values(folder, part, _ARRAY_TYPES["f32"]), GGMLQuantizationType.Q8_0)
+    return tensor_values(folder, part, _ARRAY_TYPES[stored])
 
 
 def quantize(source: Path, target: Path) -> None:
@@ -203,7 +269,7 @@ def write_gguf(model: Path, out: Path, kind: str) -> None:
     folder = ModelFolder.open(model)
     check_family(folder.spec)
     with _temporary(out) as written, _temporary(out) as quantized:
-        write_floats(folder, written, "f16" if kind == "q4_0" else kind)
+        write_tensors(folder, written, "f16" if kind == "q4_0" else kind)
         if kind == "q4_0":
             quantize(written, quantized)
         os.replace(quantized if kind == "q4_0" else written, out)

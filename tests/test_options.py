@@ -24,7 +24,7 @@ HEAVY = ["torch", "numba", "scipy", "numpy", "tokenizers", "tqdm"]
 
 # Mistakes that options alone give away, and what is said of each.
 MISTAKES = {
-    ("chat", "/nowhere"): "model folder /nowhere does not exist; give a Hugging Face model folder",
+    ("chat", "/nowhere"): "model /nowhere does not exist; give a Hugging Face model folder",
     ("chat", "--threads", "0"): "'--threads': 0 is not in the range x>=1",
     ("chat", "--context", "0"): "'--context': 0 is not in the range x>=1",
     ("chat", "--top-p", "2"): "'--top-p': top_p is 2.0, expected a number above 0",
@@ -45,7 +45,7 @@ MISTAKES = {
     ("bench", "--csv", "/dev/zero"): "'--csv': /dev/zero is a device, not a file",
     ("bench", "--runs", "0"): "'--runs': 0 is not in the range x>=1",
     ("bench", "--peer-model", "/dev/null"): "--peer and --peer-model go together",
-    ("inspect", "/dev/null"): "model folder /dev/null is not a folder",
+    ("inspect", "/dev/null"): "model /dev/null is neither a folder nor a GGUF file",
     ("hardware",): "Missing option '-o'",
     ("nonsense",): "No such command 'nonsense'",
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cpu_kernels.folders import user_cache
 from hybrid.errors import ArtifactError
+from hybrid.formats.gguf_file import stem_of
 from placement import placement as placement_file
 from placement.placement import Placement
 from predictor import bank as predictor_bank
@@ -40,6 +41,8 @@ class Bundle:
     def of(cls, model: Path, spec: ModelSpec, chosen: Path | None = None) -> Bundle:
         """`chosen`, or `<model>/hybrid`, or a folder in the user's cache where the model's cannot be written.
 
+        A file `NAME.gguf` has `NAME.hybrid` beside it.
+
         For a user without a cache it is the model's all the same: there may be nothing to read in it, and a write says
         that it cannot be.
         """
@@ -48,9 +51,10 @@ class Bundle:
             command += f" {model} --corpus FILE..."
         if chosen is not None:
             return cls(chosen, f"{command} --bundle {chosen}")
-        inside = model / "hybrid"
+        is_file = model.is_file()
+        inside = model.parent / f"{stem_of(model)}.hybrid" if is_file else model / "hybrid"
         cache = user_cache()
-        if inside.is_dir() or os.access(model, os.W_OK) or cache is None:
+        if inside.is_dir() or os.access(inside.parent, os.W_OK) or cache is None:
             return cls(inside, command)
         return cls(cache / "hybrid" / spec.fingerprint, command)
 

@@ -42,7 +42,12 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a model folder by name. Opening reads headers only; `tensor` maps one tensor's bytes."""
+    """The tensors of a model folder by name. Opening reads headers only; `tensor` maps one tensor's bytes.
+
+    described_by: what says which tensors there must be.
+    """
+
+    described_by = "config.json"
 
     def __init__(self, folder: Path) -> None:
         """Raises `ModelError` when no safetensors are there, a shard is missing, or a file is truncated or damaged."""
@@ -63,10 +68,13 @@ class Checkpoint:
         """Where the tensor `name` lies. Raises `ModelError` when missing, not of `shape`, or of a type not known."""
         info = self.infos.get(name)
         if info is None:
-            raise ModelError(f"{self.folder} has no tensor '{name}'; the checkpoint is incomplete for its config.json")
+            raise ModelError(
+                f"{self.folder} has no tensor '{name}'; the checkpoint is incomplete for its {self.described_by}"
+            )
         if info.shape != shape:
             raise ModelError(
-                f"{info.path}: tensor '{name}' has shape {shown(list(info.shape))}, config.json asks for {list(shape)}"
+                f"{info.path}: tensor '{name}' has shape {shown(list(info.shape))}, "
+                f"{self.described_by} asks for {list(shape)}"
             )
         if info.dtype not in DTYPES:
             raise ModelError(f"{info.path}: tensor '{name}' is {info.dtype}; supported are bf16, f16 and f32")
@@ -85,6 +93,10 @@ class Checkpoint:
             return self._open[info.path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise _corrupt(info.path, error) from error
+
+    def rows(self, name: str, shape: tuple[int, ...], rows: np.ndarray) -> torch.Tensor:
+        """Some rows of the matrix `name`, in its stored type. Raises `ModelError` as `tensor` does."""
+        return self.tensor(name, shape)[torch.from_numpy(rows)]
 
     def same(self, first: str, second: str, shape: tuple[int, ...]) -> bool:
         """Whether two tensors hold the same numbers, whatever their types. Raises `ModelError` as `info` does."""

@@ -19,13 +19,13 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -134,15 +134,22 @@ def _vectors(spec: ModelSpec, norm: str) -> Iterator[Part]:
             yield Part(f"{norm}.{kind}", shapes[f"{norm}.{kind}"], "f32")
 
 
+def split_name(name: str) -> tuple[int | None, str, str]:
+    """`layers.3.gate.bias` as (3, gate, bias); `embedding` as (None, embedding, weight)."""
+    words = name.split(".")
+    layer = int(words[1]) if words[0] == "layers" else None
+    own, *kind = words if layer is None else words[2:]
+    return layer, own, kind[0] if kind else "weight"
+
+
 def order_hash(order: np.ndarray) -> str:
     """16 hex digits that identify an order of neurons, integers [n_layers, d_ff]."""
     return hashlib.sha256(np.ascontiguousarray(order, np.int32).tobytes()).hexdigest()[:16]
 
 
-def config_hash(folder: Path) -> str:
-    """16 hex digits of what a folder's config.json says."""
-    text = json.dumps(read_json(folder / "config.json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def config_hash(config: Mapping[str, Any]) -> str:
+    """16 hex digits of what a config.json says."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +226,7 @@ class PackedModel:
             dtype = made_from.get("dtype")
             if dtype not in PACKED_DTYPES or not isinstance(made_from.get("order"), str):
                 raise ArtifactError(f"{file.path} does not say how it was packed; pack the model again: {REPAIR}")
-            if made_from.get("config") != config_hash(folder):
+            if made_from.get("config") != config_hash(config):
                 raise ModelError(f"{folder / 'config.json'} is not the one that was packed; pack the model again")
             fingerprint = file.header.model_fingerprint
             spec = packed_spec(parse_config(config, str(folder / "config.json"), fingerprint), dtype)

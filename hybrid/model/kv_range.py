@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from hybrid.model.reader import CheckpointReader
@@ -67,11 +68,12 @@ def _fits(
     most = largest * math.sqrt(spec.d_model) * float(inputs.scale.norm())
     most += 0.0 if inputs.shift is None else largest * float(inputs.shift.abs().sum())
     most += 0.0 if bias is None else float(bias.abs().max())
-    rows = reader.tensor(part, layer).unflatten(0, heads)
     bias = torch.zeros(heads) if bias is None else bias.view(heads)
-    usual = torch.hypot(*_sizes(rows[:, :1], bias[:, :1], inputs)).amax(1)
+    first = reader.rows(part, layer, np.arange(0, heads[0] * heads[1], heads[1]))[:, None]
+    usual = torch.hypot(*_sizes(first, bias[:, :1], inputs)).amax(1)
     if bool(usual.all()) and _holds(factor * most, usual):
         return True
+    rows = reader.tensor(part, layer).unflatten(0, heads)
     spread, offset = _sizes(rows, bias, inputs)
     most = float((math.sqrt(spec.d_model) * spread + offset).max())
     return _holds(factor * most, torch.hypot(spread, offset).amax(1))

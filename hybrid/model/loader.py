@@ -1,23 +1,29 @@
-"""From a model folder to a built `Transformer`: spec, checkpoint, and weights laid out as the placement asks."""
+"""From a model to a built `Transformer`: spec, checkpoint, and weights laid out as the placement asks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cpu_kernels.low_rank import PredictorView
 from hybrid.errors import InputError
+from hybrid.formats.bundle import Bundle
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.config import parse_config, read_json
-from hybrid.formats.folder import require_folder
-from hybrid.formats.packed import PackedModel
+from hybrid.formats.folder import require_model
+from hybrid.formats.generation_config import GenerationDefaults, generation_defaults
+from hybrid.formats.gguf_checkpoint import GGUFCheckpoint
+from hybrid.formats.gguf_codec import GGUFCodec, gguf_defaults
+from hybrid.formats.packed import PackedModel, packed_spec
 from hybrid.formats.packed_predictors import open_predictors
 from hybrid.formats.tensors import TensorNames, check_tensors
 from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime, HybridFFN
+from hybrid.model.gguf_run import open_run_form
 from hybrid.model.kv_range import needs_wide_kv
 from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, PackedReader, Reader
 from hybrid.model.transformer import Attention, Block, LayerNorms, Linear, Transformer
@@ -30,7 +36,7 @@ _DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
 @dataclass(frozen=True, eq=False)
 class ModelFolder:
-    """A Hugging Face or packed model folder: its spec and its weights, opened and checked, and what is to be known.
+    """A Hugging Face or packed model folder, or a GGUF file: spec and weights, opened and checked, and what to know.
 
     Of the weights only keys' and values' are read, and a tied embedding where the head is stored too.
     """
@@ -44,26 +50,42 @@ class ModelFolder:
     def open(cls, path: Path) -> ModelFolder:
         """Read config and tensor tables. Raises `ModelError` for what is missing, truncated, unknown or too much."""
         path = path.absolute()
-        require_folder(path)
+        require_model(path)
         if PackedModel.is_packed(path):
             packed = PackedModel.open(path)
             return cls(path, packed.spec, packed, _kv_notice(packed.spec))
         notices: list[str] = []
-        config = read_json(path / "config.json")
-        spec = parse_config(config, str(path / "config.json"), notices=notices)
-        checkpoint = Checkpoint(path)
+        checkpoint, config, where = _opened(path)
+        spec = parse_config(config, str(where), notices=notices)
         spec = replace(spec, tied=_is_tied(spec, checkpoint, notices))
         check_tensors(spec, checkpoint, notices)
         up = TensorNames(spec, checkpoint).of("up", 0)
         dtype = _DTYPE_NAMES[checkpoint.infos[f"{up}.weight"].dtype]
         wide = needs_wide_kv(spec, CheckpointReader(spec, checkpoint))
         spec = replace(spec, dtype=dtype, wide_kv=wide, fingerprint=checkpoint.fingerprint(config))
+        if isinstance(checkpoint, GGUFCheckpoint):
+            spec = packed_spec(spec, checkpoint.blocks) if checkpoint.blocks else spec
+            notices += checkpoint.notices(spec.model_bytes)
         return cls(path, spec, checkpoint, (*notices, *_kv_notice(spec)))
 
     @cached_property
     def codec(self) -> TextCodec:
-        """The folder's tokenizer and chat template. Raises `ModelError` when they cannot be used."""
+        """The model's tokenizer and chat template. Raises `ModelError` when they cannot be used."""
+        if isinstance(self.weights, GGUFCheckpoint):
+            return GGUFCodec(self.weights.file, self.spec.vocab_size)
         return TextCodec(self.path, self.spec.vocab_size)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says, or would say of a GGUF file."""
+        return self.weights.config if isinstance(self.weights, GGUFCheckpoint) else read_json(self.path / "config.json")
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        """How answers are made. Raises `ModelError` for end tokens that are no ids."""
+        if isinstance(self.weights, GGUFCheckpoint):
+            return gguf_defaults(self.weights.file)
+        return generation_defaults(self.path)
 
     @property
     def is_packed(self) -> bool:
@@ -88,8 +110,12 @@ class ModelFolder:
         """One layer's neurons in the checkpoint's order; `down` is a transposed view. Raises as `checkpoint` does."""
         return CheckpointReader(self.spec, self.checkpoint).ffn(layer)
 
-    def build(self, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None) -> Transformer:
+    def build(
+        self, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None, bundle: Bundle | None = None
+    ) -> Transformer:
         """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
+
+        bundle: where a GGUF model of blocks has its run-time form, which is written there first.
 
         A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
         `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
@@ -103,6 +129,12 @@ class ModelFolder:
             reader = PackedReader(self.weights, runtime)
             if runtime.strategy == "learned" and bank is None:
                 mapped = open_predictors(self.path, self.spec, self.weights.order)
+        elif isinstance(self.weights, GGUFCheckpoint) and self.weights.blocks:
+            order = None if placement is None else placement.order
+            place = (bundle or Bundle.of(self.path, self.spec)).path
+            run = open_run_form(self.spec, self.weights, order, place)
+            run.advise(runtime.strategy != "dense")
+            reader = PackedReader(run, runtime)
         else:
             reader = MatrixReader(self.spec, self.weights, placement, runtime)
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
@@ -126,6 +158,15 @@ class ModelFolder:
         attention = Attention(self.spec, layer, *reader.attention(layer))
         names = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")
         return Block(LayerNorms(*(reader.norm(name, layer) for name in names)), attention, ffn, self.spec.parallel)
+
+
+def _opened(path: Path) -> tuple[Checkpoint, dict[str, Any], Path]:
+    """The weights, config.json's fields, and where those are from."""
+    if path.is_file():
+        checkpoint = GGUFCheckpoint(path)
+        return checkpoint, checkpoint.config, path
+    config = read_json(path / "config.json")
+    return Checkpoint(path), config, path / "config.json"
 
 
 def _is_tied(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> bool:

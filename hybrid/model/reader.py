@@ -63,6 +63,14 @@ class CheckpointReader:
             return torch.full(self._shapes[f"{part}.{kind}"], self._spec.logit_scale if part == "final_norm" else 1.0)
         return stored.of(self._checkpoint.tensor(stored.name, stored.shape))
 
+    def rows(self, part: str, layer: int, rows: np.ndarray) -> torch.Tensor:
+        """Some rows of a matrix."""
+        stored = self._names.stored(part, layer)
+        if stored is None:
+            raise ValueError(f"the model has no matrix '{part}'")
+        chosen = rows if stored.rows is None else stored.rows[rows]
+        return self._checkpoint.rows(stored.name, stored.shape, chosen)
+
     def largest(self, part: str, layer: int | None = None, kind: str = "weight") -> float:
         """The largest magnitude in the tensor where a part lies. Raises `ModelError` for infinite numbers or NaN."""
         stored = self._names.stored(part, layer, kind)

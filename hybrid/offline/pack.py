@@ -1,31 +1,32 @@
 """`hybrid pack`: a model's weights, once more, as the kernels want them; `hybrid.formats.packed` says what is written.
 
 Threads: a few read blocks of rows and turn them into their run-time type; the calling thread writes them, in order. A
-block is 8 MiB of f32 and there are at most `_CODERS` + 1 of them, so memory stays at one source tensor that is mapped
+block is 8 MiB of f32 and there are at most `MOST_CODERS` + 1 of them: memory stays at one source tensor that is mapped
 while it is read, whatever the model's size. Everything goes to a temporary folder that is renamed once all of it
 was read back and held against its digests and the source; a killed run leaves that folder, the next run removes it.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from cpu_kernels.blocks import FORMATS, dequantize, quantize
 from cpu_kernels.lanes import widen_ref
-from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import ArtifactError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
+from hybrid.formats.gguf_checkpoint import GGUFCheckpoint
+from hybrid.formats.gguf_codec import GGUFCodec
 from hybrid.formats.new_folder import copy_if_changed, new_folder
 from hybrid.formats.packed import (
     ALIGNMENT,
@@ -39,13 +40,16 @@ from hybrid.formats.packed import (
     order_hash,
     packed_spec,
     parts,
+    split_name,
 )
 from hybrid.formats.packed_predictors import pack_predictors
 from hybrid.formats.tensors import TensorNames
+from hybrid.model.coders import coders, in_order
+from hybrid.model.gguf_parts import BlockParts
 from hybrid.model.loader import ModelFolder
 from hybrid.offline.pack_check import within_bounds
 from hybrid.offline.pack_feedback import FFNFeedback
-from hybrid.offline.pack_source import Source, split_name
+from hybrid.offline.pack_source import Source
 from placement.placement import Placement
 from predictor.bank import open_bank
 from profiler.common.artifact import ArtifactHeader, TensorWriter, digest_of, read_header
@@ -53,19 +57,23 @@ from profiler.profile import NeuronProfile, StoredInputs
 
 Progress = Callable[[str, int, str], AbstractContextManager[Callable[[int], None]]]
 
-_CODERS = 8
-T = TypeVar("T")
+_TAKEN_OVER = {("int8", "int8"), ("int4", "int4"), ("int4", "int8")}  # blocks of the source, and of the copy
+_Check = tuple[np.ndarray, bool, np.ndarray]
 # What a model folder may hold beside its weights: configuration, tokenizer, and what its licence asks to go along.
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README*")
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """The packed folder, the bytes of all that is in it, and whether its weights had to be `written`."""
+    """The packed folder, the bytes of all that is in it, and whether its weights had to be `written`.
+
+    errors: what the rounding of matrices that were written cost, root mean square as a share of the weights', by part.
+    """
 
     folder: Path
     nbytes: int
     written: bool
+    errors: Mapping[str, float]
 
 
 class Packer:
@@ -96,11 +104,20 @@ class Packer:
         # Only int4 errs so much that error feedback pays; it needs the profile's sample of FFN inputs.
         inputs = StoredInputs.open(bundle.profile, spec, bundle.repair) if dtype == "int4" and self.profile else None
         self._feedback = FFNFeedback(inputs, spec, folder.checkpoint, self._sources) if inputs else None
+        self._codes = self._own_codes()
+        self._lost: dict[str, np.ndarray] = {}  # by part, squared: of errors and of weights
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
         return sum(part.nbytes for part in self._parts)
+
+    def _own_codes(self) -> BlockParts | None:
+        """What takes codes over from a GGUF file whose blocks hold the same numbers as those of the type asked for."""
+        checkpoint, dtype = self._folder.checkpoint, self._dtype
+        if not isinstance(checkpoint, GGUFCheckpoint) or (checkpoint.blocks, dtype) not in _TAKEN_OVER:
+            return None
+        return BlockParts(self._spec, checkpoint, self._order)
 
     def pack(self, out: Path) -> PackResult:
         """Write and verify `out`; weights that are there already, from the same model, are not written again.
@@ -117,7 +134,9 @@ class Packer:
                 self._copy_artefacts(temporary)
         else:
             self._copy_artefacts(out)
-        return PackResult(out, sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), written)
+        nbytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        errors = {name: float(np.sqrt(lost / of)) for name, (lost, of) in self._lost.items() if lost}
+        return PackResult(out, nbytes, written, errors)
 
     def _is_current(self, out: Path) -> bool:
         """Whether `out` holds these weights. Raises `InputError` for what must not be replaced."""
@@ -144,7 +163,7 @@ class Packer:
     def _header(self) -> ArtifactHeader:
         made_from = {
             "source": self._folder.spec.fingerprint,
-            "config": config_hash(self._folder.path),
+            "config": config_hash(self._folder.config),
             "dtype": self._dtype,
             "order": order_hash(self._order),
             "wide_kv": self._spec.wide_kv,
@@ -153,6 +172,12 @@ class Packer:
         return ArtifactHeader(KIND, self._folder.spec.fingerprint, made_from)
 
     def _copy_files(self, target: Path) -> None:
+        codec = self._folder.codec if isinstance(self._folder.weights, GGUFCheckpoint) else None
+        if isinstance(codec, GGUFCodec):
+            (target / "config.json").write_text(json.dumps(self._folder.config, indent=1), encoding="utf-8")
+            for name, text in codec.files().items():
+                (target / name).write_text(text, encoding="utf-8")
+            return
         found = {path for pattern in _COPIED for path in self._folder.path.glob(pattern)}
         for path in sorted(found):
             if path.is_file() and not path.name.endswith(".index.json"):
@@ -182,29 +207,41 @@ class Packer:
     def _write(self, file: BinaryIO) -> None:
         writer = TensorWriter(file, self._header(), [part.entry for part in self._parts], ALIGNMENT)
         # The coders are the threads: those of BLAS beside them made error feedback 5 to 50 times slower.
-        with self._progress("pack", self.nbytes, "byte") as advance, _coders() as coders, threadpool_limits(1, "blas"):
+        with self._progress("pack", self.nbytes, "byte") as advance, coders() as threads, threadpool_limits(1, "blas"):
             for part in self._parts:
-                writer.add(part.name, _advancing(self._stored(part, coders), advance))
+                writer.add(part.name, _advancing(self._stored(part, threads), advance))
         writer.finish()
+
+    def _is_taken(self, part: Part) -> bool:
+        return self._codes is not None and self._codes.takes(part)
 
     def _is_fed(self, part: Part) -> bool:
         """Whether `part` is rounded with error feedback."""
         layer, name, kind = split_name(part.name)
-        return bool(self._feedback) and layer is not None and name in ("gate", "up", "down") and kind == "weight"
+        return (
+            bool(self._feedback)
+            and not self._is_taken(part)
+            and layer is not None
+            and name in ("gate", "up", "down")
+            and kind == "weight"
+        )
 
-    def _stored(self, part: Part, coders: ThreadPoolExecutor) -> Iterator[np.ndarray]:
+    def _stored(self, part: Part, threads: ThreadPoolExecutor) -> Iterator[np.ndarray]:
         """The bytes of `part`, block after block, made by `coders` a few blocks ahead."""
         if part.name == "order":
             yield self._order.astype(np.int32)
             return
         try:
-            yield from _in_order(self._tasks(part), coders)
+            yield from in_order(self._tasks(part), threads)
         except ValueError as error:
             raise ModelError(
                 f"weights for '{part.name}': {error}; check the model's files, or try --dtype bf16"
             ) from error
 
     def _tasks(self, part: Part) -> Iterator[Callable[[], np.ndarray]]:
+        if self._codes and self._codes.takes(part):
+            yield from self._codes.tasks(part)
+            return
         if self._feedback and self._is_fed(part):
             yield from self._feedback.tasks(part)
             return
@@ -220,37 +257,40 @@ class Packer:
         packed = PackedModel.open(target)
         with open_packed(target) as file:
             digests = file.digests or {}
-        with self._progress("verify", self.nbytes, "byte") as advance, _coders() as coders:
+        with self._progress("verify", self.nbytes, "byte") as advance, coders() as threads:
             for part in self._parts:
-                if digest_of(self._read_back(packed, part, coders)) != digests.get(part.name):
+                if digest_of(self._read_back(packed, part, threads)) != digests.get(part.name):
                     raise _not_as_written(part)
                 advance(part.nbytes)
 
-    def _read_back(self, packed: PackedModel, part: Part, coders: ThreadPoolExecutor) -> Iterator[memoryview]:
+    def _read_back(self, packed: PackedModel, part: Part, threads: ThreadPoolExecutor) -> Iterator[memoryview]:
         """The stored bytes of `part`, once each block was held against the source."""
         if part.name == "order":
             yield packed.stored("order").data
             return
-        for stored, is_right in _in_order(self._checks(packed, part), coders):
+        name = split_name(part.name)[1]
+        for stored, is_right, lost in in_order(self._checks(packed, part), threads):
             if not is_right:
                 raise _not_as_written(part)
+            self._lost[name] = self._lost.get(name, np.zeros(2)) + lost
             yield stored.data
             packed.release()
 
-    def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], tuple[np.ndarray, bool]]]:
+    def _checks(self, packed: PackedModel, part: Part) -> Iterator[Callable[[], _Check]]:
         start = 0
         for count, read in self._sources[part.name].blocks(self._folder.checkpoint):
             stored = packed.stored(part.name)[start : start + count]
             yield partial(self._checked, part, stored, read)
             start += count
 
-    def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> tuple[np.ndarray, bool]:
-        """What was stored of a block, and whether that is the block within what its type may lose."""
+    def _checked(self, part: Part, stored: np.ndarray, read: Callable[[], np.ndarray]) -> _Check:
+        """What was stored of a block, whether that is the block within what its type may lose, and what was lost."""
         block = read()
         if part.dtype in FORMATS:
             wide = dequantize(stored, part.shape[1])
-            return stored, within_bounds(wide, block, FORMATS[part.dtype], self._is_fed(part))
-        return stored, np.array_equal(stored, encode(part, block))
+            lost = np.array([np.square(wide - block).sum(dtype=np.float64), np.square(block).sum(dtype=np.float64)])
+            return stored, within_bounds(wide, block, FORMATS[part.dtype], self._is_fed(part)), lost
+        return stored, np.array_equal(stored, encode(part, block)), np.zeros(2)
 
 
 def _advancing(blocks: Iterable[np.ndarray], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -261,25 +301,6 @@ def _advancing(blocks: Iterable[np.ndarray], advance: Callable[[int], None]) -> 
 
 def _not_as_written(part: Part) -> ArtifactError:
     return ArtifactError(f"'{part.name}' did not read back as written; check the disk and pack again")
-
-
-def _coders() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_CODERS, available_cpus()))
-
-
-def _in_order(tasks: Iterable[Callable[[], T]], coders: ThreadPoolExecutor) -> Iterator[T]:
-    """Results of tasks in their order, made by `coders` a few ahead."""
-    waiting: deque[Future[T]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(coders.submit(task))
-            if len(waiting) > min(_CODERS, available_cpus()):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:  # after an error or Ctrl-C, what is not begun need not be
-        for future in waiting:
-            future.cancel()
 
 
 def _encoded(part: Part, read: Callable[[], np.ndarray]) -> np.ndarray:

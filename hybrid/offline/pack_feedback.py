@@ -11,9 +11,9 @@ import torch
 from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.contract import LAYOUTS
 from hybrid.formats.checkpoint import Checkpoint
-from hybrid.formats.packed import Part
+from hybrid.formats.packed import Part, split_name
 from hybrid.offline.error_feedback import SPAN, feedback_factor, quantize_by_columns, quantize_by_rows
-from hybrid.offline.pack_source import Source, split_name
+from hybrid.offline.pack_source import Source
 from profiler.common.spec import ModelSpec
 from profiler.profile import StoredInputs
 

@@ -12,7 +12,7 @@ import numpy as np
 from cpu_kernels.lanes import widen_ref
 from hybrid.formats.checkpoint import Checkpoint
 from hybrid.formats.folds import Stored
-from hybrid.formats.packed import Part
+from hybrid.formats.packed import Part, split_name
 from hybrid.formats.tensors import TensorNames
 from profiler.common.spec import ModelSpec
 
@@ -71,11 +71,3 @@ class Source:
         return (
             found if part.times == 1.0 and part.plus == 0.0 else found * np.float32(part.times) + np.float32(part.plus)
         )
-
-
-def split_name(name: str) -> tuple[int | None, str, str]:
-    """`layers.3.gate.bias` as (3, gate, bias); `embedding` as (None, embedding, weight)."""
-    words = name.split(".")
-    layer = int(words[1]) if words[0] == "layers" else None
-    own, *kind = words if layer is None else words[2:]
-    return layer, own, kind[0] if kind else "weight"

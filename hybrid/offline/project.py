@@ -105,7 +105,7 @@ class Project:
     def model(self) -> Transformer:
         """The model with every neuron in the checkpoint's order and no predictors: dense. Raises as `check_finite`."""
         self.folder.check_finite()
-        return self.folder.build(self.runtime, None, None)
+        return self.folder.build(self.runtime, None, None, self.bundle)
 
     def encode(self, document: Document, most: int) -> list[int]:
         """The first token ids of a corpus document, at most so many, as the model meets such text."""

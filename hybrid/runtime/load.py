@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.errors import InputError
-from hybrid.formats.generation_config import generation_defaults
 from hybrid.formats.packed import PackedModel
 from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
@@ -55,8 +54,8 @@ class LoadedModel:
 def load_model(plan: RunPlan) -> LoadedModel:
     """Read the weights of `plan` as its placement lays them out. Raises as `ModelFolder.build` does."""
     spec, codec = plan.spec, plan.folder.codec
-    defaults = generation_defaults(plan.folder.path)
+    defaults = plan.folder.defaults
     ends = frozenset((*defaults.end_tokens, *codec.eos_tokens()))
     runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
-    model = plan.folder.build(runtime, plan.placement, plan.bank)
+    model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle)
     return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

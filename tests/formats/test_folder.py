@@ -3,15 +3,19 @@
 import pytest
 
 from hybrid.errors import ArtifactError, ModelError
-from hybrid.formats.folder import require_folder, require_writable
+from hybrid.formats.folder import require_model, require_writable
 
 
-def test_a_model_is_a_folder(tmp_path):
-    require_folder(tmp_path)
-    (tmp_path / "file").touch()
-    for name, problem in (("file", "is not a folder"), ("nowhere", "does not exist")):
-        with pytest.raises(ModelError, match=f"model folder {tmp_path / name} {problem}; give a Hugging Face"):
-            require_folder(tmp_path / name)
+def test_a_model_is_a_folder_or_a_gguf_file(tmp_path):
+    require_model(tmp_path)
+    (tmp_path / "file").write_bytes(b"GGML")
+    (tmp_path / "model").write_bytes(b"GGUF")
+    (tmp_path / "empty.gguf").touch()
+    require_model(tmp_path / "model")
+    require_model(tmp_path / "empty.gguf")
+    for name, problem in (("file", "is neither a folder nor a GGUF file"), ("nowhere", "does not exist")):
+        with pytest.raises(ModelError, match=f"model {tmp_path / name} {problem}; give a Hugging Face"):
+            require_model(tmp_path / name)
 
 
 def test_what_is_to_be_made_needs_a_folder_that_can_be_written(tmp_path, monkeypatch):
