@@ -225,7 +225,7 @@ def test_the_command_prints_tables_or_one_json_line(folder, tmp_path, capsys, mo
         (["--sparsity", "sparse"], "dense, exact, learned"),
         (["--peer", "llama.cpp"], "--peer-model go together"),
         (["--sparsity", "learned"], "predictors.safetensors is missing"),
-        (["--sparsity", "dense", "--peer", "llama.cpp", "--peer-model", "no.gguf"], "no.gguf is not a file"),
+        (["--sparsity", "dense", "--peer", "llama.cpp", "--peer-model", "no.gguf"], "no.gguf does not exist"),
         (["--sparsity", "dense", "--tokens", "1000"], "exceed a context of 64"),
     ],
 )
