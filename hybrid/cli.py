@@ -57,7 +57,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> N
 def cli(debug: bool) -> None:
     """Run language models whose FFN neurons fire sparsely, hot neurons on the GPU and cold ones on the CPU.
 
-    MODEL is a Hugging Face model folder; without one, the small embedded model is used.
+    MODEL is a Hugging Face model folder or a GGUF file; without one, the small embedded model is used.
     """
 
 
