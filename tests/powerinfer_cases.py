@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from bundle_cases import random_bundle, random_profile
 from model_cases import make_model
 from safetensors.torch import load_file, save_file
 
+from hybrid.formats.powerinfer import Kind, Tensor, write
 from hybrid.offline.project import Project
 from profiler.common.progress import no_progress
 
@@ -138,3 +140,16 @@ def prepared(folder: Path, name: str = "llama-relu", layers: int = 3, **changes:
     few = random_profile(made.spec)
     replace(few, inputs=few.inputs.repeat(4, axis=1), documents=few.documents.repeat(4)).save(made.bundle.profile)
     return made
+
+
+def changed(path: Path, out: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray | None]) -> Path:
+    """Write a file of f16 anew with other metadata and tensors; None: without it."""
+    about, stored, ids = read_file(path)
+    kinds: dict[int, Kind] = {0: "f32", 1: "f16"}
+    kept = {name: values for name, values in (stored | tensors).items() if values is not None}
+    write(
+        out,
+        {name: value for name, value in (about | metadata).items() if value is not None},
+        [Tensor(name, values.shape, kinds[ids[name]], partial(np.asarray, values)) for name, values in kept.items()],
+    )
+    return out

@@ -18,6 +18,7 @@ from profiler.common.errors import shown
 
 FOLDER = "activation"
 _MOST = 2.0**40  # firings of a neuron: sums of them over a model stay whole numbers
+_MOST_LAYERS = 256
 _OVERHEAD = 2**16  # bytes of a file besides its numbers
 
 
@@ -45,16 +46,19 @@ def _paths(folder: Path, layers: int) -> list[Path]:
 
 
 def _most_bytes(neurons: int) -> int:
-    return 8 * neurons + _OVERHEAD
+    """Of a file; one that was cut out of all layers' counts holds them all."""
+    return 8 * neurons * _MOST_LAYERS + _OVERHEAD
 
 
 def _read(path: Path, neurons: int) -> np.ndarray:
     tensor = _loaded(path, neurons)
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+    if not isinstance(tensor, torch.Tensor):
         raise _wrong(path, f"holds a {type(tensor).__name__}", neurons)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise _wrong(path, "holds no plain tensor", neurons)
     if tensor.shape != (neurons,):
         raise _wrong(path, f"has shape {shown(list(tensor.shape))}", neurons)
-    if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_meta:
+    if tensor.dtype == torch.bool or tensor.is_complex():
         raise _wrong(path, f"is of type {tensor.dtype}", neurons)
     values = tensor.detach().to(torch.float64).numpy()
     bad = ~((values >= 0) & (values <= _MOST) & (values == np.floor(values)))
