@@ -103,8 +103,8 @@ def _unusable(checkpoint: GGUFCheckpoint, spec: ModelSpec) -> str | None:
         return "the file has no predictors, so exact"
     if not isinstance(threshold, float) or threshold != 0:
         return (
-            f"the file's predictors decide at {str(threshold)[:40]} on the residual; ours read what the norm "
-            "makes of it, which is the same for 0 alone: exact, until you train some with: hybrid prepare MODEL --corpus FILE..."
+            f"the file's predictors decide at {str(threshold)[:40]} on the residual; ours read what the norm makes of "
+            "it, which comes to the same for 0 alone: exact, until you train some: hybrid prepare MODEL --corpus FILE"
         )
     return None
 

@@ -129,3 +129,9 @@ def test_a_model_that_is_not_prepared_says_so(project, tmp_path):
     with pytest.raises(ArtifactError, match="hybrid prepare"):
         export(bare, tmp_path / "out", "f16", no_progress)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_came_from_powerinfer_is_not_exported_again(exported, tmp_path):
+    again = Project(exported.model, tmp_path / "bundle", 1, no_progress)
+    with pytest.raises(InputError, match="is PowerInfer's already; to export other predictors, train some first"):
+        export(again, tmp_path / "out", "f16", no_progress)
