@@ -93,6 +93,11 @@ class GGUFCheckpoint(Checkpoint):
                     stored = f"{name.format(layer)}.{kind}"
                     if tensor := self.file.tensors.get(stored):
                         rest.discard(stored)
+                        if len(tensor.shape) == 1 and tensor.type not in FLOATS:
+                            raise ModelError(
+                                f"{self.file.path}: '{stored}' is a vector of {tensor.type}, expected one of "
+                                f"{', '.join(FLOATS)}; fetch the model again"
+                            )
                         shift = -row.family.norm_plus if kind == "weight" and part.endswith("norm") else 0.0
                         found = _Stored(
                             tensor,

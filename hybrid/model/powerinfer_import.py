@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.console import percent
+from hybrid.console import percent, progress
 from hybrid.errors import ArtifactError, InputError
 from hybrid.formats.bundle import Bundle
 from hybrid.formats.gguf_checkpoint import GGUFCheckpoint, predictor_names
@@ -125,14 +125,16 @@ def _predictors_digest(checkpoint: GGUFCheckpoint, spec: ModelSpec) -> str:
 
 def _import_predictors(checkpoint: GGUFCheckpoint, bundle: Bundle, spec: ModelSpec, origin: dict[str, Any]) -> str:
     reader, made, agreed = CheckpointReader(spec, checkpoint), [], []
-    for layer in range(spec.n_layers):
-        fc1, fc2 = checkpoint.predictor(layer)
-        norm = reader.tensor("ffn_norm", layer).float()
-        try:
-            made.append(of_residual(fc1, fc2, norm))
-        except InputError as error:
-            return f"the file's predictors are not used, so exact: layer {layer}: {error}"
-        agreed.append(agreement(made[-1], fc1, fc2, norm))
+    with progress("first start: importing predictors", spec.n_layers, "layer") as advance:
+        for layer in range(spec.n_layers):
+            fc1, fc2 = checkpoint.predictor(layer)
+            norm = reader.tensor("ffn_norm", layer).float()
+            try:
+                made.append(of_residual(fc1, fc2, norm))
+            except InputError as error:
+                return f"the file's predictors are not used, so exact: layer {layer}: {error}"
+            agreed.append(agreement(made[-1], fc1, fc2, norm))
+            advance(1)
     bank = PredictorBank(tuple(made))
     bank.save(bundle.predictors, spec, origin, None)
     share, least = float(np.mean(agreed)), min(agreed)

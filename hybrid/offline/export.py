@@ -60,9 +60,7 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
         raise InputError(f"{out} is there and no export of this model; choose another with --powerinfer")
     found, bank = project.load_profile(), project.load_predictors()
     if found.is_imported:
-        raise InputError(
-            f"{project.folder.path} is PowerInfer's already; to export ours, train some with --corpus first"
-        )
+        raise InputError(f"{project.folder.path} is PowerInfer's already; to export other predictors, train some first")
     placement = project.bundle.load_placement(project.spec)
     free, before, after = bias_free(project, found, bank, progress)
     model = PowerInferModel(project.folder, free, found.inputs[:, :BATCH], kind)
