@@ -26,6 +26,7 @@ from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
 from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
+from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
 from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
@@ -39,12 +40,14 @@ from placement.plan import UNLIMITED, parse_size
 from predictor.bank import PredictorBank
 from predictor.report import CurvePoint
 from predictor.target import PredictorTarget
+from profiler.common.artifact import ArtifactHeader
 from profiler.common.hardware import HardwareProfile
 from profiler.corpus import TokenWindows
 from profiler.machine.measure import measure_hardware
 from profiler.profile import NeuronProfile
 
 Options = Mapping[str, Any]
+_Made = tuple[ArtifactHeader, ArtifactHeader | None]  # a profile and predictors
 _CURRENT = "present and current"
 
 
@@ -53,6 +56,9 @@ def prepare(model: Path | None, options: Options) -> None:
     project = _project(model, options)
     if not project.spec.fires_sparsely:
         click.echo(project.why_dense())
+        return
+    if is_powerinfer(project.folder) and not options["corpus"]:
+        _prepare_imported(project, options)
         return
     request, target = _profile_request(project, options), _target(options)
     seed, settings = options["seed"], _placement_settings(project, options, "learned")
@@ -66,12 +72,28 @@ def prepare(model: Path | None, options: Options) -> None:
     predictors = project.current_predictors(profile_header, target, seed)
     click.echo(f"train: {_CURRENT if predictors else 'training'}", err=True)
     predictors = predictors or project.train(project.load_profile(), target, seed).header
-    hardware = hardware or _hardware(project, options)
-    if project.placement_is_current(project.place_origin(profile_header, predictors, hardware), settings):
+    _place_anew(project, settings, hardware or _hardware(project, options), (profile_header, predictors))
+
+
+def _prepare_imported(project: Project, options: Options) -> None:
+    """Place by what came with a PowerInfer file, or was made since; a corpus is wanted to train anew."""
+    found = project.load_profile(samples=False)
+    bank = project.load_predictors() if project.bundle.predictors.is_file() else None
+    settings = _placement_settings(project, options, "learned" if bank else "exact")
+    hardware = _hardware(project, options)
+    settings.planned_bytes(hardware)
+    click.echo("profile, train: what came with the file; with --corpus FILE... made anew", err=True)
+    _place_anew(project, settings, hardware, (found.header, bank.header if bank else None))
+
+
+def _place_anew(project: Project, settings: PlacementSettings, hardware: HardwareProfile, made: _Made) -> None:
+    """Solve and write the placement, unless the present one is what would be made of the profile and predictors."""
+    profile, predictors = made
+    if project.placement_is_current(project.place_origin(profile, predictors, hardware), settings):
         click.echo(f"place: {_CURRENT}", err=True)
         return
     found = project.load_profile(samples=False)
-    result = project.place(found, project.load_predictors(), hardware, settings)
+    result = project.place(found, project.load_predictors() if predictors else None, hardware, settings)
     project.write_placement(result.placement)
     click.echo(f"place: {_placement_summary(result, found, hardware.has_gpu)}", err=True)
 
@@ -101,7 +123,7 @@ def place(model: Path | None, options: Options) -> None:
     found = project.load_profile(samples=False)
     bank = project.load_predictors() if settings.strategy == "learned" else None
     hardware = _hardware(project, options)
-    if bank and bank.header and bank.header.made_from.get("profile") != found.header.key:
+    if bank and bank.header and bank.header.made_from.get("profile", found.header.key) != found.header.key:
         click.echo("note: the predictors were trained on another profile than the present; `hybrid train`", err=True)
     result = project.place(found, bank, hardware, settings)
     click.echo(placement_report(result, found, settings.planned_bytes(hardware), hardware))
@@ -135,6 +157,8 @@ def pack(model: Path | None, options: Options) -> None:
         raise InputError(f"{path} is packed already; give the model that it was made from")
     folder = ModelFolder.open(path)
     bundle = Bundle.of(folder.path, folder.spec, options["bundle"])
+    for notice in import_artefacts(folder, bundle):
+        _say(f"note: {notice}")
     out = options["output"] or bundle.path / f"packed-{dtype}"
     packer = Packer(folder, bundle, dtype, progress)
     if dtype == "int4" and packer.profile is None and folder.spec.fires_sparsely:

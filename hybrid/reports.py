@@ -21,7 +21,7 @@ from predictor.bank import PredictorBank
 from predictor.target import PredictorTarget
 from profiler.common.artifact import ArtifactFile
 from profiler.common.spec import ModelSpec
-from profiler.profile import NeuronProfile
+from profiler.profile import IMPORTED, NeuronProfile
 
 
 def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> None:
@@ -85,6 +85,8 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
 def _show_profile(files: Bundle, spec: ModelSpec) -> str:
     found = files.load_profile(spec)
     made = found.header.made_from
+    if found.is_imported:
+        return f"{_file_line(files.profile)}, key {found.header.key}\n{_came_with(made)}\n{profile_report(found)}"
     names = ", ".join(made["corpus_files"][:3])
     origin = f"{names} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
     return f"{_file_line(files.profile)}, key {found.header.key}\nfrom {origin}\n{profile_report(found)}"
@@ -93,13 +95,20 @@ def _show_profile(files: Bundle, spec: ModelSpec) -> str:
 def _show_predictors(files: Bundle, spec: ModelSpec) -> str:
     bank = files.load_predictors(spec)
     made: dict[str, Any] = bank.header.made_from if bank.header else {}
+    key = bank.header.key if bank.header else ""
+    if IMPORTED in made:
+        sizes = f"rank {min(p.rank for p in bank.predictors)} to {max(p.rank for p in bank.predictors)}"
+        return f"{_file_line(files.predictors)}, key {key}\n{_came_with(made)}; {sizes}, {predictor_report(bank)}"
     target = PredictorTarget(**made["target"])
     origin = (
         f"profile {made['profile']}; target: perplexity {target.max_perplexity_increase:+.2%} at most, "
         f"{target.max_active_ratio:g} times the firing neurons, {target.max_bytes_share:.0%} of the model's bytes"
     )
-    key = bank.header.key if bank.header else ""
     return f"{_file_line(files.predictors)}, key {key}\nfrom {origin}\n{predictor_report(bank)}"
+
+
+def _came_with(made: dict[str, Any]) -> str:
+    return f"came with {made[IMPORTED]}"
 
 
 def _show_placement(files: Bundle, spec: ModelSpec) -> str:

@@ -44,15 +44,16 @@ class PredictorBank:
         pairs = zip(self.predictors, thresholds, strict=True)
         return replace(self, predictors=tuple(predictor.with_threshold(value) for predictor, value in pairs))
 
-    def save(self, path: Path, spec: ModelSpec, made_from: dict[str, Any], report: PredictorReport) -> None:
-        """Write the bank, atomically; raises `ArtifactError` when it cannot be written."""
+    def save(self, path: Path, spec: ModelSpec, made_from: dict[str, Any], report: PredictorReport | None) -> None:
+        """Write the bank, atomically; `report` may be missing. Raises `ArtifactError` when it cannot be written."""
         tensors = {
             f"layers.{layer}.{name}": getattr(predictor, name).numpy()
             for layer, predictor in enumerate(self.predictors)
             for name in _FIELDS
         }
         tensors["thresholds"] = np.array(self.thresholds, np.float32)
-        tensors["report"] = np.frombuffer(report.to_json().encode(), np.uint8)
+        if report is not None:
+            tensors["report"] = np.frombuffer(report.to_json().encode(), np.uint8)
         write_tensors(path, ArtifactHeader(KIND, spec.fingerprint, made_from), tensors)
 
     @classmethod
@@ -89,8 +90,10 @@ class StoredBank:
             self._refuse(f"layer {layer} predicts {len(found.b2)} neurons from {found.fc1.shape[1]} inputs")
         return found
 
-    def report(self) -> PredictorReport:
-        """The report that was written with the predictors."""
+    def report(self) -> PredictorReport | None:
+        """The report that was written with the predictors; none where they came without."""
+        if "report" not in self.file.places:
+            return None
         try:
             found = PredictorReport.from_json(self.file.array("report").tobytes().decode())
         except (ArtifactError, UnicodeDecodeError) as error:

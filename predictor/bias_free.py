@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 from predictor.linear_start import covariance
 from predictor.low_rank import LowRankPredictor, quantize_rows
 from predictor.quality import Counts
 from predictor.samples import FFNWeights, batches
+from profiler.common.errors import InputError
 
 _RIDGE = 0.01  # of the inputs' mean square; 0.001: 4% more predicted on that model; 0.1: another 1% on some layers
 
@@ -41,6 +43,29 @@ def without_biases(predictor: LowRankPredictor, m: torch.Tensor) -> LowRankPredi
     q1, scale1 = quantize_rows(torch.cat([fc1, size * m[None]]))
     q2, scale2 = quantize_rows(torch.cat([fc2, last[:, None] / size], dim=1))
     return LowRankPredictor(q1, scale1, torch.zeros(len(q1)), q2, scale2, torch.zeros(len(q2)))
+
+
+def of_residual(fc1: torch.Tensor, fc2: torch.Tensor, norm: torch.Tensor) -> LowRankPredictor:
+    """PowerInfer's fc1 [r, d] and fc2 [f, r], which read the residual, as ours that reads what RMSNorm makes of it.
+
+    norm: its weights, f32 [d]. Where one is 0 an element does not reach ours; raises `InputError` where fc1 reads it.
+    Hidden units that do nothing are left out, such as those that only fill fc1 up.
+    """
+    if bool((fc1[:, norm == 0] != 0).any()):
+        raise InputError("a predictor reads elements of the residual that the norm's weights of 0 take away")
+    works = (fc1 != 0).any(dim=1) & (fc2 != 0).any(dim=0)
+    works[0] |= not bool(works.any())
+    folded = torch.where(norm == 0, 0.0, fc1[works] / norm)
+    (q1, scale1), (q2, scale2) = quantize_rows(folded), quantize_rows(fc2[:, works])
+    return LowRankPredictor(q1, scale1, torch.zeros(len(q1)), q2, scale2, torch.zeros(len(q2)))
+
+
+def agreement(predictor: LowRankPredictor, fc1: torch.Tensor, fc2: torch.Tensor, norm: torch.Tensor) -> float:
+    """The share of decisions in which what `of_residual` made agrees with fc1 and fc2, on 64 random residuals."""
+    x = torch.randn(64, fc1.shape[1], generator=torch.Generator().manual_seed(0))
+    wanted = linear(linear(x, fc1).relu_(), fc2) >= 0
+    normed = x / x.square().mean(dim=1, keepdim=True).sqrt() * norm
+    return float((predictor.mask(normed) == wanted).float().mean())
 
 
 def counted(predictor: LowRankPredictor, weights: FFNWeights, inputs: np.ndarray, rows: np.ndarray) -> Counts:

@@ -14,6 +14,7 @@ from profiler.common.spec import ModelSpec
 
 KIND = "neuron profile"
 REPAIR = "hybrid profile"
+IMPORTED = "imported"  # in what an artefact was made from: which file it came with
 _SAMPLES = ("inputs", "documents", "validation")
 _TYPES = {"counts": np.int64, "inputs": np.float16, "documents": np.int32, "validation": np.int32}
 
@@ -57,6 +58,11 @@ class NeuronProfile:
             raise InputError("a profile names documents and token ids by numbers from 0 on, found negative ones")
         for layer, inputs in enumerate(self.inputs):
             check_inputs(layer, inputs)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the counts came with the model: then there are no samples."""
+        return IMPORTED in self.header.made_from
 
     def frequency(self) -> np.ndarray:
         """Activation frequency of every neuron: float64 [n_layers, d_ff], 0 to 1."""

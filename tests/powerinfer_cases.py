@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bundle_cases import random_bundle, random_profile
+from model_cases import make_model
+from safetensors.torch import load_file, save_file
+
+from hybrid.formats.powerinfer import Kind, Tensor, write
+from hybrid.offline.project import Project
+from profiler.common.progress import no_progress
 
 SCALARS = {4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q"}
 ARRAYS = {5: np.int32, 6: np.float32}
@@ -113,3 +122,34 @@ def logits(path: Path, tokens: list[int], sparse: bool) -> tuple[np.ndarray, flo
         h = normed(x, at["ffn_norm"], eps)
         x = x + (np.maximum(h @ at["ffn_gate"].T, 0) * (h @ at["ffn_up"].T) * active) @ at["ffn_down_t"]
     return normed(x, w["output_norm.weight"], eps) @ w["output.weight"].T, float(np.mean(chosen))
+
+
+def exact_in_f16(folder: Path) -> None:
+    """Round the weights of a model folder of f32 to what f16 holds."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.half().float() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def prepared(folder: Path, name: str = "llama-relu", layers: int = 3, **changes: object) -> Project:
+    """A small random model with random artefacts, whose profile has inputs enough to be exported."""
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": layers}
+    make_model(name, folder, **(shape | changes))
+    exact_in_f16(folder)
+    made = Project(folder, None, 1, no_progress)
+    random_bundle(made.bundle, made.spec)
+    few = random_profile(made.spec)
+    replace(few, inputs=few.inputs.repeat(4, axis=1), documents=few.documents.repeat(4)).save(made.bundle.profile)
+    return made
+
+
+def changed(path: Path, out: Path, metadata: dict[str, Any], tensors: dict[str, np.ndarray | None]) -> Path:
+    """Write a file of f16 anew with other metadata and tensors; None: without it."""
+    about, stored, ids = read_file(path)
+    kinds: dict[int, Kind] = {0: "f32", 1: "f16"}
+    kept = {name: values for name, values in (stored | tensors).items() if values is not None}
+    write(
+        out,
+        {name: value for name, value in (about | metadata).items() if value is not None},
+        [Tensor(name, values.shape, kinds[ids[name]], partial(np.asarray, values)) for name, values in kept.items()],
+    )
+    return out

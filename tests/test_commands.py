@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from powerinfer_cases import prepared
 
-from hybrid import commands
+from hybrid import commands, reports
 from hybrid.commands import _read_prompt
 from hybrid.errors import InputError
-from hybrid.offline.export import ExportResult
+from hybrid.offline.export import ExportResult, export
+from hybrid.offline.project import Project
 from predictor.report import Quality
+from profiler.common.progress import no_progress
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,20 @@ def test_an_export_says_what_predictors_without_biases_cost(monkeypatch, capsys,
         "perplexity of the latter against dense: +0.49%\n"
     )
     assert "note: the placement has no hot neurons" in said.err and f"wrote {result.model}, 1.0 MiB in f16" in said.err
+
+
+def test_a_powerinfer_file_is_prepared_by_what_came_with_it(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    path = export(prepared(tmp_path / "m"), tmp_path / "out", "f16", no_progress).model
+    options = {"corpus": (), "bundle": None, "vram_budget": "1GiB", "context": None, "solver": "greedy"}
+    commands.prepare(path, options | {"hardware": "default"})
+    project = Project(path, None, 1, no_progress)
+    placement, bank = project.bundle.load_placement(project.spec), project.load_predictors()
+    made = placement.made_from
+    assert (made["strategy"], made["predictors"], made["vram_budget"]) == ("learned", bank.header.key, 2**30)
+    assert "profile, train: what came with the file; with --corpus FILE... made anew" in capsys.readouterr().err
+    commands.prepare(path, options | {"hardware": "default"})
+    assert "place: present and current" in capsys.readouterr().err
+    reports.inspect(path, None)
+    shown = capsys.readouterr().out
+    assert shown.count("came with m.powerinfer.gguf") == 2 and "rank 4 to 6, no report" in shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hybrid.errors import ArtifactError, ModelError
 
-GGUF_MAGIC = b"GGUF"
+GGUF_MAGIC, POWERINFER_MAGIC = b"GGUF", b"PWRI"
 
 
 def is_gguf(path: Path) -> bool:
@@ -17,7 +17,7 @@ def is_gguf(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     with path.open("rb") as file:
-        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+        return file.read(len(GGUF_MAGIC)) in (GGUF_MAGIC, POWERINFER_MAGIC)
 
 
 def require_model(path: Path) -> None:

@@ -57,7 +57,7 @@ class Architecture:
     and k. joined: it put the rows of all queries, keys and values one after another. fields: of config.json, besides
     those of all, by the metadata's keys. constants: fields that the metadata does not have. parts: tensors that are
     called otherwise. switches: fields that are true where a tensor is there. variants: rows to take in this one's place
-    where a tensor is there. variant: of the family.
+    where a tensor is there. variant: of the family. neuron_major: the file has `down` as neurons by outputs.
     """
 
     model_type: str
@@ -69,6 +69,7 @@ class Architecture:
     switches: Mapping[str, str] = field(default_factory=dict)
     variants: Mapping[str, str] = field(default_factory=dict)
     variant: str | None = None
+    neuron_major: bool = False
 
     @property
     def family(self) -> Family:
@@ -129,14 +130,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         "phi3", parts=_QKV | {"gate": "blk.{}.ffn_up"}, fields={"sliding_window": "attention.sliding_window"}
     ),
 }
+# PowerInfer's files, of models that fire sparsely: no key says so, the format does. Of its others,
+# Falcons and OPTs, predictors cannot be told what our norms, which are not RMSNorm, take away.
+_DOWN = {"down": "blk.{}.ffn_down_t"}
+_RELU = {"hidden_act": "relu"}
+POWERINFER: dict[str, Architecture] = {
+    name: Architecture(name, paired=True, constants=_RELU, parts=_DOWN, neuron_major=True)
+    for name in ("llama", "bamboo")
+}
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
     """The row of a file. Raises `ModelError` where there is none."""
-    name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ModelError(f"{file.path}: unknown architecture {shown(name)}; known are {', '.join(ARCHITECTURES)}")
-    row = ARCHITECTURES[name]
+    name, known = file.metadata.get("general.architecture"), POWERINFER if file.powerinfer else ARCHITECTURES
+    if not isinstance(name, str) or name not in known:
+        whose = "PowerInfer architecture" if file.powerinfer else "architecture"
+        raise ModelError(f"{file.path}: unknown {whose} {shown(name)}; known are {', '.join(known)}")
+    row = known[name]
     return next((ARCHITECTURES[other] for tensor, other in row.variants.items() if tensor in file.tensors), row)
 
 
@@ -160,7 +170,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     config["vocab_size"] = embedding.shape[0] if embedding and len(embedding.shape) == 2 else None
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    config["hidden_act"] = file.metadata.get(ACTIVATION_KEY, row.family.defaults.get("hidden_act", "silu"))
+    config.setdefault("hidden_act", row.family.defaults.get("hidden_act", "silu"))
+    config["hidden_act"] = file.metadata.get(ACTIVATION_KEY, config["hidden_act"])
     config |= {name: tensor in file.tensors for name, tensor in row.switches.items()}
     config |= {f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     _add_head_size(config, metadata, row.family)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.contract import Blocks
+from cpu_kernels.lanes import widen_ref
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import size
 from hybrid.errors import ModelError
@@ -43,11 +44,20 @@ _MATRICES = ("q", "k", "v", "qkv", "out", "gate", "up", "gate_up", "down")
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """A tensor of the file, where in it each row of Hugging Face's is (None: in its place), and what is to be added."""
+    """A tensor of the file, where in it each row of Hugging Face's is (None: in its place), and what is to be added.
+
+    turned: its rows are Hugging Face's columns.
+    """
 
     tensor: GGUFTensor
     order: np.ndarray | None = None
     added: float = 0.0
+    turned: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face has it."""
+        return self.tensor.shape[::-1] if self.turned else self.tensor.shape
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """Where in the file the `rows` of Hugging Face's tensor are."""
@@ -64,26 +74,38 @@ class GGUFCheckpoint(Checkpoint):
         self.file = GGUFFile.open(path)
         self.folder = self.file.path
         self.config: dict[str, Any] = config_of(self.file)
+        self.neuron_major = architecture_of(self.file).neuron_major
         self._stored = dict(self._named())
         self.blocks: Blocks | None = self._common_blocks()
         widened = "F32" if self.blocks else "F16"
         self.infos = {
-            name: TensorInfo(t.path, t.type if t.type in FLOATS else widened, t.shape, t.start, t.end)
-            for name, t in ((name, stored.tensor) for name, stored in self._stored.items())
+            name: TensorInfo(t.path, t.type if t.type in FLOATS else widened, stored.shape, t.start, t.end)
+            for name, stored, t in ((name, stored, stored.tensor) for name, stored in self._stored.items())
         }
 
     def _named(self) -> Iterator[tuple[str, _Stored]]:
         row, layers = architecture_of(self.file), self.config.get("num_hidden_layers", 0)
         rest = self.file.tensors.keys() - {ROPE_FACTORS}
+        rest -= {name for layer in range(layers) for name in predictor_names(layer)} if self.file.powerinfer else set()
         for part, name in row.names().items():
             for layer in range(layers) if "{}" in name else [0]:
                 for kind in ("weight", "bias"):
                     stored = f"{name.format(layer)}.{kind}"
                     if tensor := self.file.tensors.get(stored):
                         rest.discard(stored)
+                        if len(tensor.shape) == 1 and tensor.type not in FLOATS:
+                            raise ModelError(
+                                f"{self.file.path}: '{stored}' is a vector of {tensor.type}, expected one of "
+                                f"{', '.join(FLOATS)}; fetch the model again"
+                            )
                         shift = -row.family.norm_plus if kind == "weight" and part.endswith("norm") else 0.0
-                        order = self._order(row, part, tensor)
-                        yield f"{row.family.tensors[part].format(layer)}.{kind}", _Stored(tensor, order, shift)
+                        found = _Stored(
+                            tensor,
+                            self._order(row, part, tensor),
+                            shift,
+                            turned=row.neuron_major and part == "down" and kind == "weight",
+                        )
+                        yield f"{row.family.tensors[part].format(layer)}.{kind}", found
         if rest:
             raise ModelError(
                 f"{self.file.path} has tensor {shown(min(rest))}, which has no place in a {row.model_type} model "
@@ -134,7 +156,7 @@ class GGUFCheckpoint(Checkpoint):
             # On the embedded model int8 costs 0.01% of perplexity there, int4 2%.
             finer = "; `hybrid pack --dtype int8` rounds them finer" if self.blocks == "int4" else ""
             turned = "down projections, which the file has along the other side,"
-            return [f"{turned} are rounded to {self.blocks} once more{finer}"]
+            return [] if self.neuron_major else [f"{turned} are rounded to {self.blocks} once more{finer}"]
         names = ", ".join(name for name, _ in types.most_common())
         return [f"{names} run as f16, which takes {size(run_bytes)} of memory; `hybrid pack --dtype int8` halves it"]
 
@@ -153,9 +175,15 @@ class GGUFCheckpoint(Checkpoint):
     def mapped(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor `name`, a view on the map where the file has its numbers so. Raises as `info` does."""
         info, stored = self.info(name, shape), self._stored[name]
+        if stored.turned:
+            return self._whole(stored, name, info.dtype, shape[::-1]).T
+        return self._whole(stored, name, info.dtype, shape)
+
+    def _whole(self, stored: _Stored, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor, its sides as the file has them."""
         if stored.tensor.type in FLOATS and stored.order is None and not stored.added:
-            return self._bytes(stored.tensor).view(_ARRAYS[info.dtype]).reshape(shape)
-        out = np.empty((math.prod(shape[:-1]), shape[-1]), _ARRAYS[info.dtype])
+            return self._bytes(stored.tensor).view(_ARRAYS[dtype]).reshape(shape)
+        out = np.empty((math.prod(shape[:-1]), shape[-1]), _ARRAYS[dtype])
 
         def fill(rows: slice) -> None:
             out[rows] = self._read(name, np.arange(rows.start, rows.stop))
@@ -169,7 +197,7 @@ class GGUFCheckpoint(Checkpoint):
         return torch.from_numpy(found.view(f"i{found.itemsize}")).view(DTYPES[self.infos[name].dtype])
 
     def rows(self, name: str, shape: tuple[int, ...], rows: np.ndarray) -> torch.Tensor:
-        """Some rows of a matrix. Raises as `info` does."""
+        """Some rows of a matrix, of `down` where the file is neuron-major some neurons. Raises as `info` does."""
         info = self.info(name, shape)
         found = self._read(name, rows)
         return torch.from_numpy(found.view(f"i{found.itemsize}")).view(DTYPES[info.dtype])
@@ -212,7 +240,7 @@ class GGUFCheckpoint(Checkpoint):
         return found
 
     def block_rows(self, name: str, rows: np.ndarray, kind: Blocks) -> np.ndarray | None:
-        """Some rows of a matrix as ours of `kind`, of the file's own codes; None where the file has others.
+        """What `rows` gives as rows of ours of `kind`, of the file's own codes; None where the file has others.
 
         Raises `ModelError` for a scale that is no number.
         """
@@ -231,6 +259,35 @@ class GGUFCheckpoint(Checkpoint):
         at = slice(columns.start // kind.block * kind.nbytes, columns.stop // kind.block * kind.nbytes)
         wide = gguf_types.widener(tensor.type)(np.ascontiguousarray(self._bytes(tensor)[:, at]))
         return np.ascontiguousarray(wide.T)
+
+    def predictor(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """fc1 [r, d] and fc2 [f, r] of a PowerInfer file's layer, f32. Raises `ModelError` where they do not fit."""
+        found = []
+        for name in predictor_names(layer):
+            tensor = self.file.tensors.get(name)
+            if tensor is None or len(tensor.shape) != 2:
+                raise ModelError(f"{self.folder} has no matrix '{name}'; its predictors are incomplete, fetch it again")
+            raw = self._bytes(tensor)
+            if tensor.type in FLOATS:
+                wide = widen_ref(raw.view(_ARRAYS[tensor.type]))
+            else:
+                wide = gguf_types.widener(tensor.type)(raw)
+            if not np.isfinite(wide).all():
+                raise ModelError(f"{self.folder}: '{name}' has infinite numbers or NaN; fetch the model again")
+            found.append(torch.from_numpy(np.array(wide, np.float32)))
+        fc1, fc2 = found
+        wanted = (len(fc1), self.config["hidden_size"], self.config["intermediate_size"], len(fc1))
+        if (*fc1.shape, *fc2.shape) != wanted:
+            raise ModelError(
+                f"{self.folder}: predictor {layer} is {list(fc1.shape)} and {list(fc2.shape)}, expected "
+                f"{list(wanted[:2])} and {list(wanted[2:])}; fetch the model again"
+            )
+        return fc1, fc2
+
+
+def predictor_names(layer: int) -> tuple[str, str]:
+    """A layer's predictor in PowerInfer's files."""
+    return f"blk.{layer}.fc1.weight", f"blk.{layer}.fc2.weight"
 
 
 def _pattern(name: str) -> str:

@@ -6,6 +6,7 @@ Strings are a u64 length and UTF-8; an entry is its key, the type of its value a
 the number of its dimensions, those (innermost first), its type's id and its place from the data's beginning. Nothing
 is believed before it was compared with the bytes there are. The gguf package's reader takes seconds for a vocabulary
 of 128,000 tokens and counts to what a damaged length says; this one reads headers only, in a tenth of a second.
+PowerInfer's files have a magic and numbers of types of their own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from hybrid.errors import ModelError
-from hybrid.formats.folder import GGUF_MAGIC
-from hybrid.formats.gguf_types import TYPES
+from hybrid.formats.folder import GGUF_MAGIC, POWERINFER_MAGIC
+from hybrid.formats.gguf_types import POWERINFER_TYPES, TYPES
 from profiler.common.errors import shown
 
 _VERSIONS = (2, 3)
@@ -53,11 +54,12 @@ class GGUFTensor:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """The parts of one model: the metadata of the first, and all tensors by their names."""
+    """The parts of one model: the metadata of the first, and all tensors by their names; `powerinfer`: by its magic."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    powerinfer: bool = False
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
@@ -68,16 +70,16 @@ class GGUFFile:
         paths = _parts(path)
         headers = [_read(each) for each in paths]
         tensors: dict[str, GGUFTensor] = {}
-        for each, (_, found) in zip(paths, headers, strict=True):
+        for each, (_, found, _) in zip(paths, headers, strict=True):
             if twice := tensors.keys() & found.keys():
                 raise ModelError(f"{each} has tensor {shown(min(twice))} once more; fetch the model again")
             tensors |= found
-        metadata = headers[0][0]
+        metadata, _, powerinfer = headers[0]
         for key, there in (("split.count", len(paths)), ("split.tensors.count", len(tensors))):
             wanted = metadata.get(key, there)
             if wanted not in (there, 0):
                 raise ModelError(f"{path}: '{key}' is {shown(wanted)}, found {there}; fetch all parts of the model")
-        return cls(paths[0], metadata, tensors)
+        return cls(paths[0], metadata, tensors, powerinfer)
 
 
 def stem_of(path: Path) -> str:
@@ -99,7 +101,7 @@ def _parts(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor], bool]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _Header(path, mapped).read()
@@ -114,11 +116,14 @@ class _Header:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path, self._data, self._size, self._at = path, data, len(data), 0
+        self._types = TYPES
 
-    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFTensor], bool]:
         magic, version = self._take(4), self._number("<I")
-        if magic != GGUF_MAGIC:
+        if magic not in (GGUF_MAGIC, POWERINFER_MAGIC):
             raise ValueError(f"it begins with {magic!r}, expected {GGUF_MAGIC!r}")
+        if powerinfer := magic == POWERINFER_MAGIC:
+            self._types = POWERINFER_TYPES
         if version not in _VERSIONS:
             raise ValueError(f"it is of version {version}, versions {_VERSIONS[0]} and {_VERSIONS[1]} are read")
         tensors, entries = self._number("<Q"), self._number("<Q")
@@ -133,7 +138,7 @@ class _Header:
         if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {shown(alignment)}, expected a power of two")
         base = -(-self._at // alignment) * alignment
-        return metadata, dict(self._places(infos, base, alignment))
+        return metadata, dict(self._places(infos, base, alignment)), powerinfer
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:
@@ -199,7 +204,7 @@ class _Header:
         """Tensors by their names; none lies beyond the file's end or over another."""
         names, end_before = set(), base
         for name, number, shape, offset in sorted(infos, key=lambda info: info[3]):
-            kind = TYPES.get(number)
+            kind = self._types.get(number)
             if kind is None:
                 raise ValueError(f"tensor {shown(name)} is of type {number}, which is not known")
             if name in names:

@@ -70,6 +70,12 @@ TYPES: dict[int, GGUFType] = {
     39: GGUFType("MXFP4", 32, 17),
 }
 BY_NAME = {kind.name: kind for kind in TYPES.values()}
+# PowerInfer's ggml is older than the IQ types, whose numbers its whole numbers had.
+POWERINFER_TYPES = {number: kind for number, kind in TYPES.items() if number < 16} | {
+    16: BY_NAME["I8"],
+    17: BY_NAME["I16"],
+    18: BY_NAME["I32"],
+}
 FLOATS = ("F32", "F16", "BF16")
 SCALE = 2  # bytes of a block's scale
 OURS: dict[str, Blocks] = {"Q8_0": "int8", "Q4_0": "int4"}

@@ -1,7 +1,8 @@
 """A GGUF model of Q8_0 or Q4_0 in its run-time form: the parts of a packed file, with the codes that the GGUF file has.
 
 Only the bytes of a row lie otherwise, so that codes and scales are taken over as they are. `down` is neuron-major here
-and lies along the other side there: its blocks cannot be taken over, it is widened, turned and rounded once more.
+and lies along the other side there, but in PowerInfer's files: its blocks cannot be taken over, it is widened, turned
+and rounded once more.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class BlockParts:
             yield lambda: self.order.astype(np.int32)
         elif len(part.shape) == 1:
             yield partial(self._vector, part)
-        elif name == "down" and layer is not None:
+        elif name == "down" and layer is not None and not self.checkpoint.neuron_major:
             yield partial(self._down, part, layer)
         else:
             yield from self._matrix(part)
@@ -49,7 +50,9 @@ class BlockParts:
     def takes(self, part: Part) -> bool:
         """Whether the codes of `part` are the file's own."""
         *_, name, kind = split_name(part.name)
-        return part.name != "order" and kind == "weight" and len(part.shape) == 2 and name != "down"
+        if part.name == "order" or kind != "weight" or len(part.shape) != 2:
+            return False
+        return name != "down" or self.checkpoint.neuron_major
 
     def _stored(self, part: Part) -> list[Stored]:
         """Where `part` lies in the checkpoint, or its pieces, one after another."""
@@ -59,9 +62,10 @@ class BlockParts:
         return [stored for stored in found if stored is not None]
 
     def _ordered(self, part: Part, rows: np.ndarray) -> np.ndarray:
-        """The rows of gate and up in the neurons' order, those of others as they are."""
-        layer, name, _ = split_name(part.name)
-        return rows[self.order[layer]] if layer is not None and name in ("gate", "up") else rows
+        """The rows of neurons in their order, others as they are."""
+        layer, name, kind = split_name(part.name)
+        of_neurons = name in ("gate", "up") or (name == "down" and kind == "weight")
+        return rows[self.order[layer]] if layer is not None and of_neurons else rows
 
     def _vector(self, part: Part) -> np.ndarray:
         layer, name, kind = split_name(part.name)
@@ -73,7 +77,8 @@ class BlockParts:
         step = max(1, _ROWS // part.shape[1])
         for stored in self._stored(part):
             self.checkpoint.info(stored.name, stored.shape)
-            rows = self._ordered(part, np.arange(stored.shape[0]) if stored.rows is None else stored.rows)
+            count = stored.shape[1 if split_name(part.name)[1] == "down" else 0]
+            rows = self._ordered(part, np.arange(count) if stored.rows is None else stored.rows)
             for start in range(0, len(rows), step):
                 yield partial(self._rows, stored, rows[start : start + step], _blocks(part))
 

@@ -59,8 +59,10 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
     if out.exists() and not (out / name).is_file():
         raise InputError(f"{out} is there and no export of this model; choose another with --powerinfer")
     found, bank = project.load_profile(), project.load_predictors()
+    if found.is_imported:
+        raise InputError(f"{project.folder.path} is PowerInfer's already; to export other predictors, train some first")
     placement = project.bundle.load_placement(project.spec)
-    free, before, after = _bias_free(project, found, bank, progress)
+    free, before, after = bias_free(project, found, bank, progress)
     model = PowerInferModel(project.folder, free, found.inputs[:, :BATCH], kind)
     tensors = model.tensors()
     with new_folder(out, sum(tensor.nbytes for tensor in tensors), "--powerinfer") as folder:
@@ -77,7 +79,7 @@ def export(project: Project, out: Path, kind: FileType, progress: Progress) -> E
     return ExportResult(out / name, size, before, after, increase, int(placement.hot.sum()))
 
 
-def _bias_free(
+def bias_free(
     project: Project, found: NeuronProfile, bank: PredictorBank, progress: Progress
 ) -> tuple[PredictorBank, Quality, Quality]:
     """The bank without biases, and the quality before and after."""

@@ -102,10 +102,16 @@ class Packer:
             with open_bank(bundle.predictors, spec, bundle.repair) as bank:
                 bank.file.check()
         # Only int4 errs so much that error feedback pays; it needs the profile's sample of FFN inputs.
-        inputs = StoredInputs.open(bundle.profile, spec, bundle.repair) if dtype == "int4" and self.profile else None
+        inputs = (
+            StoredInputs.open(bundle.profile, spec, bundle.repair) if dtype == "int4" and self._has_samples else None
+        )
         self._feedback = FFNFeedback(inputs, spec, folder.checkpoint, self._sources) if inputs else None
         self._codes = self._own_codes()
         self._lost: dict[str, np.ndarray] = {}  # by part, squared: of errors and of weights
+
+    @property
+    def _has_samples(self) -> bool:
+        return self.profile is not None and not self.profile.is_imported
 
     @property
     def nbytes(self) -> int:

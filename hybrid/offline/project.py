@@ -24,6 +24,7 @@ from hybrid.formats.packed import PackedModel
 from hybrid.formats.text import TextCodec
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.loader import ModelFolder
+from hybrid.model.powerinfer_import import import_artefacts
 from hybrid.model.transformer import Transformer
 from hybrid.offline.evaluate import perplexity
 from placement import placement as placement_file
@@ -92,6 +93,8 @@ class Project:
         self.spec = self.folder.spec
         self.bundle = Bundle.of(self.folder.path, self.spec, bundle)
         self._threads, self._progress, self._say = threads, progress, say
+        for line in import_artefacts(self.folder, self.bundle):
+            say(f"note: {line}")
 
     @property
     def codec(self) -> TextCodec:

@@ -16,6 +16,7 @@ from hybrid.formats.bundle import Bundle
 from hybrid.formats.packed_predictors import PREDICTORS_FILE
 from hybrid.model.kv_cache import check_context
 from hybrid.model.loader import ModelFolder
+from hybrid.model.powerinfer_import import import_artefacts
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of, placement_for
 from placement.placement import Placement
@@ -76,7 +77,7 @@ def plan_run(
     config, spec = config or EngineConfig(), folder.spec
     context = check_context(spec, config.context)
     bundle = Bundle.of(folder.path, spec, config.bundle)
-    notices = list(folder.notices)
+    notices = [*folder.notices, *import_artefacts(folder, bundle)]
     notices += [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:

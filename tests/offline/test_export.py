@@ -1,13 +1,9 @@
 """A prepared model as PowerInfer's files, and PowerInfer's arithmetic on them."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
-from bundle_cases import random_bundle, random_profile
-from model_cases import make_model
-from powerinfer_cases import logits, read_file
+from powerinfer_cases import logits, prepared, read_file
 from predictor_cases import small_spec
 
 from hybrid.errors import ArtifactError, InputError
@@ -23,14 +19,7 @@ LAYERS, FF, D = 12, 85, 64
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """Twelve layers, so that their numbers sort otherwise than their names."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model("llama-relu", folder, hidden_size=D, num_attention_heads=4, num_hidden_layers=LAYERS)
-    made = Project(folder, None, 1, no_progress)
-    random_bundle(made.bundle, made.spec)
-    few = random_profile(made.spec)
-    many = replace(few, inputs=few.inputs.repeat(4, axis=1), documents=few.documents.repeat(4))
-    many.save(made.bundle.profile)
-    return made
+    return prepared(tmp_path_factory.mktemp("tiny"), layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +118,9 @@ def test_a_model_that_is_not_prepared_says_so(project, tmp_path):
     with pytest.raises(ArtifactError, match="hybrid prepare"):
         export(bare, tmp_path / "out", "f16", no_progress)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_came_from_powerinfer_is_not_exported_again(exported, tmp_path):
+    again = Project(exported.model, tmp_path / "bundle", 1, no_progress)
+    with pytest.raises(InputError, match="is PowerInfer's already; to export other predictors, train some first"):
+        export(again, tmp_path / "out", "f16", no_progress)

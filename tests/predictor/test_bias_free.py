@@ -7,8 +7,9 @@ import pytest
 import torch
 from predictor_cases import SPEC, random_layer
 
-from predictor.bias_free import constant_direction, counted, without_biases
+from predictor.bias_free import agreement, constant_direction, counted, of_residual, without_biases
 from predictor.low_rank import LowRankPredictor
+from profiler.common.errors import InputError
 
 D, F, TOKENS = SPEC.d_model, SPEC.d_ff, 600
 
@@ -79,3 +80,48 @@ def test_counts_are_those_of_the_rows_that_were_asked_for():
     assert found.hits == int((predicted & fired).sum())
     assert found.mass == pytest.approx(float(mass.sum()), rel=1e-5)
     assert found.missed == pytest.approx(float(mass[~predicted].sum()), rel=1e-5)
+
+
+def residual_predictor(rank=6, norm_of=lambda g: torch.rand(D, generator=g) + 0.5):
+    """fc1, fc2 and the norm's weights, with two units that do nothing."""
+    g = torch.Generator().manual_seed(1)
+    fc1, fc2 = torch.randn(rank, D, generator=g), torch.randn(F, rank, generator=g)
+    fc1[2], fc2[:, 4] = 0, 0
+    return fc1, fc2, norm_of(g)
+
+
+def test_what_reads_the_residual_becomes_what_reads_the_normed_input():
+    fc1, fc2, norm = residual_predictor()
+    made = of_residual(fc1, fc2, norm)
+    assert made.rank == 4 and not made.b1.any() and not made.b2.any() and made.threshold == 0
+    kept = [0, 1, 3, 5]
+    assert torch.allclose(made.fc1 * made.fc1_scale[:, None], fc1[kept] / norm, atol=0.03)
+    assert torch.allclose(made.fc2 * made.fc2_scale[:, None], fc2[:, kept], atol=0.03)
+    assert 0.97 < agreement(made, fc1, fc2, norm) < 1  # what int8 costs
+    assert agreement(made, fc1, -fc2, norm) < 0.15  # no unit is above 0 for some tokens
+
+
+def test_int8_rows_come_back_as_they_were():
+    """As they were folded: times their scales, a power of two and the norm's weights, in f16."""
+    q1, q2 = (torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(2)) for shape in ((5, D), (F, 5)))
+    q1[:, 0], q2[:, 0] = 127, -127
+    norm = 10.0 ** torch.linspace(-2, 2, D)  # far beyond a real norm's
+    fc1, fc2 = (0.37 * q1 * norm).half().float(), (0.0021 * q2).half().float()
+    made = of_residual(fc1, fc2, norm)
+    assert torch.equal(made.fc1, q1.to(torch.int8)) and torch.equal(made.fc2, q2.to(torch.int8))
+    assert agreement(made, fc1, fc2, norm) > 0.995
+
+
+def test_a_weight_of_zero_takes_away_what_must_not_be_read():
+    fc1, fc2, norm = residual_predictor()
+    norm[3] = 0
+    with pytest.raises(InputError, match="reads elements of the residual that the norm's weights of 0 take away"):
+        of_residual(fc1, fc2, norm)
+    fc1[:, 3] = 0
+    made = of_residual(fc1, fc2, norm)
+    assert not made.fc1[:, 3].any() and agreement(made, fc1, fc2, norm) > 0.97
+
+
+def test_one_unit_is_left_where_none_does_anything():
+    made = of_residual(torch.zeros(4, D), torch.ones(F, 4), torch.ones(D))
+    assert made.rank == 1 and made.mask(torch.randn(3, D)).all()
