@@ -21,10 +21,11 @@ def coders() -> ThreadPoolExecutor:
 def in_order(tasks: Iterable[Callable[[], T]], threads: ThreadPoolExecutor) -> Iterator[T]:
     """Results of tasks in their order, made by `threads` a few ahead."""
     waiting: deque[Future[T]] = deque()
+    ahead = min(MOST_CODERS, available_cpus())
     try:
         for task in tasks:
             waiting.append(threads.submit(task))
-            if len(waiting) > min(MOST_CODERS, available_cpus()):
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
