@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,13 +130,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         "phi3", parts=_QKV | {"gate": "blk.{}.ffn_up"}, fields={"sliding_window": "attention.sliding_window"}
     ),
 }
-# PowerInfer's files, of models that fire sparsely: no key says so, the format does. Of its others,
-# Falcons and OPTs, predictors cannot be told what our norms, which are not RMSNorm, take away.
+# PowerInfer's files, of models that fire sparsely: no key says so, the format does.
 _DOWN = {"down": "blk.{}.ffn_down_t"}
 _RELU = {"hidden_act": "relu"}
 POWERINFER: dict[str, Architecture] = {
     name: Architecture(name, paired=True, constants=_RELU, parts=_DOWN, neuron_major=True)
     for name in ("llama", "bamboo")
+} | {
+    name: replace(row, constants={**row.constants, **_RELU}, parts={**row.parts, **_DOWN}, neuron_major=True)
+    for name, row in ARCHITECTURES.items()
+    if row.model_type == "falcon"
 }
 
 
@@ -147,7 +150,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
         whose = "PowerInfer architecture" if file.powerinfer else "architecture"
         raise ModelError(f"{file.path}: unknown {whose} {shown(name)}; known are {', '.join(known)}")
     row = known[name]
-    return next((ARCHITECTURES[other] for tensor, other in row.variants.items() if tensor in file.tensors), row)
+    return next((known[other] for tensor, other in row.variants.items() if tensor in file.tensors), row)
 
 
 def config_of(file: GGUFFile) -> dict[str, Any]:

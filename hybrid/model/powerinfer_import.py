@@ -101,6 +101,11 @@ def _unusable(checkpoint: GGUFCheckpoint, spec: ModelSpec) -> str | None:
     threshold = checkpoint.file.metadata.get(THRESHOLD, 0.0)
     if not any(name in checkpoint.file.tensors for layer in range(spec.n_layers) for name in predictor_names(layer)):
         return "the file has no predictors, so exact"
+    if spec.norm != "rms":
+        return (
+            "the file's predictors read the residual; ours read what LayerNorm makes of it, which lost its mean: "
+            "exact, until you train some: hybrid prepare MODEL --corpus FILE"
+        )
     if not isinstance(threshold, float) or threshold != 0:
         return (
             f"the file's predictors decide at {str(threshold)[:40]} on the residual; ours read what the norm makes of "

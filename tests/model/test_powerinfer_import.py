@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import unpacked
+from model_cases import make_model
 from packed_cases import pack
 from powerinfer_cases import changed, prepared, read_file
 
+from cpu_kernels.worker_pool import WorkerPool
 from hybrid.errors import ModelError
 from hybrid.formats.bundle import Bundle
+from hybrid.formats.powerinfer import Tensor, write
 from hybrid.generation import SamplingSettings
+from hybrid.model.ffn import FFNRuntime
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts
+from hybrid.model.reader import CheckpointReader
 from hybrid.offline.export import bias_free, export
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import solve_within
@@ -212,3 +217,44 @@ def test_damaged_predictors_are_one_line(path, tensors, problem):
     with pytest.raises(ModelError, match=problem) as caught:
         plan_run(ModelFolder.open(path))
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon-grouped"])
+def test_a_falcon_runs_exact_as_its_norms_are_not_rms(name, tmp_path):
+    """q, k and v are all of each, one after another, there; ours of the folder are the truth."""
+    make_model(name, tmp_path / "model", activation="relu")
+    folder = ModelFolder.open(tmp_path / "model")
+    path, spec, reader = tmp_path / "f.powerinfer.gguf", folder.spec, CheckpointReader(folder.spec, folder.checkpoint)
+    grouped, own = spec.n_kv_heads > 1, {}
+    for layer in range(spec.n_layers):
+        at, ffn = f"blk.{layer}", reader.ffn(layer)
+        own |= {f"{at}.attn_qkv": reader.qkv(layer), f"{at}.attn_output": reader.out(layer)}
+        own |= {f"{at}.ffn_up": (ffn.up, ffn.up_bias), f"{at}.ffn_down_t": (ffn.down, ffn.down_bias)}
+        norms = {"attn_norm_2": "attention_norm", "attn_norm": "ffn_norm"} if grouped else {"attn_norm": "ffn_norm"}
+        own |= {
+            f"{at}.{theirs}": (reader.tensor(ours, layer), reader.vector(ours, layer)) for theirs, ours in norms.items()
+        }
+        own |= {f"{at}.fc1": (torch.ones(4, spec.d_model), None), f"{at}.fc2": (torch.ones(spec.d_ff, 4), None)}
+    own |= {"token_embd": (reader.tensor("embedding"), None)}
+    own |= {"output_norm": (reader.tensor("final_norm"), reader.vector("final_norm"))}
+    tensors = [
+        Tensor(f"{part}.{kind}", tuple(value.shape), "f32", value.float().contiguous().numpy)
+        for part, both in own.items()
+        for kind, value in zip(("weight", "bias"), both, strict=True)
+        if value is not None
+    ]
+    sizes = {"embedding_length": spec.d_model, "feed_forward_length": spec.d_ff, "block_count": spec.n_layers}
+    sizes |= {"attention.head_count": spec.n_heads, "attention.head_count_kv": spec.n_kv_heads}
+    sizes |= {"context_length": spec.max_context, "attention.layer_norm_epsilon": spec.norm_eps}
+    metadata = {f"falcon.{key}": value for key, value in sizes.items()}
+    write(path, {"general.architecture": "falcon"} | metadata, tensors)
+    opened = ModelFolder.open(path)
+    assert opened.spec.activation == "relu" and opened.spec.parallel
+    runtime = FFNRuntime("dense", WorkerPool(1), spec.d_model, spec.d_ff)
+    ours, truth = (made.build(runtime, None, None) for made in (opened, folder))
+    tokens = torch.arange(20)
+    torch.testing.assert_close(ours.logits(ours(tokens)), truth.logits(truth(tokens)), rtol=1e-5, atol=1e-5)
+    (tmp_path / "b").mkdir()
+    notices = import_artefacts(opened, Bundle(tmp_path / "b"))
+    assert any("lost its mean: exact" in notice for notice in notices)
+    assert not Bundle(tmp_path / "b").predictors.exists()
