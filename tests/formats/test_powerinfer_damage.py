@@ -115,7 +115,7 @@ def test_the_index_is_no_model(exported):
         ModelFolder.open(exported.with_name(f"{exported.name}.generated.gpuidx"))
 
 
-@pytest.mark.parametrize("name", ["falcon", "opt", "qwen2"])
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
 def test_its_other_architectures_are_named(exported, tmp_path, name):
     with pytest.raises(ModelError, match=f"unknown PowerInfer architecture '{name}'; known are llama, bamboo"):
         ModelFolder.open(changed(exported, tmp_path / "x.gguf", {"general.architecture": name}, {}))
