@@ -148,7 +148,8 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name, known = file.metadata.get("general.architecture"), POWERINFER if file.powerinfer else ARCHITECTURES
     if not isinstance(name, str) or name not in known:
         whose = "PowerInfer architecture" if file.powerinfer else "architecture"
-        raise ModelError(f"{file.path}: unknown {whose} {shown(name)}; known are {', '.join(known)}")
+        names = (row for row in known if " " not in row)  # the others are variants
+        raise ModelError(f"{file.path}: unknown {whose} {shown(name)}; known are {', '.join(names)}")
     row = known[name]
     return next((known[other] for tensor, other in row.variants.items() if tensor in file.tensors), row)
 
