@@ -37,7 +37,7 @@ class Column(IntEnum):
 class Ends(IntEnum):
     """Entries of the table's last row, which belongs to no layer."""
 
-    EMBEDDING, POSITIONS, FINAL_NORM, FINAL_NORM_BIAS, HEAD = 0, 1, 2, 3, 4
+    EMBEDDING, POSITIONS, FINAL_NORM, FINAL_NORM_BIAS, HEAD, EMBEDDING_NORM = 0, 1, 2, 3, 4, 5
 
 
 class Phase(IntEnum):
@@ -70,7 +70,6 @@ class Shape(NamedTuple):
     activation: int
     strategy: int
     parallel: int = 0
-    embedding_norm: int = 0
     all_heads_normed: int = 0
 
 
@@ -78,7 +77,7 @@ class Number(IntEnum):
     """Entries of a step's numbers, int64, that follow the `Shape`; EPS, SCALE: the bits of an f64, the latter of what
     the embedding is multiplied with."""
 
-    EPS, SCALE, TOKEN, POSITION = 14, 15, 16, 17
+    EPS, SCALE, TOKEN, POSITION = 13, 14, 15, 16
 
 
 class Shared(NamedTuple):
@@ -162,7 +161,7 @@ def new_numbers(shape: Shape, eps: float, scale: float) -> np.ndarray:
 @subroutine
 def shape_of(numbers):  # type: ignore[no-untyped-def]
     n = numbers
-    return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13])
+    return Shape(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12])
 
 
 _SMALL = Shape(*[1] * len(Shape._fields))

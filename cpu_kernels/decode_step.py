@@ -50,7 +50,7 @@ from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_pa
 from cpu_kernels.gemv import chunk_rows, gemv_rows, gemv_shared
 from cpu_kernels.lanes import copy, one_input, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
-from cpu_kernels.norm import layer_norm_row, rms_norm_row, unit_norm_row
+from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_sum import finish, sum_rows
@@ -90,12 +90,11 @@ def _normed(like, weight, bias, shape, eps, shared, inputs):  # type: ignore[no-
 
 
 @subroutine
-def _add_normed(worker, row_norm, shape, eps, shared):  # type: ignore[no-untyped-def]
-    """x += RMSNorm of shared.projected; by one worker."""
-    if worker == 0:
-        rms_norm_row(shared.projected[0], floats(row_norm, shape.d), eps, shared.projected[0])
-        for j in range(shape.d):
-            shared.x[0, j] += shared.projected[0, j]
+def _add_normed(norm, shape, eps, shared):  # type: ignore[no-untyped-def]
+    """x += RMSNorm of shared.projected, with weights at the address `norm`; by one worker."""
+    rms_norm_row(shared.projected[0], floats(norm, shape.d), eps, shared.projected[0])
+    for j in range(shape.d):
+        shared.x[0, j] += shared.projected[0, j]
 
 
 @subroutine
@@ -167,7 +166,8 @@ def attention(  # type: ignore[no-untyped-def]
     if row[Column.ATTENTION_POST_NORM]:
         if not barrier.wait(state, workers):
             return False
-        _add_normed(worker, row[Column.ATTENTION_POST_NORM], shape, eps, shared)
+        if worker == 0:
+            _add_normed(row[Column.ATTENTION_POST_NORM], shape, eps, shared)
     return barrier.wait(state, workers)
 
 
@@ -323,7 +323,7 @@ def ffn(worker, workers, state, like, like_codes, row, shape, eps, shared, own):
             for j in range(d):
                 target[0, j] += bias[j]
         if row[Column.FFN_POST_NORM]:
-            _add_normed(worker, row[Column.FFN_POST_NORM], shape, eps, shared)
+            _add_normed(row[Column.FFN_POST_NORM], shape, eps, shared)
         shared.ticks[Phase.FFN] += _tick() - begun
     return barrier.wait(state, workers) if row[Column.DOWN_BIAS] or row[Column.FFN_POST_NORM] else True
 
@@ -364,8 +364,8 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
         _add_embedding(embedding_like, ends[Ends.EMBEDDING], numbers[Number.TOKEN], scale, shape, shared, own)
         if ends[Ends.POSITIONS]:
             _add_embedding(embedding_like, ends[Ends.POSITIONS], position + 2, np.float32(1), shape, shared, own)
-        if shape.embedding_norm:
-            unit_norm_row(shared.x[0], eps)
+        if ends[Ends.EMBEDDING_NORM]:
+            rms_norm_row(shared.x[0], floats(ends[Ends.EMBEDDING_NORM], shape.d), eps, shared.x[0])
     if not barrier.wait(state, workers):
         return
     for layer in range(layers):

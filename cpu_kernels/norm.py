@@ -48,14 +48,6 @@ def rms_norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def unit_norm_row(x, eps):  # type: ignore[no-untyped-def]
-    """RMSNorm of one row x [d] f32 in place, without weights."""
-    scale = np.float32(1 / math.sqrt(_sum_of_squares(x) / x.shape[0] + eps))
-    for j in range(x.shape[0]):
-        x[j] *= scale
-
-
-@subroutine
 def layer_norm_row(x, weight, bias, eps, out):  # type: ignore[no-untyped-def]
     """`layer_norm` of one row: x, weight, bias, out [d] f32; out may be x."""
     mean, variance = _moments(x)

@@ -19,12 +19,12 @@ from gpu_kernels.launch import begin, options
 
 MOST_COLUMNS = 16384
 # Kinds of norm, as kernels take them.
-_RMS, _LAYER, _AS_IS = 0, 1, 2
+RMS, LAYER, AS_IS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def norm_kind(weight: torch.Tensor | None, bias: torch.Tensor | None) -> int:
     """What a norm with these vectors is, for `norm_weights` and `normed`."""
-    return _AS_IS if weight is None else _RMS if bias is None else _LAYER
+    return (AS_IS if weight is None else RMS if bias is None else LAYER).value
 
 
 @triton.jit
@@ -32,9 +32,9 @@ def norm_weights(weight_ptr, bias_ptr, columns, mask, NORM: tl.constexpr):  # ty
     """A norm's weight and bias in registers, for `normed`: no kernel writes them, so they are read before the wait."""
     weight = tl.zeros(columns.shape, tl.float32)
     bias = weight
-    if NORM < 2:
+    if NORM != AS_IS:
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    if NORM == 1:
+    if NORM == LAYER:
         bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
     return weight, bias
 
@@ -54,12 +54,12 @@ def normed(values, mask, weight, bias, eps, d, NORM: tl.constexpr):  # type: ign
     values, mask: [BLOCK >= d], mask where there is a column; what values hold elsewhere is ignored, and what is
     returned there is not to be stored. weight, bias: of `norm_weights`.
     """
-    if NORM < 2:
+    if NORM != AS_IS:
         values = tl.where(mask, values, 0.0)
-        if NORM == 1:
+        if NORM == LAYER:
             values = tl.where(mask, values - tl.sum(values, axis=0) / d, 0.0)
         values *= 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / d + eps)
-        values = values * weight + bias if NORM == 1 else values * weight
+        values = values * weight + bias if NORM == LAYER else values * weight
     return values
 
 

@@ -1,6 +1,6 @@
 """Round a low-rank difference, as training wrote it, to the file that ships: see `hybrid/formats/difference.py`.
 
-    python scripts/round_difference.py difference-*.safetensors hybrid/embedded/smollm2-reglu/difference.npz --bits 5
+    python scripts/round_difference.py difference-*.safetensors hybrid/embedded/smollm2-reglu/difference.npz --bits 6
 
 The sources hold `NAME.lora_a` [r, m] and `NAME.lora_b` [n, r] for each matrix, `NAME.weight` for each vector.
 """
@@ -18,7 +18,7 @@ from hybrid.formats.difference import write_difference
 @click.command(help="Round a low-rank difference to few bits.")
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--bits", type=click.IntRange(2, 8), default=5, show_default=True)
+@click.option("--bits", type=click.IntRange(2, 8), default=6, show_default=True)
 def main(sources: tuple[Path, ...], out: Path, bits: int) -> None:
     """Command line of this script."""
     tensors = {name: tensor for source in sources for name, tensor in load_file(source).items()}

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,12 @@ LONGEST = ["test_cpu_targets.py", "test_shipped.py", "test_decode_step.py", "tes
 # Before any kernel is defined: without a GPU, Triton's interpreter runs them on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure():
+    """Beside a shell (`./scripts/test.sh &`) Ctrl-C is ignored, here and in the processes that tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -128,13 +128,18 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name in sorted(self.infos):
             info = self.infos[name]
-            digest.update(f"{name} {info.dtype} {info.shape}".encode())
-            size = info.end - info.start
-            with info.path.open("rb") as file:
-                for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-                    file.seek(info.start + offset)
-                    digest.update(file.read(min(_SAMPLE, size)))
+            digest.update(f"{name} {info.dtype} {info.shape}".encode() + sample(info.path, info.start, info.end))
         return digest.hexdigest()[:16]
+
+
+def sample(path: Path, start: int, end: int) -> bytes:
+    """Some of a file's bytes from `start` to `end`: from their beginning, middle and end."""
+    size, found = end - start, b""
+    with path.open("rb") as file:
+        for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+            file.seek(start + offset)
+            found += file.read(min(_SAMPLE, size))
+    return found
 
 
 def _corrupt(path: Path, error: Exception) -> ModelError:

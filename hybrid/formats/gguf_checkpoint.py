@@ -209,10 +209,9 @@ class GGUFCheckpoint(Checkpoint):
             whole = self._bytes(stored.tensor).view(kind).ravel()
             moved = whole[stored.rows(np.arange(whole.size))][None]
             return moved + np.float32(stored.added) if stored.added else moved
-        chosen = self._bytes(stored.tensor)[stored.rows(rows)]
         if stored.tensor.type in FLOATS:
-            return chosen.view(kind)
-        wide = gguf_types.widener(stored.tensor.type)(chosen)
+            return self._bytes(stored.tensor)[stored.rows(rows)].view(kind)
+        wide = self._widened(stored, rows)
         if kind == np.float32:
             return wide
         with np.errstate(over="ignore"):
@@ -222,6 +221,17 @@ class GGUFCheckpoint(Checkpoint):
                 f"{self.folder}: tensor '{name}' has weights that f16 does not hold; fetch the model again"
             )
         return narrow.view(kind)
+
+    def _widened(self, stored: _Stored, rows: np.ndarray) -> np.ndarray:
+        """Some rows of a type of blocks as f32."""
+        return gguf_types.widener(stored.tensor.type)(self._bytes(stored.tensor)[stored.rows(rows)])
+
+    def wide(self, name: str) -> torch.Tensor:
+        """The tensor `name` as f32, not rounded to the type that runs."""
+        stored, info = self._stored[name], self.infos[name]
+        if stored.tensor.type in FLOATS:
+            return self.tensor(name, info.shape).float()
+        return torch.from_numpy(self._widened(stored, np.arange(info.shape[0])))
 
     def largest(self, name: str, shape: tuple[int, ...]) -> float:
         """What no magnitude in a tensor is beyond, by the scales of blocks. Raises as a checkpoint's does."""

@@ -11,6 +11,7 @@ from hybrid.errors import ModelError
 from hybrid.formats.generation_config import GenerationDefaults
 from hybrid.formats.gguf_file import GGUFFile
 from hybrid.formats.gguf_tokenizer import read_tokenizer
+from hybrid.formats.gguf_types import CONTROL
 from hybrid.formats.templates import ChatTemplate
 from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
@@ -21,7 +22,6 @@ _ENDS = ("eos", "eot", "eom")
 _END_TEXTS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<EOT>")
 )
-_CONTROL = 3
 
 
 class GGUFCodec(TextCodec):
@@ -68,6 +68,6 @@ def gguf_defaults(file: GGUFFile) -> GenerationDefaults:
         ends += [value] if value != 2**32 - 1 else []
     tokens, types = (file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if isinstance(tokens, list) and isinstance(types, np.ndarray):
-        ends += [int(i) for i in np.flatnonzero(types == _CONTROL) if i < len(tokens) and tokens[i] in _END_TEXTS]
+        ends += [int(i) for i in np.flatnonzero(types == CONTROL) if i < len(tokens) and tokens[i] in _END_TEXTS]
     settings, _ = SamplingSettings.from_file({})
     return GenerationDefaults(settings, tuple(dict.fromkeys(ends)))

@@ -164,7 +164,9 @@ class _Header:
         if kind == _STRING:
             return self._string()
         if kind in _SCALARS:
-            return np.frombuffer(self._take(_SCALARS[kind].itemsize), _SCALARS[kind])[0].item()
+            number = np.frombuffer(self._take(_SCALARS[kind].itemsize), _SCALARS[kind])[0]
+            # The shortest that is this f32, as config.json has it: 1e-05, not 9.999999747378752e-06.
+            return float(str(number)) if isinstance(number, np.float32) else number.item()
         if kind != _ARRAY:
             raise ValueError(f"its metadata has a value of type {kind}, which is not known")
         inner, count = self._number("<I"), self._number("<Q")

@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from hybrid.errors import ModelError
 from hybrid.formats.gguf_file import GGUFFile
+from hybrid.formats.gguf_types import BYTE, CONTROL, UNKNOWN, USER
 from profiler.common.errors import shown
 
 _SPACE = "\u2581"  # SentencePiece's
-_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6  # types of tokens
 _JSON = "huggingface.json"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -155,7 +155,7 @@ def _built(words: _Vocabulary) -> Tokenizer:
 
 def _add_tokens(tokenizer: Tokenizer, words: _Vocabulary) -> None:
     """Make tokens special, that is found in a text as one, and left out of what is shown where they control."""
-    for kinds, special in (((_UNKNOWN, _CONTROL), True), ((_USER,), False)):
+    for kinds, special in (((UNKNOWN, CONTROL), True), ((USER,), False)):
         texts = [words.tokens[number] for number in np.flatnonzero(np.isin(words.types, kinds))]
         added = [AddedToken(text, special=special, normalized=False) for text in texts if text]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
@@ -195,10 +195,10 @@ def _byte_level(words: _Vocabulary) -> tuple[Tokenizer, bool]:
 
 def _sentence_piece(words: _Vocabulary) -> tuple[Tokenizer, bool]:
     ids, scores = words.ids(), words.numbers("scores")
-    has_bytes = bool((words.types == _BYTE).any())
+    has_bytes = bool((words.types == BYTE).any())
     merges = _merges(words, ids, scores)
     unknown = words.token("unknown") or next(
-        iter(words.tokens[i] for i in np.flatnonzero(words.types == _UNKNOWN)), None
+        iter(words.tokens[i] for i in np.flatnonzero(words.types == UNKNOWN)), None
     )
     model = models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
     tokenizer, prefixed = Tokenizer(model), words.flag("add_space_prefix", True)
@@ -212,7 +212,7 @@ def _sentence_piece(words: _Vocabulary) -> tuple[Tokenizer, bool]:
 def _merges(words: _Vocabulary, ids: dict[str, int], scores: np.ndarray) -> Sequence[tuple[str, str]]:
     """Every way to make a piece of two others, that of the best score first."""
     found: list[tuple[float, int, int, str, str]] = []
-    plain = ~np.isin(words.types, (_UNKNOWN, _CONTROL, _BYTE))
+    plain = ~np.isin(words.types, (UNKNOWN, CONTROL, BYTE))
     for number in np.flatnonzero(plain):
         piece, score = words.tokens[number], -float(scores[number])
         for at in range(1, len(piece)):

@@ -76,6 +76,7 @@ POWERINFER_TYPES = {number: kind for number, kind in TYPES.items() if number < 1
     17: BY_NAME["I16"],
     18: BY_NAME["I32"],
 }
+UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # types of tokens in a vocabulary; 1 is plain text
 FLOATS = ("F32", "F16", "BF16")
 SCALE = 2  # bytes of a block's scale
 OURS: dict[str, Blocks] = {"Q8_0": "int8", "Q4_0": "int4"}

@@ -95,8 +95,9 @@ def parts(spec: ModelSpec) -> Iterator[Part]:
     yield Part("embedding", (spec.vocab_size, d), outer)
     if spec.rope is None:
         yield Part("positions", (spec.max_context + 2, d), outer)
+    of_layer = list(_layer_parts(spec))
     for layer in range(spec.n_layers):
-        for part in _layer_parts(spec):
+        for part in of_layer:
             yield replace(part, name=f"layers.{layer}.{part.name}")
     yield from _vectors(spec, "final_norm")
     if not spec.tied:

@@ -17,12 +17,13 @@ from typing import Any, Literal
 import numpy as np
 
 from cpu_kernels import blocks
+from hybrid.formats.folder import POWERINFER_MAGIC
+from hybrid.formats.gguf_types import BY_NAME, POWERINFER_TYPES, row_bytes
 
 Kind = Literal["f32", "f16", "q4_0", "q8_0", "i32"]
 
-MAGIC = b"PWRI"
 _VERSION, _ALIGNMENT = 3, 32
-_IDS: dict[Kind, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "i32": 18}
+_IDS = {kind.name.lower(): number for number, kind in POWERINFER_TYPES.items()}
 _PLAIN: dict[Kind, type] = {"f32": np.float32, "f16": np.float16, "i32": np.int32}
 # Metadata by their Python or NumPy types: the id, and how the value is packed.
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64 = 4, 5, 6, 7, 8, 9, 10
@@ -57,9 +58,7 @@ class Tensor:
 
 def stored_bytes(kind: Kind, count: int) -> int:
     """Bytes of so many values, whole blocks of them where the type has blocks."""
-    if kind in _PLAIN:
-        return count * np.dtype(_PLAIN[kind]).itemsize
-    return count // blocks.BLOCK * (18 if kind == "q4_0" else 34)
+    return row_bytes(BY_NAME[kind.upper()], count)
 
 
 def write(
@@ -73,7 +72,7 @@ def write(
     Metadata are bool, int (u32), float (f32), str, np.uint64, lists of str, and arrays of int32 or float32. Raises
     `ValueError` as `Tensor.encoded` does.
     """
-    head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
+    head = bytearray(POWERINFER_MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata)))
     for key, value in metadata.items():
         head += _text(key) + _value(value)
     offset = 0

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from hybrid.formats.gguf_types import BYTE, CONTROL, UNKNOWN, USER
 from hybrid.formats.text import TextCodec
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
+_NORMAL = 1
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _PARTS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -58,9 +59,9 @@ def _types(codec: TextCodec, tokens: list[str], unknown: str | None) -> np.ndarr
 
     def kind(number: int, token: str) -> int:
         if token == unknown:
-            return _UNKNOWN
+            return UNKNOWN
         if number in added:
-            return _CONTROL if added[number].special else _USER
-        return _BYTE if unknown and _BYTE_TOKEN.fullmatch(token) else _NORMAL
+            return CONTROL if added[number].special else USER
+        return BYTE if unknown and _BYTE_TOKEN.fullmatch(token) else _NORMAL
 
     return np.array([kind(number, token) for number, token in enumerate(tokens)], np.int32)

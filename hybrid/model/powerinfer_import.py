@@ -16,6 +16,7 @@ import numpy as np
 from hybrid.console import percent, progress
 from hybrid.errors import ArtifactError, InputError
 from hybrid.formats.bundle import Bundle
+from hybrid.formats.checkpoint import sample
 from hybrid.formats.gguf_checkpoint import GGUFCheckpoint, predictor_names
 from hybrid.formats.powerinfer_counts import FOLDER, digest_of_counts, read_counts
 from hybrid.model.loader import ModelFolder
@@ -31,7 +32,6 @@ from profiler.common.spec import ModelSpec
 from profiler.profile import IMPORTED, NeuronProfile
 
 THRESHOLD = "powerinfer.sparse_threshold"
-_SAMPLE = 4096  # bytes of a tensor's beginning, middle and end that tell it from another
 
 
 def is_powerinfer(folder: ModelFolder) -> bool:
@@ -120,11 +120,7 @@ def _predictors_digest(checkpoint: GGUFCheckpoint, spec: ModelSpec) -> str:
         for name in predictor_names(layer):
             if tensor := checkpoint.file.tensors.get(name):
                 digest.update(f"{name} {tensor.type} {tensor.shape}".encode())
-                size = tensor.end - tensor.start
-                with tensor.path.open("rb") as file:
-                    for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-                        file.seek(tensor.start + offset)
-                        digest.update(file.read(min(_SAMPLE, size)))
+                digest.update(sample(tensor.path, tensor.start, tensor.end))
     return digest.hexdigest()[:16]
 
 

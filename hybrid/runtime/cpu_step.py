@@ -74,7 +74,6 @@ class CpuStep:
             activation=activation_word(spec.activation),
             strategy=DENSE,
             parallel=int(spec.parallel),
-            embedding_norm=int(spec.embedding_norm),
             all_heads_normed=int(spec.qk_norm == "all"),
         )
         workers = runtime.pool.threads
@@ -191,6 +190,8 @@ class CpuStep:
         row, model = np.zeros(len(Column), np.int64), self._model
         row[Ends.EMBEDDING] = model.embedding.rows.ctypes.data
         row[Ends.POSITIONS] = 0 if model.positions is None else model.positions.rows.ctypes.data
+        if model.spec.embedding_norm:
+            row[Ends.EMBEDDING_NORM] = self._vector(torch.ones(model.spec.d_model))
         row[Ends.FINAL_NORM] = self._vector(model.final_norm.weight)
         row[Ends.FINAL_NORM_BIAS] = self._vector(model.final_norm.bias)
         row[Ends.HEAD] = model.head.matrix.rows.ctypes.data

@@ -126,6 +126,6 @@ def test_no_other_file_names_a_family():
         constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         if any(isinstance(value, str) and value in FAMILIES for value in constants):
             naming.add(path.relative_to(room).as_posix())
-    # The others name what llama.cpp and PowerInfer call so, and the model of `hybrid demo`.
+    # The others name what llama.cpp and PowerInfer call so.
     foreign = {"formats/gguf_architectures.py", "formats/gguf_tokenizer.py", "formats/powerinfer_tokens.py"}
-    assert naming == {"formats/families.py", "offline/powerinfer_model.py", "offline/smollm2.py", *foreign}
+    assert naming == {"formats/families.py", "offline/powerinfer_model.py", *foreign}

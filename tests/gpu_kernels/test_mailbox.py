@@ -45,10 +45,13 @@ def positions_of(tokens, start=7):
 
 
 def norm_of(d, layer):
+    """Weights of a norm, LayerNorm's if `layer`; None for none at all."""
+    if layer is None:
+        return None, None
     return 1 + random_input(1, d, 5)[0] / 4, random_input(1, d, 6)[0] if layer else None
 
 
-@pytest.mark.parametrize(("tokens", "d", "layer"), [(1, 1, False), (2, 17, True), (8, 300, False)])
+@pytest.mark.parametrize(("tokens", "d", "layer"), [(1, 1, False), (2, 17, True), (8, 300, False), (2, 17, None)])
 def test_post(tokens, d, layer):
     x, (weight, bias) = random_input(tokens, d), norm_of(d, layer)
     outs, boxes = [torch.zeros_like(x), torch.zeros_like(x)], [make_box(d), make_box(d)]
@@ -111,7 +114,7 @@ def test_ask(op, tokens, d, given):
     assert boxes[0].request[:6].tolist() == [5, op, 6, -1, tokens, 7]
 
 
-@pytest.mark.parametrize(("tokens", "d", "layer"), [(1, 17, True), (2, 300, False), (8, 1, False)])
+@pytest.mark.parametrize(("tokens", "d", "layer"), [(1, 17, True), (2, 300, False), (8, 1, False), (2, 17, None)])
 @pytest.mark.parametrize("what", ["all", "answer", "layer", "nothing due", "nothing asked"])
 def test_receive(tokens, d, layer, what):
     weight, bias = norm_of(d, layer)

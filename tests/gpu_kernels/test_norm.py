@@ -49,6 +49,23 @@ def test_large_mean_and_tiny_values():
         assert_close(found[1], truth[1], 1e-4)
 
 
+@pytest.mark.parametrize("parts", [0, 3])
+def test_without_weights_it_is_the_sum(parts):
+    x, added = random_input(2, 300), random_input(6, 300, seed=3).view(3, 2, 300)[:parts] if parts else None
+    (residual, out), truth = both(x, None, None, added)
+    assert (residual == truth[0]).all() and (out == truth[0]).all()
+
+
+def test_columns_of_wider_rows_in_place():
+    """As the heads of q and of k are, which have one norm."""
+    wide, weight = random_input(3, 90), random_input(1, 40, seed=2)[0]
+    before, expected = wide.clone(), F.rms_norm(wide[:, 20:60], (40,), weight, EPS)
+    part = wide[:, 20:60]
+    residual_norm(part, weight, None, EPS, part)
+    assert_close(wide[:, 20:60], expected)
+    assert (wide[:, :20] == before[:, :20]).all() and (wide[:, 60:] == before[:, 60:]).all()
+
+
 def test_only_the_sum_and_in_place():
     x, parts, weight = random_input(2, 17), random_input(6, 17, seed=3).view(3, 2, 17), random_input(1, 17, seed=2)[0]
     (found, untouched), (truth, _) = both(x, None, None, parts, wanted=False)

@@ -21,10 +21,11 @@ def make(tokens, heads, kv_heads, head_dim, rotated=True, normed=False, kind="f3
     angles = 3 * random_input(3 * BLOCK_SIZE, head_dim // 2, seed=2)
     rotation = (angles.cos(), angles.sin()) if rotated else (None, None)
     norm = tuple(random_input(2, head_dim, seed=3)) if normed else (None, None)
+    biases = tuple(random_input(2, head_dim, seed=5)) if normed == "layer" else (None, None)
     positions = torch.tensor([0, 3, 4, 11][:tokens], dtype=torch.int32, device=DEVICE)
     order = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.int32)
     cache = torch.full((3 * tokens, 2, kv_heads, BLOCK_SIZE, head_dim), torch.nan, dtype=TYPES[kind], device=DEVICE)
-    return [qkv, *rotation, *norm, EPS, positions, order.view(tokens, 3), cache, heads]
+    return [qkv, *rotation, *norm, EPS, positions, order.view(tokens, 3), cache, heads, *biases]
 
 
 def both(*args, **options):
@@ -43,7 +44,7 @@ def assert_same_cache(found, truth, tolerance):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 2), (5, 1)])
 @pytest.mark.parametrize("head_dim", [2, 24, 80, 128])
 @pytest.mark.parametrize("rotated", [True, False])
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", ["layer", True, False])
 def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
     found, truth = both(4, heads, kv_heads, head_dim, rotated, normed)
     assert_close(found[0], truth[0])
@@ -91,14 +92,16 @@ def test_one_sequence_shares_its_table():
     assert (~args[8].isnan()).sum() == 4 * 2 * 10
 
 
-@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("normed", ["layer", True, False])
 def test_is_what_the_cpu_does(normed):
     args = make(1, 4, 2, 24, normed=normed)
     args[6][0] = 6
     arrays = [None if a is None else a.cpu().numpy().copy() for a in (*args[:5], args[8])]
     qkv, cos, sin, q_norm, k_norm, cache = arrays
-    norm = (np.empty(0, np.float32),) * 2 if q_norm is None else (q_norm, k_norm)
-    cpu_rope_ref(qkv.reshape(-1, 24), (cos[6], sin[6]), QKNorm(*norm, EPS), cache, args[7][0].cpu().numpy(), 6, None)
+    norm = QKNorm(*((np.empty(0, np.float32),) * 2 if q_norm is None else (q_norm, k_norm)), EPS)
+    if normed == "layer":
+        norm = norm._replace(q_bias=args[10].cpu().numpy(), k_bias=args[11].cpu().numpy())
+    cpu_rope_ref(qkv.reshape(-1, 24), (cos[6], sin[6]), norm, cache, args[7][0].cpu().numpy(), 6, None)
     rope(*args)
     assert_close(args[0][:, : 4 * 24], torch.from_numpy(qkv)[:, : 4 * 24])
     assert_same_cache(args[8].cpu(), torch.from_numpy(cache), 1e-5)

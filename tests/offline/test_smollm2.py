@@ -34,6 +34,8 @@ def write_gguf(path, **changes):
     writer.add_rope_freq_base(5000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 3, 3, 1, 1, 1])
     writer.add_token_merges(["a b"])
@@ -97,7 +99,7 @@ def test_without_a_difference_it_is_the_dense_original(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"rope_freqs.weight": (4,)}, "tensor 'rope_freqs.weight' is not known"), (None, "has no tensor 'model.x'")],
+    [({"blk.0.other.weight": (4,)}, "tensor 'blk.0.other.weight', which has no place"), (None, "has no tensor 'model.x'")],
 )
 def test_a_file_of_another_model_is_refused(changes, problem, tmp_path):
     write_gguf(tmp_path / "m.gguf", **(changes or {}))
@@ -108,8 +110,8 @@ def test_a_file_of_another_model_is_refused(changes, problem, tmp_path):
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     pytest.importorskip("gguf", reason="the demo's model is read with the gguf package")
-    (tmp_path / "m.gguf").write_bytes(b"PWRI" * 40)
-    with pytest.raises(InputError, match=r"m\.gguf is not the file that is expected .*magic"):
+    (tmp_path / "m.gguf").write_bytes(b"XXXX" * 40)
+    with pytest.raises(InputError, match=r"m\.gguf is not the file that is expected .*begins with b'XXXX'"):
         write_model(tmp_path / "m.gguf", tmp_path, None)
 
 
