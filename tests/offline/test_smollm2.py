@@ -99,7 +99,10 @@ def test_without_a_difference_it_is_the_dense_original(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
-    [({"blk.0.other.weight": (4,)}, "tensor 'blk.0.other.weight', which has no place"), (None, "has no tensor 'model.x'")],
+    [
+        ({"blk.0.other.weight": (4,)}, "tensor 'blk.0.other.weight', which has no place"),
+        (None, "has no tensor 'model.x'"),
+    ],
 )
 def test_a_file_of_another_model_is_refused(changes, problem, tmp_path):
     write_gguf(tmp_path / "m.gguf", **(changes or {}))
