@@ -37,8 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hybrid.runtime": RUNTIME,
     "hybrid.runtime.gpu": RUNTIME,
     "hybrid.chat": RUNTIME,
+    "hybrid.serving": RUNTIME,
+    "hybrid.server": RUNTIME | {"hybrid.serving"},
     "hybrid.bench": RUNTIME,
-    "hybrid": RUNTIME | {"hybrid.offline", "hybrid.chat", "hybrid.bench"},
+    "hybrid": RUNTIME | {"hybrid.offline", "hybrid.chat", "hybrid.bench", "hybrid.serving", "hybrid.server"},
 }
 PACKAGES = {room.partition(".")[0] for room in MAY_IMPORT}
 PROGRAMS = {"scripts", "tests"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from cpu_kernels.lanes import stored_view
 from cpu_kernels.low_rank import PredictorView
 from cpu_kernels.worker_pool import Each
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Block, Norm, Transformer
 from profiler.common.spec import Strategy
 
@@ -102,6 +103,17 @@ class CpuStep:
         self._count(perf_counter() - start, strategy)
         self._cache.advance(1)
         return self._logits
+
+    def rows(self, rows: Sequence[Row], strategy: Strategy) -> torch.Tensor:
+        """Logits [rows, vocab] f32 after one more token of each row, all in one step; a buffer as that of `run`."""
+        own, table, found = self._cache, self._cache.table.copy(), []
+        for cache, token in rows:
+            self._cache = cache
+            own.table[:] = cache.table
+            found.append(self.run(token, strategy).clone())
+        self._cache = own
+        own.table[:] = table
+        return torch.stack(found)
 
     def load_kernels(self) -> None:
         """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""

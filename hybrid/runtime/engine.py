@@ -20,7 +20,7 @@ from hybrid.formats.messages import Message
 from hybrid.formats.text import StreamDecoder, TextCodec
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
 from hybrid.model.ffn import FFNCounters
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.load import LoadedModel, load_model
@@ -153,12 +153,12 @@ class Engine:
         self, answer: int, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
     ) -> Generator[GenerationStep, None, None]:
         start = perf_counter()
-        sampler, text = Sampler(settings), AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
+        seen, first, text = list(tokens), 0.0, AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
+        sampler = Sampler(settings, seen)
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
-        seen, first = list(tokens), 0.0
         ends = self.end_tokens | self.codec.special_ids(settings.stop)
-        token = sampler.pick(logits, seen)
+        token = sampler.pick(logits)
         for count in range(1, settings.max_new_tokens + 1):
             seen.append(token)
             now = perf_counter()
@@ -179,12 +179,7 @@ class Engine:
 
     def _next(self, sampler: Sampler, seen: list[int]) -> int:
         """The token after those `seen`, of which the last joins the KV cache."""
-        if sampler.takes_largest:
-            following = self.runner.greedy(seen[-1])
-        elif sampler.draws_from_few:
-            following = self.runner.draw(seen[-1], sampler)
-        else:
-            following = sampler.pick(self.runner.decode(seen[-1]), seen)
+        (following,) = self.runner.next_tokens([Row(self._cache, seen[-1])], [sampler])
         self._cached_tokens.append(seen[-1])
         return following
 

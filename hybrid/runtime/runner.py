@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from cpu_kernels.contract import MAX_BATCH
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.cpu_step import CpuStep
-from hybrid.runtime.sampling import Sampler, most_likely
+from hybrid.runtime.sampling import Choice, most_likely
 from profiler.common.openmp import torch_threads
 from profiler.common.spec import Strategy
 
 
 class Runner(Protocol):
-    """Appends tokens to the engine's KV cache. All logits are f32 [vocab] on the CPU, valid until the next call.
+    """Appends tokens to sequences of one KV pool. All logits are f32 on the CPU, valid until the next call.
 
-    chunk: tokens of a prompt to read at once.
+    cache: the sequence, by default the one that the runner was made with; it has blocks for what is appended.
+    chunk: tokens of a prompt to read at once; most_rows: of one step.
     """
 
     chunk: int
+    most_rows: int
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -32,22 +35,20 @@ class Runner(Protocol):
     def load_kernels(self) -> None:
         """Compile what the first token will need, or read it from its cache."""
 
-    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
-        """Logits after some more tokens of a prompt, dense; length: of all the text, where it goes on after them."""
+    def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits [vocab] after some more tokens of a prompt, dense; length: of all the text, where it goes on after
+        them."""
 
-    def decode(self, token: int) -> torch.Tensor:
-        """Logits after one more token of an answer, by the runtime's strategy."""
+    def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """As `read`, the logits [t, vocab] after each of the tokens."""
 
-    def greedy(self, token: int) -> int:
-        """The id of the largest logit after one more token, the lowest among equals, by the runtime's strategy.
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Logits [rows, vocab] after one more token of each row, by the runtime's strategy."""
+
+    def next_tokens(self, rows: Sequence[Row], choices: Sequence[Choice]) -> list[int]:
+        """What each row's `Choice` takes of its logits after one more token, by the runtime's strategy.
 
         Raises `RuntimeError` for logits that are not numbers.
-        """
-
-    def draw(self, token: int, sampler: Sampler) -> int:
-        """What `sampler`, one that `draws_from_few`, draws after one more token, by the runtime's strategy.
-
-        Raises `RuntimeError` as `greedy` does.
         """
 
     def rest(self) -> None:
@@ -57,7 +58,7 @@ class Runner(Protocol):
 class CpuRunner:
     """Everything on the CPU."""
 
-    chunk = 256
+    chunk, most_rows = 256, MAX_BATCH
     notices: tuple[str, ...] = ()
 
     def __init__(
@@ -77,30 +78,37 @@ class CpuRunner:
         self._step.load_kernels()
         self._model.load_kernels()
 
-    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
+    def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
         if len(tokens) == 1:
-            return self._run(tokens[0], "dense")
-        self._runtime.as_decode = False
-        if len(tokens) > self._runtime.few:
-            self._expect_scattered_reads(False)
-        # A child of fork waits for ever for torch's threads, which stayed with its parent.
-        with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
-            hidden = self._model(torch.tensor(tokens), self._cache, length)
-            self._expect_scattered_reads(self._runtime.strategy != "dense")
-            return self._model.logits(hidden[-1:])[0]
+            return self._run([Row(cache or self._cache, tokens[0])], "dense")[0]
+        return self._logits(tokens, length, cache, -1)[0]
 
-    def decode(self, token: int) -> torch.Tensor:
-        return self._run(token, self._runtime.strategy)
+    def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        return self._logits(tokens, length, cache, 0)
 
-    def greedy(self, token: int) -> int:
-        return most_likely(self.decode(token))
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        return self._run(rows, self._runtime.strategy)
 
-    def draw(self, token: int, sampler: Sampler) -> int:
-        return sampler.pick(self.decode(token), ())
+    def next_tokens(self, rows: Sequence[Row], choices: Sequence[Choice]) -> list[int]:
+        return [
+            most_likely(logits) if choice.takes_largest else choice.pick(logits)
+            for logits, choice in zip(self.decode(rows), choices, strict=True)
+        ]
 
     def rest(self) -> None:
         """Its threads sleep between tokens."""
 
     @torch_threads(1)  # what is left to torch for one token is too small to share out (8 ms on busy cores for a wait)
-    def _run(self, token: int, strategy: Strategy) -> torch.Tensor:
-        return self._step.run(token, strategy)
+    def _run(self, rows: Sequence[Row], strategy: Strategy) -> torch.Tensor:
+        return self._step.rows(rows, strategy)
+
+    def _logits(self, tokens: Sequence[int], length: int | None, cache: KVCache | None, first: int) -> torch.Tensor:
+        """Logits after the tokens from `first` on."""
+        self._runtime.as_decode = False
+        if len(tokens) > self._runtime.few:
+            self._expect_scattered_reads(False)
+        # A child of fork waits for ever for torch's threads, which stayed with its parent.
+        with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
+            hidden = self._model(torch.tensor(tokens), cache or self._cache, length)
+            self._expect_scattered_reads(self._runtime.strategy != "dense")
+            return self._model.logits(hidden[first:])

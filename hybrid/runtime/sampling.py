@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,14 +20,38 @@ from profiler.common.openmp import torch_threads
 _NUCLEUS = 1024  # tokens that nearly always hold top-p's share; finding them takes a tenth of the sort
 
 
+class Choice(Protocol):
+    """How one row's next token is chosen. Where neither property holds, it takes all logits, on the host."""
+
+    @property
+    def settings(self) -> SamplingSettings:
+        """Temperature, top-k, top-p and min-p, which a draw from few takes."""
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the next token is that of the largest logit, whatever was seen: `most_likely`."""
+
+    @property
+    def draws_from_few(self) -> bool:
+        """Whether a draw wants the largest logits only, whatever was seen: a top-k setting, or a nucleus."""
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) to draw a token by."""
+
+    def pick(self, logits: torch.Tensor, *, uniform: float | None = None) -> int:
+        """The next token for `logits` [vocab] f32, which may be changed; uniform: what to draw by, by default the next
+        number of its own. Raises `RuntimeError` for logits that are not numbers."""
+
+
 class Sampler:
-    """Draws tokens as `settings` say; the same seed and logits give the same tokens.
+    """A `Choice` as `settings` say; the same seed and logits give the same tokens.
 
     Filters apply in the order of Hugging Face transformers: repetition penalty, temperature, top-k, top-p, min-p.
     """
 
-    def __init__(self, settings: SamplingSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: SamplingSettings, seen: Sequence[int] = ()) -> None:
+        """seen: prompt and answer so far, for the repetition penalty; a list may grow."""
+        self.settings, self._seen = settings, seen
         self._pool = WorkerPool(1)
         self._generator = torch.Generator()
         if settings.seed is None:
@@ -36,31 +61,22 @@ class Sampler:
 
     @property
     def takes_largest(self) -> bool:
-        """Whether the next token is that of the largest logit, whatever was seen: `most_likely`."""
         return self.settings.greedy and self.settings.repetition_penalty == 1
 
     @property
     def draws_from_few(self) -> bool:
-        """Whether a draw wants the largest logits only, whatever was seen: a top-k setting, or a nucleus."""
         s = self.settings
         few = 0 < s.top_k <= _NUCLEUS or (s.top_k == 0 and s.top_p < 1)
         return few and not s.greedy and s.repetition_penalty == 1
 
     def uniform(self) -> float:
-        """The next number in [0, 1) to draw a token by."""
         return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
 
     @torch_threads(1)
-    def pick(self, logits: torch.Tensor, seen: Sequence[int], uniform: float | None = None) -> int:
-        """The next token for `logits` [vocab] f32; `seen` are prompt and answer so far, for the repetition penalty.
-
-        uniform: what to draw by, by default the next number of its own.
-
-        Raises `RuntimeError` for logits that are not numbers.
-        """
+    def pick(self, logits: torch.Tensor, *, uniform: float | None = None) -> int:
         settings = self.settings
-        if settings.repetition_penalty != 1 and seen:
-            logits = _penalise(logits, seen, settings.repetition_penalty)
+        if settings.repetition_penalty != 1 and self._seen:
+            logits = _penalise(logits, self._seen, settings.repetition_penalty)
         if settings.greedy:
             return most_likely(logits)
         if not math.isfinite(logits.numpy().max()):

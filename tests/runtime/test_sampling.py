@@ -84,7 +84,7 @@ def test_logits_that_are_not_numbers_are_refused(change):
     logits = torch.zeros(9)
     logits[4] = math.nan
     with pytest.raises(RuntimeError, match="logits are not numbers"):
-        Sampler(SamplingSettings(**(OFF | change))).pick(logits, [])
+        Sampler(SamplingSettings(**(OFF | change))).pick(logits)
 
 
 def test_repetition_penalty_matches_transformers():
@@ -94,13 +94,13 @@ def test_repetition_penalty_matches_transformers():
     for penalty in (0.8, 1.3, 5.0):
         processor = logits_process.RepetitionPenaltyLogitsProcessor(penalty)
         truth = processor(torch.tensor([seen]), logits[None].clone())[0].argmax()
-        sampler = Sampler(SamplingSettings(temperature=0, repetition_penalty=penalty))
-        assert sampler.pick(logits, seen) == truth
+        sampler = Sampler(SamplingSettings(temperature=0, repetition_penalty=penalty), seen)
+        assert sampler.pick(logits) == truth
 
 
 def test_greedy_takes_the_largest_whatever_the_seed():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    assert Sampler(SamplingSettings(temperature=0, seed=1)).pick(logits, []) == logits.argmax()
+    assert Sampler(SamplingSettings(temperature=0, seed=1)).pick(logits) == logits.argmax()
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
@@ -117,7 +117,7 @@ def test_most_likely_is_the_lowest_of_equals():
     logits = torch.zeros(300)
     logits[[290, 7, 80]] = 2.0
     logits[5] = -math.inf
-    assert most_likely(logits) == 7 == Sampler(SamplingSettings(temperature=0)).pick(logits, [])
+    assert most_likely(logits) == 7 == Sampler(SamplingSettings(temperature=0)).pick(logits)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_what_takes_the_largest_whatever_was_seen(change, expected):
 def draw(seed, count=200):
     sampler = Sampler(SamplingSettings(seed=seed, **OFF))
     logits = torch.tensor([0.0, 1.0, 2.0])
-    return [sampler.pick(logits, []) for _ in range(count)]
+    return [sampler.pick(logits) for _ in range(count)]
 
 
 def test_seeds():
@@ -149,4 +149,4 @@ def test_tokens_of_no_probability_are_never_drawn():
     logits = torch.full((300,), -torch.inf)
     logits[[7, 298]] = 0.0
     sampler = Sampler(SamplingSettings(seed=1, **OFF))
-    assert {sampler.pick(logits, []) for _ in range(200)} == {7, 298}
+    assert {sampler.pick(logits) for _ in range(200)} == {7, 298}

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.prefill import GpuPrefill
 from hybrid.runtime.gpu.step import GpuStep
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
-from hybrid.runtime.sampling import Sampler
+from hybrid.runtime.sampling import Choice
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
 from placement.workspace import PREFILL_CHUNK
@@ -32,7 +32,7 @@ class GpuRunner:
     streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
     """
 
-    chunk = PREFILL_CHUNK
+    chunk, most_rows = PREFILL_CHUNK, 1
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class GpuRunner:
     def load_kernels(self) -> None:
         self.step.load_kernels(self._runtime.strategy)
 
-    def read(self, tokens: list[int], length: int | None = None) -> torch.Tensor:
+    def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
         self._check_process()
         if len(tokens) <= FEW_TOKENS:
             with torch_threads(1):
@@ -91,20 +91,23 @@ class GpuRunner:
         self._expect_scattered_reads(self._runtime.strategy != "dense")
         return logits
 
-    @torch_threads(1)
-    def decode(self, token: int) -> torch.Tensor:
-        self._check_process()
-        return self.step.run(token, self._runtime.strategy)
+    def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        raise NotImplementedError
 
     @torch_threads(1)
-    def greedy(self, token: int) -> int:
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
         self._check_process()
-        return self.step.greedy(token, self._runtime.strategy)
+        return self.step.run(rows[0].token, self._runtime.strategy)[None]
 
     @torch_threads(1)
-    def draw(self, token: int, sampler: Sampler) -> int:
+    def next_tokens(self, rows: Sequence[Row], choices: Sequence[Choice]) -> list[int]:
         self._check_process()
-        return self.step.draw(token, self._runtime.strategy, sampler)
+        token, choice, strategy = rows[0].token, choices[0], self._runtime.strategy
+        if choice.takes_largest:
+            return [self.step.greedy(token, strategy)]
+        if choice.draws_from_few:
+            return [self.step.draw(token, strategy, choice)]
+        return [choice.pick(self.step.run(token, strategy))]
 
     def rest(self) -> None:
         self.step.rest()

@@ -42,7 +42,7 @@ from hybrid.runtime.gpu.cold_workers import ColdWorkers
 from hybrid.runtime.gpu.sampler import DeviceSampler
 from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights, normed_heads
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
-from hybrid.runtime.sampling import Sampler, most_likely, not_numbers
+from hybrid.runtime.sampling import Choice, most_likely, not_numbers
 from placement.placement import Placement
 from profiler.common.spec import Strategy
 
@@ -112,13 +112,13 @@ class GpuStep:
             raise not_numbers()
         return self._sampler.token
 
-    def draw(self, token: int, strategy: Strategy, sampler: Sampler) -> int:
-        """The token that `sampler`, one that `draws_from_few`, draws after `token`: on the GPU where the head is there.
+    def draw(self, token: int, strategy: Strategy, sampler: Choice) -> int:
+        """The token that a `Choice` that `draws_from_few` draws after `token`: on the GPU where the head is there.
 
         Raises `RuntimeError` for logits that are not numbers.
         """
         if self.weights.head is None:
-            return sampler.pick(self.run(token, strategy), ())
+            return sampler.pick(self.run(token, strategy))
         point = sampler.uniform()
 
         def draw(count: int) -> None:
@@ -128,7 +128,7 @@ class GpuStep:
         if self._sampler.token >= 0:
             return self._sampler.token
         self._logits[:1] = self._buffers.logits[:1]  # more tokens are in it than the GPU keeps: the host draws
-        return sampler.pick(self._logits[0], (), point)
+        return sampler.pick(self._logits[0], uniform=point)
 
     def few(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] after some tokens, which go through in batches of up to 8."""

@@ -1,0 +1,1 @@
+"""The HTTP server: the OpenAI and Anthropic APIs over an `AsyncEngine`."""
