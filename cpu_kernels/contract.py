@@ -24,7 +24,7 @@ BLOCK = 32  # weights that share a scale
 GROUP = 128  # weights to a multiple of which rows in blocks are padded
 SCALE_BYTES = 2
 INT4_OFFSET = 8  # int4 codes are stored with it added
-MAX_BATCH = 8  # tokens that are computed at once; also the bits of a mask
+MAX_BATCH = 32  # tokens that are computed at once, a row each; also the bits of a mask
 
 # FATReLU leaves what is above a threshold as it is, the rest is 0; its name carries it: `fatrelu_0.01`. dReLU is a ReLU
 # of gate and one of up.

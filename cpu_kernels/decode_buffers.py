@@ -12,6 +12,7 @@ import numpy as np
 
 from cpu_kernels.addresses import reader_of
 from cpu_kernels.compiled import subroutine
+from cpu_kernels.contract import MAX_BATCH
 from cpu_kernels.ffn_phases import DownScratch, new_down_scratch, sum_parts
 from cpu_kernels.lanes import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
@@ -47,9 +48,10 @@ class Phase(IntEnum):
 
 
 class Count(IntEnum):
-    """What is counted over the layers."""
+    """What is counted over the layers: neurons computed, each for every row that it is computed for, and those of the
+    union over rows, whose weights are read; firings of hot and of cold ones."""
 
-    COMPUTED, FIRED_HOT, FIRED_COLD = 0, 1, 2
+    COMPUTED, FIRED_HOT, FIRED_COLD, UNION = 0, 1, 2, 3
 
 
 class Shape(NamedTuple):
@@ -75,14 +77,20 @@ class Shape(NamedTuple):
 
 class Number(IntEnum):
     """Entries of a step's numbers, int64, that follow the `Shape`; EPS, SCALE: the bits of an f64, the latter of what
-    the embedding is multiplied with."""
+    the embedding is multiplied with; ROWS: how many rows the step has, of which those from FIRST on get logits."""
 
-    EPS, SCALE, TOKEN, POSITION = 13, 14, 15, 16
+    EPS, SCALE, ROWS, FIRST = 13, 14, 15, 16
 
 
 class Shared(NamedTuple):
-    """Buffers of all workers: the residual x [1, d], and what each phase leaves to the next."""
+    """Buffers of all workers, for up to R = `MAX_BATCH` rows: tokens and positions int64 [R], the rows' block tables
+    int32 [R, n], which the caller writes; the residual x [R, d], and what each phase leaves to the next. Heads of a
+    row lie beneath each other, [R heads, head_dim]; hidden f32 [R f] is [rows, n] for the n neurons listed in `ids`.
+    """
 
+    tokens: np.ndarray
+    positions: np.ndarray
+    tables: np.ndarray
     x: np.ndarray
     qkv: np.ndarray
     qkv_heads: np.ndarray
@@ -92,7 +100,9 @@ class Shared(NamedTuple):
     hidden_units: np.ndarray
     counts: np.ndarray
     ids: np.ndarray
+    masks: np.ndarray
     hidden: np.ndarray
+    every: np.ndarray
     ones: np.ndarray
     sums: np.ndarray
     offsets: np.ndarray
@@ -109,31 +119,37 @@ class Own(NamedTuple):
     attended: Input
     units: Input
     ids: np.ndarray
+    masks: np.ndarray
     hidden: np.ndarray
     places: np.ndarray
     down: DownScratch
 
 
-def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
-    """Shared buffers; `rank` is the largest of the predictors', or 0."""
-    heads = shape.heads + 2 * shape.kv_heads
-    qkv = np.zeros((1, heads * shape.head_dim), np.float32)
-    sums, offsets = new_sums(int(sum_parts(shape.f)), shape.d)
+def new_shared(shape: Shape, rank: int, workers: int, table: int) -> Shared:
+    """Shared buffers; `rank` is the largest of the predictors', or 0, `table` the blocks of a sequence's table."""
+    heads, most = shape.heads + 2 * shape.kv_heads, MAX_BATCH
+    qkv = np.zeros((most, heads * shape.head_dim), np.float32)
+    sums, offsets = new_sums(int(sum_parts(shape.f)) * most, shape.d)
     return Shared(
-        x=np.zeros((1, shape.d), np.float32),
+        tokens=np.zeros(most, np.int64),
+        positions=np.zeros(most, np.int64),
+        tables=np.zeros((most, table), np.int32),
+        x=np.zeros((most, shape.d), np.float32),
         qkv=qkv,
-        qkv_heads=qkv.reshape(heads, shape.head_dim),
-        attended=np.zeros((shape.heads, shape.head_dim), np.float32),
-        projected=np.zeros((1, shape.d), np.float32),
+        qkv_heads=qkv.reshape(most * heads, shape.head_dim),
+        attended=np.zeros((most * shape.heads, shape.head_dim), np.float32),
+        projected=np.zeros((most, shape.d), np.float32),
         scores=np.zeros((shape.heads, shape.block_size + 2), np.float32),
-        hidden_units=np.zeros(rank, np.float32),
+        hidden_units=np.zeros((most, rank), np.float32),
         counts=np.zeros(workers * COUNT_STRIDE, np.int64),
         ids=np.zeros(shape.f, np.int32),
-        hidden=np.zeros((1, shape.f), np.float32),
-        ones=np.ones(shape.f, np.uint8),
+        masks=np.zeros(shape.f, np.uint32),
+        hidden=np.zeros(most * shape.f, np.float32),
+        every=np.arange(shape.f, dtype=np.int32),
+        ones=np.full(shape.f, 2**MAX_BATCH - 1, np.uint32),
         sums=sums,
         offsets=offsets,
-        logits=np.zeros((1, shape.vocab), np.float32),
+        logits=np.zeros((most, shape.vocab), np.float32),
         tallies=np.zeros(len(Count), np.int64),
         ticks=np.zeros(len(Phase), np.int64),
     )
@@ -142,19 +158,20 @@ def new_shared(shape: Shape, rank: int, workers: int) -> Shared:
 def new_own(shape: Shape, rank: int) -> Own:
     """Buffers of one worker."""
     return Own(
-        inputs=new_inputs(1, shape.d),
-        ahead=new_inputs(1, shape.d),
-        attended=new_inputs(1, shape.heads * shape.head_dim),
-        units=new_inputs(1, max(1, rank)),
+        inputs=new_inputs(MAX_BATCH, shape.d),
+        ahead=new_inputs(MAX_BATCH, shape.d),
+        attended=new_inputs(MAX_BATCH, shape.heads * shape.head_dim),
+        units=new_inputs(MAX_BATCH, max(1, rank)),
         ids=np.zeros(shape.f + 1, np.int32),
+        masks=np.zeros(shape.f + 1, np.uint32),
         hidden=np.zeros(shape.f, np.float32),
         places=np.zeros(shape.f, np.int32),
-        down=new_down_scratch(shape.d, shape.f, 1),
+        down=new_down_scratch(shape.d, shape.f, MAX_BATCH),
     )
 
 
 def new_numbers(shape: Shape, eps: float, scale: float) -> np.ndarray:
-    """A step's numbers, int64, with token and position 0."""
+    """A step's numbers, int64, of no row."""
     return np.array([*shape, *np.array([eps, scale]).view(np.int64), 0, 0], np.int64)
 
 
@@ -165,6 +182,6 @@ def shape_of(numbers):  # type: ignore[no-untyped-def]
 
 
 _SMALL = Shape(*[1] * len(Shape._fields))
-# Of the address table of (rotation, blocks, buffers of all workers), and of that of one worker's buffers.
-read_shared = reader_of(((np.zeros((1, 1), np.float32),) * 2, np.zeros(1, np.int32), new_shared(_SMALL, 1, 1)))
+# Of the address table of (rotation, buffers of all workers), and of that of one worker's buffers.
+read_shared = reader_of(((np.zeros((1, 1), np.float32),) * 2, new_shared(_SMALL, 1, 1, 1)))
 read_own = reader_of(new_own(_SMALL, 1))

@@ -1,4 +1,8 @@
-"""The phases of a sparse FFN as compiled code, between whose calls workers meet at a barrier: see `sparse_ffn.py`."""
+"""The phases of a sparse FFN as compiled code, between whose calls workers meet at a barrier: see `sparse_ffn.py`.
+
+A row of down belongs to a part by its neuron's number alone, and a part is summed row after row: what other tokens add
+to the union of rows are zeros to this one. So a token's sum has the same bits alone and in any company.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ from cpu_kernels.row_sum import column_bytes, finish, four_rows, new_steps, sum_
 from cpu_kernels.row_types import columns_unit
 
 LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
-MAX_PARTS, LEAST_ROWS = 8, 16  # parts in which the rows of down are summed, and rows of one where there are several
+MAX_PARTS = 8  # in which the rows of down are summed, a power of two
+# Neighbours that go to one part: hot neurons, which lie first, are shared out evenly, and are still read side by side.
+_RUN_BITS = 4
 
 
 class FFNWeights(NamedTuple):
@@ -33,13 +39,16 @@ class FFNWeights(NamedTuple):
     up_bias: np.ndarray
 
 
-# What a worker needs alone for `down_parts`: starts of the parts int64, picked int32 [f], scales f32 [t, f], steps.
+# What a worker needs alone for `down_parts`: each part's first place and the place after its last int64, picked int32
+# and scales f32 [t] of those places, of which each part has one to spare; steps.
 DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
     """One worker's scratch for `tokens` tokens."""
-    return np.zeros(MAX_PARTS + 1, np.int64), np.zeros(f, np.int32), np.zeros((tokens, f), np.float32), new_steps(d)
+    places = f + MAX_PARTS
+    ends, picked = np.zeros(2 * MAX_PARTS, np.int64), np.zeros(places, np.int32)
+    return ends, picked, np.zeros((tokens, places), np.float32), new_steps(d)
 
 
 @subroutine(forceinline=True)
@@ -157,57 +166,46 @@ def _second_rows(ffn, count, inputs, word, hidden, places, picked):  # type: ign
 
 @kernel
 def sum_parts(f):  # type: ignore[no-untyped-def]
-    """Most parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
-    return max(1, min(MAX_PARTS, f // 1024))
+    """Parts in which the rows of down are summed: of the model alone, so that no answer depends on the workers."""
+    parts = 1
+    while 2 * parts <= min(MAX_PARTS, f // 1024):
+        parts *= 2
+    return parts
+
+
+@subroutine(forceinline=True)
+def _part_of(neuron, parts):  # type: ignore[no-untyped-def]
+    return (neuron >> _RUN_BITS) & (parts - 1)
 
 
 @subroutine
-def _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales):  # type: ignore[no-untyped-def]
+def _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales):  # type: ignore[no-untyped-def]
     """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
-    `starts`; returns how many values of hidden are not 0 and into how many parts, at most `parts`, the rows went.
+    ends[:parts] and the place after its last to ends[MAX_PARTS:]; returns how many values of hidden are not 0.
 
-    Each part has an equal share of the rows that have something to add, in order, so that parts are equally long and
-    neighbours in memory stay so; those that add nothing come last in each: whether they are skipped changes no sum.
+    Without branches, which would often be foreseen wrongly: a row that is skipped is overwritten by the next.
     """
-    tokens, live, fired = hidden.shape[0], np.int64(0), np.int64(0)
-    for k in range(n):  # without a branch, which would often be foreseen wrongly: 12 us for 800 rows, now 2
-        picked[live] = ids[k]
-        fires = False
+    tokens, fired = hidden.shape[0], np.int64(0)
+    for part in range(parts):
+        ends[MAX_PARTS + part] = 0
+    for k in range(n):
+        ends[MAX_PARTS + _part_of(ids[k], parts)] += not skip or _fires(hidden, k)
+    first = np.int64(0)
+    for part in range(parts):
+        count = ends[MAX_PARTS + part]
+        ends[part], ends[MAX_PARTS + part] = first, first
+        first += count + 1
+    for k in range(n):
+        part = _part_of(ids[k], parts)
+        place, fires = ends[MAX_PARTS + part], False
+        picked[place] = ids[k]
         for t in range(tokens):
             value = hidden[t, k]
-            scales[t, live] = value
+            scales[t, place] = value
             fired += value != 0
             fires |= value != 0
-        live += fires
-    idle = np.int64(0) if skip else n - live
-    parts = max(1, min(parts, live // LEAST_ROWS))
-    for part in range(parts + 1):
-        starts[part] = live * part // parts + idle * part // parts
-    if idle:
-        _put_idle_rows(ids, n, hidden, parts, live, idle, picked, scales)
-    return fired, parts
-
-
-@subroutine
-def _put_idle_rows(ids, n, hidden, parts, live, idle, picked, scales):  # type: ignore[no-untyped-def]
-    """Make room after each part's rows, from the last part on, and put its share of those that add nothing there."""
-    tokens = hidden.shape[0]
-    for part in range(parts - 1, 0, -1):
-        shift = idle * part // parts
-        for k in range(live * (part + 1) // parts - 1, live * part // parts - 1, -1):
-            picked[k + shift] = picked[k]
-            for t in range(tokens):
-                scales[t, k + shift] = scales[t, k]
-    part, found = np.int64(0), np.int64(0)
-    for k in range(n):
-        if not _fires(hidden, k):
-            while found >= idle * (part + 1) // parts:
-                part += 1
-            place = live * (part + 1) // parts + found
-            picked[place] = ids[k]
-            for t in range(tokens):
-                scales[t, place] = 0
-            found += 1
+        ends[MAX_PARTS + part] = place + (not skip or fires)
+    return fired
 
 
 @subroutine(forceinline=True)
@@ -223,15 +221,16 @@ def _piece_of_down(piece, parts, slices):  # type: ignore[no-untyped-def]
 
 @subroutine
 def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
-    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0, and into
-    how many parts, at most `parts`, the rows went.
+    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0.
 
-    A piece is one part of the rows and a slice of the columns, of which there are enough to give every worker some.
+    parts: of `sum_parts`. A piece is one part of the rows and a slice of the columns, of which there are enough to give
+    every worker some.
     own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
     """
-    starts, picked, scales, steps = own
+    ends, picked, scales, steps = own
     tokens, like = hidden.shape[0], ffn.like
-    fired, parts = _sort_by_part(ids, n, hidden, skip, parts, starts, picked, scales)
+    scales = scales[:tokens]
+    fired = _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales)
     unit = columns_unit(like)
     units = (ffn.d + unit - 1) // unit
     slices = max(1, min((2 * workers + parts - 1) // parts, units // 4))
@@ -244,15 +243,15 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
         first, last = unit * (units * column // of), unit * (units * (column + 1) // of)
         # The next piece's rows, as far ahead of their columns as this piece's columns are.
         shift = column_bytes(like, unit * (units * next_column // next_of)) - column_bytes(like, first)
-        begin = min(starts[other], max(0, starts[parts] - 1))
-        ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(1, starts[parts]))
+        begin = ends[other]
+        ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(begin + 1, ends[MAX_PARTS + other]))
         rows = slice(part * tokens, (part + 1) * tokens)
         sum_rows(
-            like, ffn.down, ffn.width, picked, scales, starts[part], starts[part + 1], ahead, ffn.d, first, last,
+            like, ffn.down, ffn.width, picked, scales, ends[part], ends[MAX_PARTS + part], ahead, ffn.d, first, last,
             sums[rows], offsets[rows], steps,
         )  # fmt: skip
         piece = after
-    return fired, parts
+    return fired
 
 
 @subroutine

@@ -94,30 +94,37 @@ def _products(like, weight, width, i, quarter, stop, v, n):  # type: ignore[no-u
 
 
 @subroutine
-def hidden_units(like, fc1, width, start, stop, v, d, s1, b1, hidden):  # type: ignore[no-untyped-def]
-    """hidden[start:stop] of the first product; fc1 is an address, `v` the input of `d` elements in its 16-bit form."""
+def hidden_units(like, fc1, width, start, stop, inputs, d, s1, b1, hidden):  # type: ignore[no-untyped-def]
+    """hidden[t, start:stop] of the first product, for each token t; fc1 is an address, `inputs` of `d` elements are in
+    their 16-bit form."""
     quarter = (stop - start + 3) // 4
     for i in range(start, start + quarter):
-        sums = _products(like, fc1, width, i, quarter, stop, v, d)
-        for n in range(4):
-            k = min(i + n * quarter, stop - 1)
-            hidden[k] = max(sums[n] * s1[k] + b1[k], np.float32(0))
+        for t in range(hidden.shape[0]):
+            sums = _products(like, fc1, width, i, quarter, stop, one_input(inputs, t), d)
+            for n in range(4):
+                k = min(i + n * quarter, stop - 1)
+                hidden[t, k] = max(sums[n] * s1[k] + b1[k], np.float32(0))
 
 
 @subroutine
-def firing_rows(like, fc2, width, start, stop, v, r, s2, b2, threshold, ids):  # type: ignore[no-untyped-def]
-    """Write those of rows start to stop that are predicted to fire to `ids`, and return how many there are."""
+def firing_rows(  # type: ignore[no-untyped-def]
+    like, fc2, width, start, stop, inputs, tokens, r, s2, b2, threshold, ids, masks
+):  # fmt: skip
+    """Write those of rows start to stop that are predicted to fire for some token to `ids`, and for which to `masks`
+    uint32, bit t for token t; return how many there are."""
     quarter, last = (stop - start + 3) // 4, stop - start - 1
     for i in range(quarter):
-        sums = _products(like, fc2, width, start + i, quarter, stop, v, r)
-        for n in range(4):
-            k = min(i + n * quarter, last)
-            ids[k] = sums[n] * s2[start + k] + b2[start + k] >= threshold
+        for t in range(tokens):
+            sums = _products(like, fc2, width, start + i, quarter, stop, one_input(inputs, t), r)
+            for n in range(4):
+                k = min(i + n * quarter, last)
+                fires = np.uint32(sums[n] * s2[start + k] + b2[start + k] >= threshold)
+                masks[k] = fires if t == 0 else masks[k] | fires << np.uint32(t)
     count = 0
     for i in range(stop - start):  # from what fires to which do
-        fires = ids[i]
-        ids[count] = start + i
-        count += fires
+        mask = masks[i]
+        ids[count], masks[count] = start + i, mask
+        count += mask != 0
     return count
 
 
@@ -136,21 +143,22 @@ def copy_together(worker, workers, counts, ids, rows):  # type: ignore[no-untype
 
 @kernel
 def _predict(  # type: ignore[no-untyped-def]
-    worker, workers, state, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts,
-    rows
+    worker, workers, state, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, masks,
+    counts, rows
 ):  # fmt: skip
-    d, r, f = x.shape[0], b1.shape[0], b2.shape[0]
+    d, r, f, one = x.shape[0], b1.shape[0], b2.shape[0], np.int64(1)
     v = one_input(inputs, 0)
     copy(x, d, v[0])
     round_input(v, d)
-    hidden_units(like, fc1, width1, r * worker // workers, r * (worker + 1) // workers, v, d, s1, b1, hidden)
+    hidden_units(like, fc1, width1, r * worker // workers, r * (worker + 1) // workers, inputs, d, s1, b1, hidden)
     if not barrier.wait(state, workers):
         return
-    v = one_input(inputs, 1)
-    copy(hidden, r, v[0])
+    copy(hidden[0], r, v[0])
     round_input(v, r)
     start, stop = f * worker // workers, f * (worker + 1) // workers
-    counts[worker * COUNT_STRIDE] = firing_rows(like, fc2, width2, start, stop, v, r, s2, b2, threshold, ids[worker])
+    counts[worker * COUNT_STRIDE] = firing_rows(
+        like, fc2, width2, start, stop, inputs, one, r, s2, b2, threshold, ids[worker], masks[worker]
+    )
     if barrier.wait(state, workers):
         counts[workers * COUNT_STRIDE] = copy_together(worker, workers, counts, ids[worker], rows)
 
@@ -166,30 +174,29 @@ def predict_rows(view: PredictorView, x: np.ndarray, rows: np.ndarray, pool: Wor
     if rows.shape != (f,) or rows.dtype != np.int32:
         raise ValueError(f"predict_rows wants int32 rows of {f}, got {rows.dtype} {rows.shape}")
     workers = pool.workers_for(view.fc1.nbytes + view.fc2.nbytes)
-    inputs = Each(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    inputs = Each(new_inputs(1, max(view.d, r)) for _ in range(workers))
     counts, ids = np.zeros((workers + 1) * COUNT_STRIDE, np.int64), np.empty((workers, f + 1), np.int32)
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
-    scratch = (inputs, np.empty(r, np.float32), ids, counts, rows)
+    scratch = (inputs, np.empty((1, r), np.float32), ids, np.empty((workers, f + 1), np.uint32), counts, rows)
     pool.run(_predict, workers, pool.barrier, _LIKE, *first, *second, view.threshold, x, *scratch)
     return int(counts[workers * COUNT_STRIDE])
 
 
 @kernel
 def _predict_tokens(  # type: ignore[no-untyped-def]
-    worker, workers, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, counts
+    worker, workers, like, fc1, s1, b1, width1, fc2, s2, b2, width2, threshold, x, inputs, hidden, ids, masks, counts
 ):  # fmt: skip
     """Whole tokens, one after another."""
-    d, r, f, first = x.shape[1], b1.shape[0], b2.shape[0], np.int64(0)
+    d, r, f, first, one = x.shape[1], b1.shape[0], b2.shape[0], np.int64(0), np.int64(1)
+    v = one_input(inputs, 0)
     for t in range(worker, x.shape[0], workers):
-        v = one_input(inputs, 0)
         copy(x[t], d, v[0])
         round_input(v, d)
-        hidden_units(like, fc1, width1, first, r, v, d, s1, b1, hidden)
-        v = one_input(inputs, 1)
-        copy(hidden, r, v[0])
+        hidden_units(like, fc1, width1, first, r, inputs, d, s1, b1, hidden)
+        copy(hidden[0], r, v[0])
         round_input(v, r)
-        counts[t] = firing_rows(like, fc2, width2, first, f, v, r, s2, b2, threshold, ids[t])
+        counts[t] = firing_rows(like, fc2, width2, first, f, inputs, one, r, s2, b2, threshold, ids[t], masks)
 
 
 def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tuple[np.ndarray, np.ndarray]:
@@ -200,12 +207,13 @@ def predict_tokens(view: PredictorView, x: np.ndarray, pool: WorkerPool) -> tupl
     if x.shape[1:] != (view.d,) or x.dtype != np.float32:
         raise ValueError(f"predict_tokens wants f32 x of {view.d} columns, got {x.dtype} {x.shape}")
     f, r, workers = len(view.b2), len(view.b1), pool.threads
-    inputs = Each(new_inputs(2, max(view.d, r)) for _ in range(workers))
+    inputs = Each(new_inputs(1, max(view.d, r)) for _ in range(workers))
     ids, counts = np.empty((len(x), f + 1), np.int32), np.zeros(len(x), np.int64)
     first = (view.fc1.ctypes.data, view.s1, view.b1, view.fc1.shape[1])
     second = (view.fc2.ctypes.data, view.s2, view.b2, view.fc2.shape[1])
-    hidden = Each(np.empty(r, np.float32) for _ in range(workers))
-    pool.run(_predict_tokens, workers, _LIKE, *first, *second, view.threshold, x, inputs, hidden, ids, counts)
+    hidden = Each(np.empty((1, r), np.float32) for _ in range(workers))
+    masks = Each(np.empty(f + 1, np.uint32) for _ in range(workers))
+    pool.run(_predict_tokens, workers, _LIKE, *first, *second, view.threshold, x, inputs, hidden, ids, masks, counts)
     chosen = [ids[t, :count] for t, count in enumerate(counts)]
     return np.concatenate(chosen), np.concatenate(([0], counts.cumsum()))
 

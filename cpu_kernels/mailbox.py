@@ -6,9 +6,9 @@ barrier; the last to finish writes the result's number, which the GPU polls. The
 on the way. Between requests workers poll, so that they are hot, and nap once nothing has come for some milliseconds.
 They go home when `stop` is called, or with the barrier's `abort`.
 
-    FFN     out = FFN of the given neurons of a layer, for 1 to 8 tokens
-    LAYER   out = a whole layer, attention and KV write included, one token after another
-    HEAD    shared.logits = head of the last token
+    FFN     out = FFN of the given neurons of a layer, for 1 to 32 rows
+    LAYER   out = a whole layer, attention and KV write included; the rows' places are in the step's shared buffers
+    HEAD    shared.logits = head of every row
 """
 
 from __future__ import annotations
@@ -18,23 +18,18 @@ from typing import NamedTuple
 import numpy as np
 
 from cpu_kernels import barrier
+from cpu_kernels.addresses import floats
 from cpu_kernels.barrier import NAP_MICROSECONDS, fetch_add, load_acquire, nap, pause, store_release
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import MAX_BATCH, Flag, Op, Word
-from cpu_kernels.decode_buffers import DENSE, Column, Shape
-from cpu_kernels.decode_step import attention, ffn, floats, head, row_bytes
-from cpu_kernels.ffn_phases import (
-    DownScratch,
-    FFNWeights,
-    down_parts,
-    gate_and_up,
-    merge_parts,
-    new_down_scratch,
-    sum_parts,
-)
-from cpu_kernels.lanes import Input, copy, new_inputs, one_input
+from cpu_kernels.decode_attention import attention
+from cpu_kernels.decode_buffers import DENSE, Column
+from cpu_kernels.decode_ffn import ffn
+from cpu_kernels.decode_parts import row_bytes
+from cpu_kernels.decode_step import head
+from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
+from cpu_kernels.lanes import copy, one_input
 from cpu_kernels.row_dot import prepare
-from cpu_kernels.row_sum import new_sums
 from cpu_kernels.row_types import columns_unit
 
 # Polls before the first nap: some 2 ms, longer than the GPU takes between two requests of a token.
@@ -46,8 +41,8 @@ _SHORT_NAPS, _LONG_NAP_MICROSECONDS = 50, 500
 
 class Box(NamedTuple):
     """What both sides see, in pinned host memory: request and flags int64, whose words `contract.py` names, inputs x
-    f32 [8, d], neurons' ids int32 [f] and their tokens masks uint8 [f], bit t for token t, and the result out f32
-    [8, d]."""
+    f32 [32, d], neurons' ids int32 [f] and their rows masks uint32 [f], bit t for row t, and the result out f32
+    [32, d]."""
 
     request: np.ndarray
     flags: np.ndarray
@@ -55,37 +50,6 @@ class Box(NamedTuple):
     ids: np.ndarray
     masks: np.ndarray
     out: np.ndarray
-
-
-class BatchShared(NamedTuple):
-    """Buffers of all workers for the FFN of several tokens: hidden f32 [8 f], ids int32 [f] and masks uint8 [f] of all
-    neurons for all tokens, and results of `sum_rows`."""
-
-    hidden: np.ndarray
-    every: np.ndarray
-    ones: np.ndarray
-    sums: np.ndarray
-    offsets: np.ndarray
-
-
-class BatchOwn(NamedTuple):
-    """Buffers of one worker for the FFN of several tokens."""
-
-    inputs: Input
-    places: np.ndarray
-    down: DownScratch
-
-
-def new_batch_shared(shape: Shape) -> BatchShared:
-    parts, every = int(sum_parts(shape.f)), np.arange(shape.f, dtype=np.int32)
-    ones = np.full(shape.f, 255, np.uint8)
-    return BatchShared(np.zeros(MAX_BATCH * shape.f, np.float32), every, ones, *new_sums(parts * MAX_BATCH, shape.d))
-
-
-def new_batch_own(shape: Shape) -> BatchOwn:
-    """One worker's."""
-    down = new_down_scratch(shape.d, shape.f, MAX_BATCH)
-    return BatchOwn(new_inputs(MAX_BATCH, shape.d), np.zeros(shape.f, np.int32), down)
 
 
 def stop(box: Box) -> None:
@@ -125,12 +89,12 @@ def _requested(box, state, number, posted, like, d, inputs):  # type: ignore[no-
 
 
 @subroutine
-def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted):  # type: ignore[no-untyped-def]
+def _cold_ffn(worker, workers, state, box, like, row, shape, shared, own, posted):  # type: ignore[no-untyped-def]
     """box.out = the FFN of the request's neurons; up to the last phase, after which workers need not meet."""
     d, f, tokens, count = shape.d, shape.f, box.request[Word.TOKENS], box.request[Word.COUNT]
     skip, first = shape.strategy != DENSE, row[Column.HOT]
     n = f - first if count < 0 else count
-    ids = batch.every[first:f] if count < 0 else box.ids[:n]
+    ids = shared.every[first:f] if count < 0 else box.ids[:n]
     unit = columns_unit(like)
     units = (d + unit - 1) // unit
     columns = slice(unit * (units * worker // workers), unit * (units * (worker + 1) // workers))
@@ -142,8 +106,8 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     biases = floats(row[Column.GATE_BIAS], f), floats(row[Column.UP_BIAS], f)
     matrices = row[Column.GATE], row[Column.UP], row[Column.DOWN]
     weights = FFNWeights(like, matrices[0], matrices[1], matrices[2], row_bytes(like, d), d, biases[0], biases[1])
-    hidden = batch.hidden[: tokens * n].reshape(tokens, n)
-    masks = batch.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
+    hidden = shared.hidden[: tokens * n].reshape(tokens, n)
+    masks = shared.ones[:n] if count < 0 or tokens == 1 else box.masks[:n]
     given = np.bool_(False)  # plain False is a type of its own
     likely = count >= 0 or not skip
     gate_and_up(
@@ -152,11 +116,9 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
     )  # fmt: skip
     if not barrier.wait(state, workers):
         return False
-    most = batch.sums.shape[0] // MAX_BATCH
-    starts, picked, scales, steps = own.down
-    scratch = starts, picked, scales[:tokens], steps
-    sums, offsets = batch.sums[: most * tokens], batch.offsets[: most * tokens]
-    _, parts = down_parts(state, workers, weights, ids, n, hidden, skip, most, scratch, sums, offsets)
+    parts = shared.sums.shape[0] // MAX_BATCH
+    sums, offsets = shared.sums[: parts * tokens], shared.offsets[: parts * tokens]
+    down_parts(state, workers, weights, ids, n, hidden, skip, parts, own.down, sums, offsets)
     if not barrier.wait(state, workers):
         return False
     merge_parts(worker, workers, like, d, parts, sums, offsets, box.out[:tokens])
@@ -164,54 +126,43 @@ def _cold_ffn(worker, workers, state, box, like, row, shape, batch, own, posted)
 
 
 @subroutine
-def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own):  # type: ignore[no-untyped-def]
-    """box.out = one layer of box.x, token after token."""
-    for t in range(box.request[Word.TOKENS]):
-        if worker == 0:
-            copy(box.x[t], shape.d, shared.x[0])
-        if not barrier.wait(state, workers):
-            return False
-        position = box.request[Word.POSITION] + t
-        if not attention(
-            worker,
-            workers,
-            state,
-            likes[0],
-            likes[1],
-            likes[4],
-            row,
-            shape,
-            eps,
-            rotation,
-            blocks,
-            position,
-            shared,
-            own,
-        ):
-            return False
-        if not ffn(worker, workers, state, likes[1], likes[5], row, shape, eps, shared, own):
-            return False
-        if not barrier.wait(state, workers):
-            return False
-        if worker == 0:
-            copy(shared.x[0], shape.d, box.out[t])
+def _layer(worker, workers, state, box, likes, row, shape, eps, rotation, shared, own):  # type: ignore[no-untyped-def]
+    """box.out = one layer of box.x."""
+    rows = box.request[Word.TOKENS]
+    _take_x(worker, box, rows, shape.d, shared)
+    if not barrier.wait(state, workers):
+        return False
+    if not attention(worker, workers, state, likes, row, rows, shape, eps, rotation, shared, own):
+        return False
+    if not ffn(worker, workers, state, likes[1], likes[5], row, rows, shape, eps, shared, own):
+        return False
+    if not barrier.wait(state, workers):
+        return False
+    if worker == 0:
+        for t in range(rows):
+            copy(shared.x[t], shape.d, box.out[t])
     return True
 
 
 @subroutine
-def _head(worker, workers, state, box, likes, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
-    """shared.logits of the request's last token."""
+def _take_x(worker, box, rows, d, shared):  # type: ignore[no-untyped-def]
     if worker == 0:
-        copy(box.x[box.request[Word.TOKENS] - 1], shape.d, shared.x[0])
+        for t in range(rows):
+            copy(box.x[t], d, shared.x[t])
+
+
+@subroutine
+def _head(worker, workers, state, box, likes, ends, shape, eps, shared, own):  # type: ignore[no-untyped-def]
+    """shared.logits of the request's rows."""
+    rows, first = box.request[Word.TOKENS], np.int64(0)
+    _take_x(worker, box, rows, shape.d, shared)
     if not barrier.wait(state, workers):
         return False
-    return head(worker, workers, state, likes[2], ends, shape, eps, shared, own)
+    return head(worker, workers, state, likes[2], ends, first, rows, shape, eps, shared, own)
 
 
 @kernel
-def serve(  # type: ignore[no-untyped-def]
-    worker, workers, state, box, likes, table, shape, eps, rotation, blocks, shared, own, batch, batch_own
-):  # fmt: skip
+def serve(worker, workers, state, box, likes, table, shape, eps, rotation, shared, own):  # type: ignore[no-untyped-def]
     """Answer requests until told to go home; arguments as for `decode_step`.
 
     The GPU counts requests on; the first is one more than the result that was done last.
@@ -222,22 +173,24 @@ def serve(  # type: ignore[no-untyped-def]
     if worker == 0:
         store_release(box.flags, Flag.READY, 1)
     like, d, none = likes[1], shape.d, np.int64(0)
-    came, posted = _requested(box, state, number + 1, none, like, d, batch_own.inputs)
+    came, posted = _requested(box, state, number + 1, none, like, d, own.inputs)
     while came:
         number += 1
         op, row = box.request[Word.OP], table[box.request[Word.LAYER]]
         if op == Op.FFN:
-            fine = _cold_ffn(worker, workers, state, box, like, row, shape, batch, batch_own, posted)
+            fine = _cold_ffn(worker, workers, state, box, like, row, shape, shared, own, posted)
             # Of several inputs none is kept; of one, that of this request.
             posted = none if box.request[Word.TOKENS] > 1 else box.request[Word.POSTED]
         elif op == Op.LAYER:
-            fine = _layer(worker, workers, state, box, likes, row, shape, eps, rotation, blocks, shared, own)
+            posted = none
+            fine = _layer(worker, workers, state, box, likes, row, shape, eps, rotation, shared, own)
         else:
+            posted = none
             fine = _head(worker, workers, state, box, likes, row, shape, eps, shared, own)
         if not fine:
             return
         if fetch_add(box.flags, Flag.ARRIVED, 1) == workers - 1:
             store_release(box.flags, Flag.ARRIVED, 0)
             store_release(box.flags, Flag.DONE, number)
-        came, posted = _requested(box, state, number + 1, posted, like, d, batch_own.inputs)
+        came, posted = _requested(box, state, number + 1, posted, like, d, own.inputs)
     barrier.leave(state)  # another may have seen a request that came with the stop, and would wait for this one

@@ -7,13 +7,13 @@ With dReLU it is relu(up . x) that multiplies. Weights are neuron-major: row i o
 to neuron i. With `skip_zeros`, a neuron whose activation comes out 0 is left there and its other rows are never read;
 the sum is the same.
 
-Threads: for one token, and for up to 8 over the union of their rows, workers take blocks of rows of gate and up, meet
+Threads: for one token, and for up to 32 over the union of their rows, workers take blocks of rows of gate and up, meet
 at the pool's barrier, take pieces of down, which are a part of its rows and a slice of their columns, meet again, and
 each adds the parts of its columns. Who takes what depends on who is faster: on 16 cores of a shared host fixed shares
 waited 40% longer for the slowest. A slice of all rows for each worker, without parts, took twice as long there: pieces
-of rows of 256 bytes. More than 8 tokens are shared out whole. A value of `hidden` is one worker's, the parts depend on
-which rows have something to add and are added in order: the answer is the same, bit for bit, for any number of workers
-and with or without `skip_zeros`. Beside other tokens, whose rows are in the parts too, it may be rounded otherwise.
+of rows of 256 bytes. More than 32 tokens are shared out whole. A value of `hidden` is one worker's, a row's part is
+that of its number and parts are added in order: the answer is the same, bit for bit, for any number of workers, with or
+without `skip_zeros`, and alone or beside any other tokens.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def _together(  # type: ignore[no-untyped-def]
     gate_and_up(state, workers, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
-    fired[worker], used = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+    fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
     if barrier.wait(state, workers):
-        merge_parts(worker, workers, ffn.like, d, used, sums, offsets, out)
+        merge_parts(worker, workers, ffn.like, d, parts, sums, offsets, out)
 
 
 @kernel
@@ -123,9 +123,9 @@ def _apart(  # type: ignore[no-untyped-def]
         likely = not skip or n < len(places)
         gate_and_up(state, one, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
-        count, used = down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+        count = down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
         fired[worker] += count
-        merge_parts(alone, one, ffn.like, d, used, sums, offsets, out[t : t + 1])
+        merge_parts(alone, one, ffn.like, d, parts, sums, offsets, out[t : t + 1])
 
 
 class SparseFFNScratch:
@@ -137,7 +137,7 @@ class SparseFFNScratch:
         self.places = Each(np.empty(f, np.int32) for _ in range(workers))
         # Flat, so that what a call takes of it is contiguous, and kernels are compiled for one layout.
         self.hidden = np.empty(MAX_BATCH * f, np.float32)
-        self.ones = np.ones(f, np.uint8)
+        self.ones = np.full(f, 2**MAX_BATCH - 1, np.uint32)
         self.fired = np.zeros(workers, np.int64)
         self._owns: dict[int, Each] = {}
         self._sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -205,10 +205,10 @@ def sparse_ffn(
 
 
 def _union(rows: np.ndarray, offsets: np.ndarray, f: int) -> tuple[np.ndarray, np.ndarray]:
-    """All rows of several tokens, rising, and a byte for each whose bit t is set where it is token t's."""
-    masks = np.zeros(f, np.uint8)
+    """All rows of several tokens, rising, and a mask for each whose bit t is set where it is token t's."""
+    masks = np.zeros(f, np.uint32)
     for t in range(len(offsets) - 1):
-        masks[rows[offsets[t] : offsets[t + 1]]] |= np.uint8(1 << t)
+        masks[rows[offsets[t] : offsets[t + 1]]] |= np.uint32(1 << t)
     ids = np.flatnonzero(masks).astype(np.int32)
     return ids, masks[ids]
 

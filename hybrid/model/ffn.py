@@ -31,10 +31,12 @@ from profiler.common.spec import Strategy
 
 @dataclass
 class FFNCounters:
-    """Sums over layers and decode steps since they were reset: neurons, and seconds of wall clock."""
+    """Sums over layers and decode steps since they were reset: neurons, and seconds of wall clock. `union`: of those
+    whose weights were read for some row of a step; the others count each row for itself."""
 
     neurons: int = 0
     computed: int = 0
+    union: int = 0
     fired: int = 0
     fired_hot: int = 0  # of `fired`; counted in decode only
     predictor_seconds: float = 0.0

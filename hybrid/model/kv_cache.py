@@ -142,6 +142,11 @@ class KVCache:
         self._blocks += taken
         return True
 
+    def reserve_or_raise(self, tokens: int) -> None:
+        """`reserve`, or raise `ContextError` where the pool has too few blocks."""
+        if not self.reserve(tokens):
+            raise ContextError(f"{tokens} tokens of a sequence do not fit the KV blocks that are free; end another")
+
     def release(self) -> None:
         """Give all blocks back; the sequence is empty then."""
         self.pool.release(self._blocks)
@@ -153,8 +158,7 @@ class KVCache:
         `length` moves in `advance`, once every layer has appended. Raises `ContextError` when they do not fit.
         """
         end = self.length + keys.shape[0]
-        if not self.reserve(end):
-            raise ContextError(f"{end} tokens of a sequence do not fit the KV blocks that are free; end another")
+        self.reserve_or_raise(end)
         cache = torch.from_numpy(self.data[layer])
         if cache.dtype == torch.float16:
             largest = torch.finfo(torch.float16).max

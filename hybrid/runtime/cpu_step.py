@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.addresses import address_table
-from cpu_kernels.contract import GROUP, activation_word
+from cpu_kernels.contract import GROUP, MAX_BATCH, activation_word
 from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,
@@ -46,7 +46,6 @@ class StepArguments(NamedTuple):
     shape: Shape
     eps: float
     rotation: tuple[np.ndarray, np.ndarray]
-    blocks: np.ndarray
     shared: Shared
     owns: Each
 
@@ -78,65 +77,78 @@ class CpuStep:
             all_heads_normed=int(spec.qk_norm == "all"),
         )
         workers = runtime.pool.threads
-        self._shared = new_shared(self._shape, rank, workers)
+        self._shared = new_shared(self._shape, rank, workers, len(cache.table))
         self._owns = Each(new_own(self._shape, rank) for _ in range(workers))
         self._table = np.array([*(self._layer(n, block) for n, block in enumerate(model.blocks)), self._ends()])
         attention, ffn = model.blocks[0].attention.qkv.matrix, model.ffns[0].up
         matrices = (attention, ffn, model.head.matrix, model.embedding)
         keys, codes = stored_view(cache.data[0, 0, 0, 0, 0]), np.empty((1, GROUP), np.int8)
         self._likes = (*(matrix.like for matrix in matrices), keys, codes)
-        self._logits = torch.from_numpy(self._shared.logits[0])
+        self._logits = torch.from_numpy(self._shared.logits)
         self._rotation = self._angles(cache.capacity)
         self._numbers = new_numbers(self._shape, float(spec.norm_eps), float(spec.embedding_scale))
-        self._shared_table = address_table((self._rotation, cache.table, self._shared))
+        self._shared_table = address_table((self._rotation, self._shared))
         self._own_tables = Each(address_table(own) for own in self._owns)
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
-        """Logits [vocab] f32 after `token`, which joins the KV cache; counts and times go to the runtime's counters.
+        """Logits [vocab] f32 after `token`, which joins the step's own sequence; see `rows`."""
+        return self.rows([Row(self._cache, token)], strategy)[0]
 
-        The logits are a buffer that the next call overwrites.
+    def rows(self, rows: Sequence[Row], strategy: Strategy, first: int = 0) -> torch.Tensor:
+        """Logits [rows - first, vocab] f32 after one more token of each of up to 32 rows, which join their sequences;
+        counts and times go to the runtime's counters. The logits are a buffer that the next call overwrites.
+
+        first: rows before it get no logits.
         """
         self._shared.ticks[:], self._shared.tallies[:] = 0, 0
-        start = perf_counter()
-        self._run(self._table, self._shape._replace(strategy=_STRATEGIES[strategy]), token, self._cache.length)
-        self._model.capped(self._logits)
-        self._count(perf_counter() - start, strategy)
-        self._cache.advance(1)
-        return self._logits
+        self.place(rows)
+        start, count = perf_counter(), len(rows)
+        self._run(self._table, self._shape._replace(strategy=_STRATEGIES[strategy]), count, first)
+        logits = self._model.capped(self._logits[: count - first])
+        self._count(perf_counter() - start, strategy, count)
+        for cache, _ in rows:
+            cache.advance(1)
+        return logits
 
-    def rows(self, rows: Sequence[Row], strategy: Strategy) -> torch.Tensor:
-        """Logits [rows, vocab] f32 after one more token of each row, all in one step; a buffer as that of `run`."""
-        own, table, found = self._cache, self._cache.table.copy(), []
-        for cache, token in rows:
-            self._cache = cache
-            own.table[:] = cache.table
-            found.append(self.run(token, strategy).clone())
-        self._cache = own
-        own.table[:] = table
-        return torch.stack(found)
+    def place(self, rows: Sequence[Row]) -> None:
+        """Write the rows' tokens, positions and block tables where compiled code reads them.
+
+        Raises `ValueError` for none or more than 32 rows, `ContextError` for one that its sequence has no block for.
+        """
+        if not 1 <= len(rows) <= MAX_BATCH:
+            raise ValueError(f"a step takes 1 to {MAX_BATCH} rows, got {len(rows)}")
+        shared, ends = self._shared, dict[int, int]()
+        for number, (cache, token) in enumerate(rows):
+            position = ends.get(id(cache), cache.length)
+            ends[id(cache)] = position + 1
+            if cache.missing(position + 1):
+                cache.reserve_or_raise(position + 1)
+            shared.tokens[number], shared.positions[number] = token, position
+            used = position // cache.block_size + 1
+            shared.tables[number, :used] = cache.table[:used]
 
     def load_kernels(self) -> None:
         """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""
-        self._run(self._table[-1:], self._shape._replace(vocab=0), 0, 0)
+        self._shared.tokens[0] = self._shared.positions[0] = 0
+        self._run(self._table[-1:], self._shape._replace(vocab=0), 1)
 
     def arguments(self, strategy: Strategy) -> StepArguments:
         """What compiled code needs of the model."""
         shape, eps = self._shape._replace(strategy=_STRATEGIES[strategy]), float(self._model.spec.norm_eps)
-        return StepArguments(
-            self._likes, self._table, shape, eps, self._rotation, self._cache.table, self._shared, self._owns
-        )
+        return StepArguments(self._likes, self._table, shape, eps, self._rotation, self._shared, self._owns)
 
-    def _run(self, table: np.ndarray, shape: Shape, token: int, position: int) -> None:
+    def _run(self, table: np.ndarray, shape: Shape, rows: int, first: int = 0) -> None:
         pool, numbers = self._runtime.pool, self._numbers
-        numbers[: len(shape)], numbers[Number.TOKEN], numbers[Number.POSITION] = shape, token, position
+        numbers[: len(shape)], numbers[Number.ROWS], numbers[Number.FIRST] = shape, rows, first
         buffers = self._shared_table, self._own_tables
         pool.run(decode_step, pool.threads, pool.barrier, self._likes[:5], table, numbers, *buffers)
 
-    def _count(self, seconds: float, strategy: Strategy) -> None:
+    def _count(self, seconds: float, strategy: Strategy, rows: int) -> None:
         counters, spec = self._runtime.counters, self._model.spec
         tallies, ticks = self._shared.tallies.tolist(), self._shared.ticks.tolist()
         hot, cold = tallies[Count.FIRED_HOT], tallies[Count.FIRED_COLD]
-        counters.neurons += spec.n_layers * spec.d_ff
+        counters.neurons += rows * spec.n_layers * spec.d_ff
+        counters.union += tallies[Count.UNION]
         counters.computed += hot + cold if strategy == "exact" else tallies[Count.COMPUTED]
         counters.fired += hot + cold
         counters.fired_hot += hot

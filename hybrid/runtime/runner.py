@@ -73,18 +73,19 @@ class CpuRunner:
         self._step = CpuStep(model, cache, runtime)
         self._expect_scattered_reads = expect_scattered_reads
         self._owner = os.getpid()
+        # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
+        self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
+        self._turns_with_length = any(rope.follows_length for rope in model.ropes)
 
     def load_kernels(self) -> None:
         self._step.load_kernels()
         self._model.load_kernels()
 
     def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        if len(tokens) == 1:
-            return self._run([Row(cache or self._cache, tokens[0])], "dense")[0]
-        return self._logits(tokens, length, cache, -1)[0]
+        return self._logits(tokens, length, cache or self._cache, len(tokens) - 1)[0]
 
     def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        return self._logits(tokens, length, cache, 0)
+        return self._logits(tokens, length, cache or self._cache, 0)
 
     def decode(self, rows: Sequence[Row]) -> torch.Tensor:
         return self._run(rows, self._runtime.strategy)
@@ -99,16 +100,18 @@ class CpuRunner:
         """Its threads sleep between tokens."""
 
     @torch_threads(1)  # what is left to torch for one token is too small to share out (8 ms on busy cores for a wait)
-    def _run(self, rows: Sequence[Row], strategy: Strategy) -> torch.Tensor:
-        return self._step.rows(rows, strategy)
+    def _run(self, rows: Sequence[Row], strategy: Strategy, first: int = 0) -> torch.Tensor:
+        return self._step.rows(rows, strategy, first)
 
-    def _logits(self, tokens: Sequence[int], length: int | None, cache: KVCache | None, first: int) -> torch.Tensor:
-        """Logits after the tokens from `first` on."""
+    def _logits(self, tokens: Sequence[int], length: int | None, cache: KVCache, first: int) -> torch.Tensor:
+        """Logits after the tokens from `first` on. A few go through the step, for which no weights are widened, but
+        where a rotation depends on how long the text is."""
+        if len(tokens) == 1 or (len(tokens) <= self.most_rows and not self._turns_with_length):
+            return self._run([Row(cache, token) for token in tokens], self._reading, first)
         self._runtime.as_decode = False
-        if len(tokens) > self._runtime.few:
-            self._expect_scattered_reads(False)
+        self._expect_scattered_reads(False)
         # A child of fork waits for ever for torch's threads, which stayed with its parent.
         with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
-            hidden = self._model(torch.tensor(tokens), cache or self._cache, length)
+            hidden = self._model(torch.tensor(tokens), cache, length)
             self._expect_scattered_reads(self._runtime.strategy != "dense")
             return self._model.logits(hidden[first:])

@@ -17,7 +17,7 @@ import torch
 
 from cpu_kernels.contract import Flag, Op, activation_word
 from cpu_kernels.decode_buffers import LEARNED, Column, Shape, new_own, new_shared
-from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
+from cpu_kernels.mailbox import Box, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
 from gpu_kernels.box import REPORT_WORDS, Mailbox, State
 from gpu_kernels.mailbox import ask, post, receive, send
@@ -153,10 +153,9 @@ class Handoff:
         shape = Shape(d, f, **sizes, activation=activation_word("relu"), strategy=LEARNED)
         workers, like = self._pool.threads, np.empty((1, 128), np.uint16)
         likes = (like, like, like, like, np.empty(1, np.int16), np.empty((1, 128), np.int8))
-        rotation, blocks = (np.empty((1, 0), np.float32), np.empty((1, 0), np.float32)), np.zeros(1, np.int32)
-        shared, owns = new_shared(shape, 0, workers), Each(new_own(shape, 0) for _ in range(workers))
-        batch, batch_owns = new_batch_shared(shape), Each(new_batch_own(shape) for _ in range(workers))
-        given = (self._box, likes, self._table(), shape, _EPS, rotation, blocks, shared, owns, batch, batch_owns)
+        rotation = np.empty((1, 0), np.float32), np.empty((1, 0), np.float32)
+        shared, owns = new_shared(shape, 0, workers, 1), Each(new_own(shape, 0) for _ in range(workers))
+        given = (self._box, likes, self._table(), shape, _EPS, rotation, shared, owns)
         try:
             self._pool.run(serve, workers, self._pool.barrier, *given)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the thread that measures

@@ -12,10 +12,10 @@ from step_cases import CAPACITY, relative_error, some_tokens, tiny_model
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate_ref
 from cpu_kernels.contract import MAX_BATCH, Flag, Op, Word
-from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
+from cpu_kernels.mailbox import Box, serve, stop
 from cpu_kernels.worker_pool import Each, WorkerPool
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.model.transformer import OPT_POSITION_OFFSET
 from hybrid.runtime.cpu_step import CpuStep
@@ -23,6 +23,7 @@ from placement.placement import Placement
 
 pytest.importorskip("transformers")
 GATED, BIASED, UNGATED = "llama-relu", "llama-tied-mha-bias", "opt"
+EVERYONE = 2**MAX_BATCH - 1  # as a mask
 PATIENCE = 300.0  # seconds until a test gives up, more than it takes to compile the workers
 
 
@@ -47,19 +48,19 @@ class Machine:
         placement.hot[:] = hot
         runtime = FFNRuntime("exact", WorkerPool(threads), spec.d_model, spec.d_ff)
         self.model, self.pool, self.spec = opened.build(runtime, placement, None), runtime.pool, spec
-        self.step = CpuStep(self.model, KVCache(spec, CAPACITY), runtime)
+        self.cache = KVCache(spec, CAPACITY)
+        self.step = CpuStep(self.model, self.cache, runtime)
         d, f = spec.d_model, spec.d_ff
         self.box = Box(
             request=np.zeros(16, np.int64),
             flags=np.zeros(64, np.int64),
             x=np.zeros((MAX_BATCH, d), np.float32),
             ids=np.zeros(f, np.int32),
-            masks=np.full(f, 255, np.uint8),
+            masks=np.full(f, EVERYONE, np.uint32),
             out=np.full((MAX_BATCH, d), np.nan, np.float32),
         )
         given = self.step.arguments(strategy)
-        batch, owns = new_batch_shared(given.shape), Each(new_batch_own(given.shape) for _ in range(threads))
-        self.given, self.error = (self.box, *given, batch, owns), None
+        self.given, self.error = (self.box, *given), None
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
@@ -98,6 +99,10 @@ class Machine:
             box.ids[: len(ids)] = ids
         if masks is not None:
             box.masks[: len(masks)] = masks
+        if op == Op.LAYER:
+            self.cache.truncate(position)
+            self.cache.advance(position - self.cache.length)
+            self.step.place([Row(self.cache, 0)] * len(x))
         box.request[Word.OP :][:5] = op, layer, -1 if ids is None else len(ids), len(x), position
         box.request[Word.NUMBER] += 1
 
@@ -153,13 +158,13 @@ def check_ffn(machine, layer, x, ids, masks, dtype="f32", asked=True):
 def test_ffn_of_neurons_that_are_listed_and_of_all_cold_ones(models, name, dtype, strategy):
     with Machine(tiny_model(name, models, dtype), hot=9, strategy=strategy) as machine:
         d, f = machine.spec.d_model, machine.spec.d_ff
-        cold, ones = np.arange(9, f), np.full(f, 255, np.uint8)
+        cold, ones = np.arange(9, f), np.full(f, EVERYONE, np.uint32)
         rng = np.random.default_rng(1)
-        for tokens in (1, 2, 8):
+        for tokens in (1, 2, 8, 32):
             x = random_x(tokens, d)
             check_ffn(machine, 1, x, cold, ones[9:], dtype, asked=False)
             some = np.sort(rng.choice(cold, 31, replace=False))
-            masks = rng.integers(1, 2**tokens, 31).astype(np.uint8)
+            masks = rng.integers(1, 2**tokens, 31).astype(np.uint32)
             check_ffn(machine, 0, x, some, masks, dtype)
             check_ffn(machine, 0, x, cold[-1:], masks[:1], dtype)
         check_ffn(machine, 0, random_x(1, d, 5), cold[3:9], ones[:6], dtype)
@@ -170,9 +175,9 @@ def test_one_token_needs_no_masks(models):
     """A batch before it left some, with the bit of the first token unset."""
     with Machine(tiny_model(GATED, models)) as machine:
         ids, x = np.arange(5, 40), random_x(2, machine.spec.d_model)
-        machine.ask(Op.FFN, 0, x, ids=ids, masks=np.full(35, 2, np.uint8))
+        machine.ask(Op.FFN, 0, x, ids=ids, masks=np.full(35, 2, np.uint32))
         found = machine.ask(Op.FFN, 0, x[:1], ids=ids)
-        truth, scale = expected(machine.model.ffns[0], x[:1], ids, np.full(35, 1, np.uint8))
+        truth, scale = expected(machine.model.ffns[0], x[:1], ids, np.full(35, 1, np.uint32))
         assert (np.abs(found - truth) <= 1e-6 * scale).all()
 
 
@@ -187,7 +192,7 @@ def test_an_input_that_comes_ahead_of_its_request(models):
             machine.box.request[Word.POSTED] = number
             time.sleep(0.01)
             assert (machine.ask(Op.FFN, 0, ahead, ids=ids) == alone[number]).all()
-            machine.ask(Op.FFN, 0, xs[:2], ids=ids, masks=np.full(35, 3, np.uint8))
+            machine.ask(Op.FFN, 0, xs[:2], ids=ids, masks=np.full(35, 3, np.uint32))
             machine.ask(Op.LAYER, 1, xs[4:5])
             machine.ask(Op.HEAD, machine.spec.n_layers, xs[5:6])
 
@@ -210,14 +215,14 @@ def test_whole_layers_and_the_head_are_the_decode_step(models, name):
                 x = machine.ask(Op.LAYER, layer, x, position=at)
             machine.ask(Op.HEAD, machine.spec.n_layers, x)
             at += count
-            logits = torch.from_numpy(machine.step.arguments("exact").shared.logits[0])
-            assert (logits == truth[at - 1]).all(), f"error {relative_error(logits, truth[at - 1])}"
+            logits = torch.from_numpy(machine.step.arguments("exact").shared.logits[:count])
+            assert (logits == truth[at - count : at]).all(), f"error {relative_error(logits, truth[at - count : at])}"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "int8"])
 def test_same_bits_for_any_number_of_workers(models, dtype):
     found, ids = [], np.arange(3, 77, 2)
-    masks = (ids % 255 + 1).astype(np.uint8)
+    masks = (ids % 255 + 1).astype(np.uint32)
     for threads in THREADS:
         with Machine(tiny_model(GATED, models, dtype), threads) as machine:
             x = random_x(8, machine.spec.d_model)

@@ -135,8 +135,8 @@ def test_skipping_zeros_changes_no_bit(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_in_several_parts_match_the_reference(dtype, monkeypatch):
-    """Up to 8 parts of down, half of whose rows add nothing, and fewer parts for few rows: the same bits for any number
-    of workers, and whether those that add nothing are skipped."""
+    """8 parts of down, half of whose rows add nothing, some without any: the same bits for any number of workers, and
+    whether those that add nothing are skipped."""
     monkeypatch.setattr("cpu_kernels.worker_pool.BYTES_PER_WORKER", 1)
     view, x = make(9000, 65, dtype), random_input(3, 65)
     for tokens, step in ((1, 1), (1, 7), (1, 60), (1, 200), (3, 7)):
@@ -149,6 +149,15 @@ def test_rows_in_several_parts_match_the_reference(dtype, monkeypatch):
         for threads in THREADS:
             for skip in (True, False):
                 assert (run(view, x[:tokens], rows, offsets, threads, skip)[0] == ours).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_other_tokens_rows_in_the_parts_change_no_bit(dtype):
+    view, x = make(9000, 65, dtype), random_input(4, 65)
+    own = [np.arange(first, 9000, step, dtype=np.int32) for first, step in ((0, 7), (3, 5), (1, 900), (8999, 1))]
+    alone = [run(view, x[t : t + 1], rows, np.array([0, len(rows)]))[0] for t, rows in enumerate(own)]
+    offsets = np.cumsum([0, *(len(rows) for rows in own)])
+    assert (run(view, x, np.concatenate(own), offsets)[0] == np.concatenate(alone)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -274,13 +274,13 @@ def test_what_cannot_be_loaded_says_why(folder, tmp_path):
 
 @pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(temperature=1, max_new_tokens=3)])
 def test_torch_has_one_thread_in_decode_and_the_callers_number_between_tokens(engine, settings, monkeypatch):
-    inside, run = [], engine.runner._step.run
+    inside, step = [], engine.runner._step.rows
 
-    def note(token, strategy):
+    def note(*given):
         inside.append(torch.get_num_threads())
-        return run(token, strategy)
+        return step(*given)
 
-    monkeypatch.setattr(engine.runner._step, "run", note)
+    monkeypatch.setattr(engine.runner._step, "rows", note)
     with torch_threads(3):
         for prompt_tokens in (1, 40):
             for _ in engine.generate([5] * prompt_tokens, settings):

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from cpu_kernels.contract import Flag
-from cpu_kernels.mailbox import Box, new_batch_own, new_batch_shared, serve, stop
-from cpu_kernels.worker_pool import Each, WorkerPool
+from cpu_kernels.mailbox import Box, serve, stop
+from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels.box import REPORT_WORDS, Mailbox, State, Tally
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
@@ -68,8 +68,6 @@ class ColdWorkers:
         self.mailbox = Mailbox.new(shape.d, shape.f, self.report, pinned)
         m = self.mailbox
         self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
-        self._batch = new_batch_shared(shape)
-        self._batch_owns = Each(new_batch_own(shape) for _ in range(pool.threads))
         self._service: _Service | None = None
         weakref.finalize(self, stop, self._box)  # also at exit: polling threads must not outlive the memory
         self._sent = [0] * len(Tally)
@@ -131,7 +129,7 @@ class ColdWorkers:
         if not service.claim("serve"):
             return
         try:
-            given = (self._box, *self._step.arguments(service.strategy), self._batch, self._batch_owns)
+            given = (self._box, *self._step.arguments(service.strategy))
             self._pool.run(serve, self._pool.threads, self._pool.barrier, *given)
         except BaseException as error:  # noqa: BLE001 - raised by `check`, in the thread that asked
             service.error = error
