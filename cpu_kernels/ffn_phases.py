@@ -16,13 +16,14 @@ from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import BLOCK
 from cpu_kernels.lanes import fetch, one_input
 from cpu_kernels.row_dot import dot_four
-from cpu_kernels.row_sum import column_bytes, finish, four_rows, new_steps, sum_rows
+from cpu_kernels.row_sum import Few, column_bytes, finish, four_rows, new_few, new_steps, sum_rows
 from cpu_kernels.row_types import columns_unit
 
 LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
 MAX_PARTS = 8  # in which the rows of down are summed, a power of two
 # Neighbours that go to one part: hot neurons, which lie first, are shared out evenly, and are still read side by side.
 _RUN_BITS = 4
+_MOST_SHARED = 64  # rows that several tokens go through one after another, so that they are in L2 from the second on
 
 
 class FFNWeights(NamedTuple):
@@ -40,24 +41,15 @@ class FFNWeights(NamedTuple):
 
 
 # What a worker needs alone for `down_parts`: each part's first place and the place after its last int64, picked int32
-# and scales f32 [t] of those places, of which each part has one to spare; steps.
-DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# and scales f32 [t] of those places, of which each part has one to spare; steps; one token's own among some rows.
+DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Few]
 
 
 def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
     """One worker's scratch for `tokens` tokens."""
     places = f + MAX_PARTS
     ends, picked = np.zeros(2 * MAX_PARTS, np.int64), np.zeros(places, np.int32)
-    return ends, picked, np.zeros((tokens, places), np.float32), new_steps(d)
-
-
-@subroutine(forceinline=True)
-def _wanted(masks, k, stop, t):  # type: ignore[no-untyped-def]
-    """Whether any of the next four rows is token t's."""
-    any_bit = 0
-    for i in range(k, min(k + 4, stop)):
-        any_bit |= masks[i]
-    return (any_bit >> t) & 1 != 0
+    return ends, picked, np.zeros((tokens, places), np.float32), new_steps(d), new_few()
 
 
 @subroutine(forceinline=True)
@@ -75,46 +67,85 @@ def gate_and_up(  # type: ignore[no-untyped-def]
     state, workers, ffn, ids, n, masks, inputs, word, skip, likely, given, hidden, places, picked
 ):  # fmt: skip
     """hidden[t, k] = act(gate . x) * up . x (of dReLU * relu(up . x)) of row ids[k] < n where it is token t's, 0 where
-    not; for the pieces of k that this worker takes. Rows whose activation is 0 for every token end there if `skip`.
+    not; for the pieces of k that this worker takes. With `skip`, rows whose activation is 0 end there.
 
-    likely: whether most of these rows fire, so that their rows of up are fetched with those of gate: of predicted ones
-    most do, of all neurons few. given: hidden has the activations already. places, picked: this worker's own scratch,
-    int32 [f].
+    masks: bit t where a row is token t's, of one token not looked at. likely: whether most of these rows fire, so that
+    their rows of up are fetched with those of gate: of predicted ones most do, of all neurons few. given: hidden has
+    the activations already. places, picked: this worker's own scratch, int32 [f].
     """
-    count = np.int64(0)  # a literal 0 would have every callee compiled for itself
+    if hidden.shape[0] > 1:
+        _of_several(state, workers, ffn, ids, n, masks, inputs, word, skip, given, hidden, places, picked)
+        return
+    count, v = np.int64(0), one_input(inputs, 0)  # a literal 0 would have every callee compiled for itself
     start, stop = _rows_of_piece(barrier.take(state), n, workers)
     while start < n:
         following = _rows_of_piece(barrier.take(state), n, workers)
         if not given:
-            _first_rows(ffn, ids, start, stop, following[0], n, likely, masks, inputs, word, hidden)
+            _first_rows(ffn, ids, start, stop, following[0], n, likely, v, word, hidden[0])
         live = stop - start
         if skip:
             live = 0
             for k in range(start, stop):
                 places[count + live], picked[count + live] = k, ids[k]
-                live += _fires(hidden, k)
+                live += hidden[0, k] != 0
         if ffn.gate:
             if live == stop - start:
                 ahead = four_rows(ffn.gate, ffn.width, ids, min(following[0], n - 1), n)
-                _up_rows(ffn, ids, start, stop, ahead, inputs, word, hidden)
+                _up_rows(ffn, ids, start, stop, ahead, v, word, hidden[0])
             else:
                 count += live
         start, stop = following
     if ffn.gate:
-        _second_rows(ffn, count, inputs, word, hidden, places, picked)
+        _second_rows(ffn, count, v, word, hidden[0], places, picked)
+
+
+@subroutine
+def _of_several(  # type: ignore[no-untyped-def]
+    state, workers, ffn, ids, n, masks, inputs, word, skip, given, hidden, places, picked
+):  # fmt: skip
+    """`gate_and_up` of several tokens: of each piece of the rows, one token's own after another's."""
+    size = max(4, min(_MOST_SHARED, n // (8 * workers) & -4))
+    start = barrier.take(state) * size
+    while start < n:
+        stop = min(start + size, n)
+        for t in range(hidden.shape[0]):
+            own, v, count = hidden[t], one_input(inputs, t), np.int64(0)
+            for k in range(start, stop):
+                places[count], picked[count] = k, ids[k]
+                if given:
+                    count += not skip or own[k] != 0
+                else:
+                    count += (masks[k] >> np.uint32(t)) & np.uint32(1)
+                    own[k] = 0
+            if not given:
+                count = _activations(ffn, count, v, word, skip, own, places, picked)
+            if ffn.gate:
+                _second_rows(ffn, count, v, word, own, places, picked)
+        start = barrier.take(state) * size
+
+
+@subroutine
+def _activations(ffn, count, v, word, skip, hidden, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[places[i]] = the activation of row picked[i] for i < count, of which those stay listed that fire, or all
+    without `skip`; returns their number."""
+    weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
+    coming = ffn.up if ffn.gate else weight
+    live = np.int64(0)
+    for k in range(0, count, 4):
+        rows, ahead = four_rows(weight, ffn.width, picked, k, count), four_rows(coming, ffn.width, picked, k, count)
+        sums = dot_four(ffn.like, rows, ahead, v, ffn.d)
+        for i in range(min(4, count - k)):
+            z, place, neuron = sums[i], places[k + i], picked[k + i]
+            if bias.shape[0]:
+                z += bias[neuron]
+            hidden[place] = activate(word, z)
+            places[live], picked[live] = place, neuron
+            live += not skip or hidden[place] != 0
+    return live
 
 
 @subroutine(forceinline=True)
-def _fires(hidden, k):  # type: ignore[no-untyped-def]
-    """Whether neuron k's activation is not 0 for some token."""
-    for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
-        if hidden[t, k] != 0:
-            return True
-    return False
-
-
-@subroutine(forceinline=True)
-def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, word, hidden):  # type: ignore[no-untyped-def]
+def _first_rows(ffn, ids, start, stop, following, n, likely, v, word, hidden):  # type: ignore[no-untyped-def]
     """The activations of rows ids[start:stop], at most four, while those that come next are fetched: their up, where
     there is one and they are likely to fire, or else first rows from ids[following] on."""
     weight, bias = (ffn.gate, ffn.gate_bias) if ffn.gate else (ffn.up, ffn.up_bias)
@@ -123,45 +154,38 @@ def _first_rows(ffn, ids, start, stop, following, n, likely, masks, inputs, word
         ahead = four_rows(ffn.up, ffn.width, ids, start, stop)
     else:
         ahead = four_rows(weight, ffn.width, ids, min(following, n - 1), n)
-    for t in range(hidden.shape[0]):
-        if not _wanted(masks, start, stop, t):
-            hidden[t, start:stop] = 0
-            continue
-        sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
-        for i in range(stop - start):
-            z = sums[i]
-            if bias.shape[0]:
-                z += bias[ids[start + i]]
-            mine = (masks[start + i] >> t) & 1 != 0
-            hidden[t, start + i] = activate(word, z) if mine else np.float32(0)
+    sums = dot_four(ffn.like, rows, ahead, v, ffn.d)
+    for i in range(stop - start):
+        z = sums[i]
+        if bias.shape[0]:
+            z += bias[ids[start + i]]
+        hidden[start + i] = activate(word, z)
 
 
 @subroutine(forceinline=True)
-def _up_rows(ffn, ids, start, stop, ahead, inputs, word, hidden):  # type: ignore[no-untyped-def]
-    """hidden[:, start:stop] *= what up . x gives of rows ids[start:stop], at most four."""
+def _up_rows(ffn, ids, start, stop, ahead, v, word, hidden):  # type: ignore[no-untyped-def]
+    """hidden[start:stop] *= what up . x gives of rows ids[start:stop], at most four."""
     rows = four_rows(ffn.up, ffn.width, ids, start, stop)
-    for t in range(hidden.shape[0]):
-        sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
-        for i in range(stop - start):
-            u = sums[i]
-            if ffn.up_bias.shape[0]:
-                u += ffn.up_bias[ids[start + i]]
-            hidden[t, start + i] *= activate_up(word, u)
+    sums = dot_four(ffn.like, rows, ahead, v, ffn.d)
+    for i in range(stop - start):
+        u = sums[i]
+        if ffn.up_bias.shape[0]:
+            u += ffn.up_bias[ids[start + i]]
+        hidden[start + i] *= activate_up(word, u)
 
 
 @subroutine(forceinline=True)
-def _second_rows(ffn, count, inputs, word, hidden, places, picked):  # type: ignore[no-untyped-def]
-    """hidden[:, places[i]] *= what up . x gives of row picked[i], for i < count."""
+def _second_rows(ffn, count, v, word, hidden, places, picked):  # type: ignore[no-untyped-def]
+    """hidden[places[i]] *= what up . x gives of row picked[i], for i < count."""
     for k in range(0, count, 4):
         rows = four_rows(ffn.up, ffn.width, picked, k, count)
         ahead = four_rows(ffn.up, ffn.width, picked, k + 4, count)
-        for t in range(hidden.shape[0]):
-            sums = dot_four(ffn.like, rows, ahead, one_input(inputs, t), ffn.d)
-            for i in range(min(4, count - k)):
-                u = sums[i]
-                if ffn.up_bias.shape[0]:
-                    u += ffn.up_bias[picked[k + i]]
-                hidden[t, places[k + i]] *= activate_up(word, u)
+        sums = dot_four(ffn.like, rows, ahead, v, ffn.d)
+        for i in range(min(4, count - k)):
+            u = sums[i]
+            if ffn.up_bias.shape[0]:
+                u += ffn.up_bias[picked[k + i]]
+            hidden[places[k + i]] *= activate_up(word, u)
 
 
 @kernel
@@ -171,6 +195,15 @@ def sum_parts(f):  # type: ignore[no-untyped-def]
     while 2 * parts <= min(MAX_PARTS, f // 1024):
         parts *= 2
     return parts
+
+
+@subroutine(forceinline=True)
+def _fires(hidden, k):  # type: ignore[no-untyped-def]
+    """Whether neuron k's activation is not 0 for some token."""
+    for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
+        if hidden[t, k] != 0:
+            return True
+    return False
 
 
 @subroutine(forceinline=True)
@@ -227,7 +260,7 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
     every worker some.
     own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
     """
-    ends, picked, scales, steps = own
+    ends, picked, scales, steps, few = own
     tokens, like = hidden.shape[0], ffn.like
     scales = scales[:tokens]
     fired = _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales)
@@ -248,7 +281,7 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
         rows = slice(part * tokens, (part + 1) * tokens)
         sum_rows(
             like, ffn.down, ffn.width, picked, scales, ends[part], ends[MAX_PARTS + part], ahead, ffn.d, first, last,
-            sums[rows], offsets[rows], steps,
+            sums[rows], offsets[rows], steps, few,
         )  # fmt: skip
         piece = after
     return fired

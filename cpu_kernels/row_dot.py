@@ -14,8 +14,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from cpu_kernels.float_rows import STEP
-from cpu_kernels.lanes import Code, Input, round_input, weight_at
+from cpu_kernels.float_rows import STEP, FloatRows
+from cpu_kernels.lanes import I64, Code, Input, round_input, weight_at
 from cpu_kernels.row_type import FourRows
 from cpu_kernels.row_types import INT8, type_like
 
@@ -107,3 +107,56 @@ def dot_four(like, rows, ahead, v, n):  # type: ignore[no-untyped-def]
     Meanwhile the rows at the addresses `ahead` are fetched into L2; they may lie anywhere, as a fetch never faults.
     """
     return _tails(like, rows, v, n, _dot_rows(like, rows, ahead, v, n))
+
+
+TOKENS = 4  # whose products are taken together
+
+
+@intrinsic
+def _dot_tokens(typing_context: Any, like: Any, rows: Any, ahead: Any, inputs: Any, t: Any, n: Any) -> Any:
+    """Rows of floats, but for their last elements, times the inputs of tokens t to t + 3: f32 x 16, token by token."""
+    kind = type_like(like)
+    if not isinstance(kind, FloatRows) or not is_input(inputs):
+        return None
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code = Code(context, builder)
+        addresses, coming = ([builder.extract_value(args[at], number) for number in range(4)] for at in (1, 2))
+        x = context.make_array(inputs[0])(context, builder, builder.extract_value(args[3], 0))
+        width, _ = cgutils.unpack_tuple(builder, x.strides)
+        first = builder.add(builder.ptrtoint(x.data, I64), builder.mul(args[4], width))
+        tokens = [builder.add(first, builder.mul(width, I64(number))) for number in range(TOKENS)]
+        found = kind.dot_tokens(code, FourRows(addresses, coming), tokens, args[5])
+        return cgutils.pack_array(builder, [value for token in found for value in token])
+
+    signature = types.UniTuple(types.float32, 4 * TOKENS)(like, _FOUR, _FOUR, inputs, types.int64, types.int64)
+    return signature, generate
+
+
+def put_products_of_tokens(
+    like: np.ndarray, rows: Rows, ahead: Rows, inputs: Input, n: int, at: Rows, out: np.ndarray
+) -> int:
+    """out[t, at[k]] = row k of `dot_four` for as many tokens t as can be taken together, from the first on; returns how
+    many those are, 0 for rows in blocks; a kernel's helper."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(put_products_of_tokens, strict=False)
+def _of_tokens(like: Any, rows: Any, ahead: Any, inputs: Any, n: Any, at: Any, out: Any) -> Any:
+    """Widening floats costs as much as their products; codes of blocks take little of theirs, and go token by token."""
+    if not isinstance(type_like(like), FloatRows):
+        return lambda like, rows, ahead, inputs, n, at, out: 0
+    size = type_like(like).array.itemsize
+
+    def together(like, rows, ahead, inputs, n, at, out):  # type: ignore[no-untyped-def]
+        count = out.shape[0] & -TOKENS
+        for t in range(0, count, TOKENS):
+            sums = _dot_tokens(like, rows, ahead, inputs, t, n)
+            for k in range(4 * TOKENS):
+                row, x, total = rows[k % 4], inputs[0][t + k // 4], sums[k]
+                for j in range(n & -STEP, n):
+                    total += weight_at(like, row + j * size) * x[j]
+                out[t + k // 4, at[k % 4]] = total
+        return count
+
+    return together
