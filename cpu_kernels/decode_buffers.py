@@ -166,7 +166,7 @@ def new_own(shape: Shape, rank: int) -> Own:
         masks=np.zeros(shape.f + 1, np.uint32),
         hidden=np.zeros(shape.f, np.float32),
         places=np.zeros(shape.f, np.int32),
-        down=new_down_scratch(shape.d, shape.f, MAX_BATCH),
+        down=new_down_scratch(shape.d, shape.f),
     )
 
 

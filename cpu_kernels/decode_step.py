@@ -40,16 +40,17 @@ from cpu_kernels.row_sum import finish, sum_rows
 def _add_embedding(like, table, row, scale, x, shape, shared, own):  # type: ignore[no-untyped-def]
     """x += scale times one row of an embedding matrix."""
     d, first, one = shape.d, np.int64(0), np.int64(1)
-    _, picked, scales, steps, few = own.down
-    picked[0], scales[0, 0] = row, scale
-    sums, offsets = shared.sums[:1], shared.offsets[:1]
+    _, picked, scales, steps = own.down
+    picked[0], scales[0] = row, scale
+    sums, offsets = shared.sums[0], shared.offsets[0]
+    sums[:] = 0
+    offsets[:] = 0
     none = table, table, table, table
-    padded = sums.shape[1]
+    padded = sums.shape[0]
     sum_rows(
-        like, table, row_bytes(like, d), picked, scales[:1], first, one, none, d, first, padded, sums, offsets, steps,
-        few,
+        like, table, row_bytes(like, d), picked, scales, first, one, none, d, first, padded, sums, offsets, steps
     )  # fmt: skip
-    finish(like, sums[0], offsets[0], d, first, padded, x)
+    finish(like, sums, offsets, d, first, padded, x)
 
 
 @subroutine

@@ -16,14 +16,14 @@ from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import BLOCK
 from cpu_kernels.lanes import fetch, one_input
 from cpu_kernels.row_dot import dot_four
-from cpu_kernels.row_sum import Few, column_bytes, finish, four_rows, new_few, new_steps, sum_rows
+from cpu_kernels.row_sum import column_bytes, finish, four_rows, new_steps, sum_rows
 from cpu_kernels.row_types import columns_unit
 
 LAST_ROWS = 4  # of gate and up, for each worker, that are taken one by one
 MAX_PARTS = 8  # in which the rows of down are summed, a power of two
 # Neighbours that go to one part: hot neurons, which lie first, are shared out evenly, and are still read side by side.
 _RUN_BITS = 4
-_MOST_SHARED = 64  # rows that several tokens go through one after another, so that they are in L2 from the second on
+_MOST_SHARED = 128  # rows that several tokens go through one after another, so that they are in L2 from the second on
 
 
 class FFNWeights(NamedTuple):
@@ -40,16 +40,15 @@ class FFNWeights(NamedTuple):
     up_bias: np.ndarray
 
 
-# What a worker needs alone for `down_parts`: each part's first place and the place after its last int64, picked int32
-# and scales f32 [t] of those places, of which each part has one to spare; steps; one token's own among some rows.
-DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Few]
+# What a worker needs alone for `down_parts`: each part's first place and the place after its last int64; picked int32
+# and scales f32 of those places, of which each part has one to spare, then of a token's own among some rows; steps.
+DownScratch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def new_down_scratch(d: int, f: int, tokens: int) -> DownScratch:
-    """One worker's scratch for `tokens` tokens."""
-    places = f + MAX_PARTS
-    ends, picked = np.zeros(2 * MAX_PARTS, np.int64), np.zeros(places, np.int32)
-    return ends, picked, np.zeros((tokens, places), np.float32), new_steps(d), new_few()
+def new_down_scratch(d: int, f: int) -> DownScratch:
+    """One worker's scratch."""
+    places = f + MAX_PARTS + _MOST_SHARED
+    return np.zeros(2 * MAX_PARTS, np.int64), np.zeros(places, np.int32), np.zeros(places, np.float32), new_steps(d)
 
 
 @subroutine(forceinline=True)
@@ -198,31 +197,24 @@ def sum_parts(f):  # type: ignore[no-untyped-def]
 
 
 @subroutine(forceinline=True)
-def _fires(hidden, k):  # type: ignore[no-untyped-def]
-    """Whether neuron k's activation is not 0 for some token."""
-    for t in range(hidden.shape[0]):  # noqa: SIM110 - a generator does not compile
-        if hidden[t, k] != 0:
-            return True
-    return False
-
-
-@subroutine(forceinline=True)
 def _part_of(neuron, parts):  # type: ignore[no-untyped-def]
     return (neuron >> _RUN_BITS) & (parts - 1)
 
 
 @subroutine
 def _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales):  # type: ignore[no-untyped-def]
-    """Rows that are not skipped, part after part: ids to `picked`, their hidden to `scales`, each part's first place to
-    ends[:parts] and the place after its last to ends[MAX_PARTS:]; returns how many values of hidden are not 0.
+    """Rows part after part, each part's first place to ends[:parts] and the place after its last to ends[MAX_PARTS:].
 
-    Without branches, which would often be foreseen wrongly: a row that is skipped is overwritten by the next.
+    Of one token those that are not skipped, ids to `picked` and their hidden to `scales`; without branches, which would
+    often be foreseen wrongly: a row that is skipped is overwritten by the next. Of several tokens all, their k to
+    `picked`.
     """
-    tokens, fired = hidden.shape[0], np.int64(0)
+    several = hidden.shape[0] > 1
+    skip = skip and not several
     for part in range(parts):
         ends[MAX_PARTS + part] = 0
     for k in range(n):
-        ends[MAX_PARTS + _part_of(ids[k], parts)] += not skip or _fires(hidden, k)
+        ends[MAX_PARTS + _part_of(ids[k], parts)] += not skip or hidden[0, k] != 0
     first = np.int64(0)
     for part in range(parts):
         count = ends[MAX_PARTS + part]
@@ -230,15 +222,9 @@ def _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales):  # type: i
         first += count + 1
     for k in range(n):
         part = _part_of(ids[k], parts)
-        place, fires = ends[MAX_PARTS + part], False
-        picked[place] = ids[k]
-        for t in range(tokens):
-            value = hidden[t, k]
-            scales[t, place] = value
-            fired += value != 0
-            fires |= value != 0
-        ends[MAX_PARTS + part] = place + (not skip or fires)
-    return fired
+        place, value = ends[MAX_PARTS + part], hidden[0, k]
+        picked[place], scales[place] = k if several else ids[k], value
+        ends[MAX_PARTS + part] = place + (not skip or value != 0)
 
 
 @subroutine(forceinline=True)
@@ -254,16 +240,15 @@ def _piece_of_down(piece, parts, slices):  # type: ignore[no-untyped-def]
 
 @subroutine
 def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets):  # type: ignore[no-untyped-def]
-    """Sum hidden . down over the pieces that this worker takes; returns how many values of hidden are not 0.
+    """Sum hidden . down over the pieces that this worker takes.
 
     parts: of `sum_parts`. A piece is one part of the rows and a slice of the columns, of which there are enough to give
-    every worker some.
-    own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token, [parts * t, ...].
+    every worker some. own: this worker's `DownScratch`. sums, offsets: a result of `sum_rows` for each part and token,
+    [parts * t, ...].
     """
-    ends, picked, scales, steps, few = own
+    ends, picked, scales, steps = own
     tokens, like = hidden.shape[0], ffn.like
-    scales = scales[:tokens]
-    fired = _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales)
+    _sort_by_part(ids, n, hidden, skip, parts, ends, picked, scales)
     unit = columns_unit(like)
     units = (ffn.d + unit - 1) // unit
     slices = max(1, min((2 * workers + parts - 1) // parts, units // 4))
@@ -272,18 +257,54 @@ def down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offs
     while piece < pieces:
         after = barrier.take(state)
         part, column, of = _piece_of_down(piece, parts, slices)
-        other, next_column, next_of = _piece_of_down(min(after, pieces - 1), parts, slices)
         first, last = unit * (units * column // of), unit * (units * (column + 1) // of)
-        # The next piece's rows, as far ahead of their columns as this piece's columns are.
-        shift = column_bytes(like, unit * (units * next_column // next_of)) - column_bytes(like, first)
-        begin = ends[other]
-        ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(begin + 1, ends[MAX_PARTS + other]))
-        rows = slice(part * tokens, (part + 1) * tokens)
-        sum_rows(
-            like, ffn.down, ffn.width, picked, scales, ends[part], ends[MAX_PARTS + part], ahead, ffn.d, first, last,
-            sums[rows], offsets[rows], steps, few,
-        )  # fmt: skip
+        start, stop = ends[part], ends[MAX_PARTS + part]
+        for row in range(part * tokens, (part + 1) * tokens):
+            sums[row, first:last] = 0
+            offsets[row, first // BLOCK : last // BLOCK] = 0
+        if tokens == 1:
+            other, next_column, next_of = _piece_of_down(min(after, pieces - 1), parts, slices)
+            # The next piece's rows, as far ahead of their columns as this piece's columns are.
+            shift = column_bytes(like, unit * (units * next_column // next_of)) - column_bytes(like, first)
+            begin = ends[other]
+            ahead = four_rows(ffn.down + shift, ffn.width, picked, begin, max(begin + 1, ends[MAX_PARTS + other]))
+            sum_rows(
+                like, ffn.down, ffn.width, picked, scales, start, stop, ahead, ffn.d, first, last, sums[part],
+                offsets[part], steps,
+            )  # fmt: skip
+        else:
+            rows = slice(part * tokens, (part + 1) * tokens)
+            _down_of_several(ffn, ids, hidden, own, start, stop, first, last, sums[rows], offsets[rows])
         piece = after
+
+
+@subroutine
+def _down_of_several(ffn, ids, hidden, own, start, stop, first, last, sums, offsets):  # type: ignore[no-untyped-def]
+    """`sum_rows` of each token's own rows among those of a part, some of the part's rows at a time."""
+    _, picked, scales, steps = own
+    like, zero, most = ffn.like, np.int64(0), np.int64(_MOST_SHARED)
+    mine, factors = picked[picked.shape[0] - most :], scales[scales.shape[0] - most :]
+    for begin in range(start, stop, most):
+        for t in range(hidden.shape[0]):
+            count = np.int64(0)
+            for place in range(begin, min(begin + most, stop)):
+                value = hidden[t, picked[place]]
+                mine[count], factors[count] = ids[picked[place]], value
+                count += value != 0
+            none = four_rows(ffn.down, ffn.width, mine, zero, max(count, 1))
+            sum_rows(
+                like, ffn.down, ffn.width, mine, factors, zero, count, none, ffn.d, first, last, sums[t], offsets[t],
+                steps,
+            )  # fmt: skip
+
+
+@kernel
+def count_fired(hidden, n):  # type: ignore[no-untyped-def]
+    """How many values of hidden[:, :n] are not 0."""
+    fired = np.int64(0)
+    for t in range(hidden.shape[0]):
+        for k in range(n):
+            fired += hidden[t, k] != 0
     return fired
 
 

@@ -84,55 +84,17 @@ def column_bytes(like, columns):  # type: ignore[no-untyped-def]
     return columns * row_bits(like) >> 3
 
 
-# Numbers int32 and scales f32 of one token's own rows among some.
-Few = tuple[np.ndarray, np.ndarray]
-FEW = 64
-
-
-def new_few() -> Few:
-    """A worker's own buffer for `sum_rows`."""
-    return np.zeros(FEW, np.int32), np.zeros(FEW, np.float32)
-
-
 @subroutine
 def sum_rows(  # type: ignore[no-untyped-def]
-    like, weight, width, ids, scales, start, stop, ahead, d, first, last, sums, offsets, steps, few
+    like, weight, width, ids, scales, start, stop, ahead, d, first, last, sums, offsets, steps
 ):  # fmt: skip
-    """sums[t, first:last] = sum over start <= k < stop of scales[t, k] * columns [first, last) of row ids[k], added one
-    after another; rows that several tokens share are read once.
+    """sums[first:last] += the sum over start <= k < stop of scales[k] * columns [first, last) of row ids[k], added one
+    after another: rows with a scale of 0 change no bit.
 
     weight: address of the matrix, rows of `width` bytes and `d` columns. first and last are multiples of
     `columns_unit`. ahead: four addresses from which lines are fetched along with those of the last four rows.
-    sums: f32 [t, P]; offsets: f32 [t, P / 32], for int4; steps: f32 [4 * 2 P / 32], few: of `new_few`, a worker's own.
+    sums: f32 [P]; offsets: f32 [P / 32], for int4; steps: f32 [4 * 2 P / 32], a worker's own.
     """
-    tokens = scales.shape[0]
-    for t in range(tokens):
-        sums[t, first:last] = 0
-        offsets[t, first // BLOCK : last // BLOCK] = 0
-    if tokens == 1:
-        _sum_run(
-            like, weight, width, ids, scales[0], start, stop, ahead, d, first, last, sums[0], offsets[0], steps
-        )  # fmt: skip
-        return
-    picked, factors = few
-    for begin in range(start, stop, FEW):
-        end = min(begin + FEW, stop)
-        for t in range(tokens):
-            count = np.int64(0)
-            for k in range(begin, end):
-                picked[count], factors[count] = ids[k], scales[t, k]
-                count += scales[t, k] != 0
-            _sum_run(
-                like, weight, width, picked, factors, np.int64(0), count, ahead, d, first, last, sums[t], offsets[t],
-                steps,
-            )  # fmt: skip
-
-
-@subroutine
-def _sum_run(  # type: ignore[no-untyped-def]
-    like, weight, width, ids, scales, start, stop, ahead, d, first, last, sums, offsets, steps
-):  # fmt: skip
-    """sums[first:last] += `sum_rows` of one token."""
     zero, codes_bytes = np.float32(0), column_bytes(like, padded(d))
     whole, end = last, last
     if has_tail(like):

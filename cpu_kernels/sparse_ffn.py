@@ -28,7 +28,15 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.compiled import kernel
 from cpu_kernels.contract import MAX_BATCH, activation_word
-from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts, new_down_scratch, sum_parts
+from cpu_kernels.ffn_phases import (
+    FFNWeights,
+    count_fired,
+    down_parts,
+    gate_and_up,
+    merge_parts,
+    new_down_scratch,
+    sum_parts,
+)
 from cpu_kernels.lanes import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import prepare
@@ -101,7 +109,9 @@ def _together(  # type: ignore[no-untyped-def]
     gate_and_up(state, workers, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
     if not barrier.wait(state, workers):
         return
-    fired[worker] = down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
+    if worker == 0:
+        fired[0] = count_fired(hidden, n)
+    down_parts(state, workers, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
     if barrier.wait(state, workers):
         merge_parts(worker, workers, ffn.like, d, parts, sums, offsets, out)
 
@@ -123,8 +133,8 @@ def _apart(  # type: ignore[no-untyped-def]
         likely = not skip or n < len(places)
         gate_and_up(state, one, ffn, ids, n, masks, mine, word, skip, likely, _NOT_GIVEN, hidden, places, own[1])
         barrier.restart(state)
-        count = down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
-        fired[worker] += count
+        fired[worker] += count_fired(hidden, n)
+        down_parts(state, one, ffn, ids, n, hidden, skip, parts, own, sums, offsets)
         merge_parts(alone, one, ffn.like, d, parts, sums, offsets, out[t : t + 1])
 
 
@@ -139,14 +149,8 @@ class SparseFFNScratch:
         self.hidden = np.empty(MAX_BATCH * f, np.float32)
         self.ones = np.full(f, 2**MAX_BATCH - 1, np.uint32)
         self.fired = np.zeros(workers, np.int64)
-        self._owns: dict[int, Each] = {}
+        self.owns = Each(new_down_scratch(d, f) for _ in range(workers))
         self._sums: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def owns(self, tokens: int) -> Each:
-        """A `DownScratch` for each worker."""
-        if tokens not in self._owns:
-            self._owns[tokens] = Each(new_down_scratch(self.d, self.f, tokens) for _ in range(self.workers))
-        return self._owns[tokens]
 
     def sums(self, results: int) -> tuple[np.ndarray, np.ndarray]:
         """Room for so many results of `sum_rows`."""
@@ -193,13 +197,13 @@ def sparse_ffn(
     if tokens > MAX_BATCH:
         states, hiddens, sums, taken = s.apart
         given = (ffn.weights, word, skip_zeros, x, rows, offsets, s.ones, s.parts)
-        buffers = (s.inputs, hiddens, s.places, s.owns(1), sums, taken)
+        buffers = (s.inputs, hiddens, s.places, s.owns, sums, taken)
         pool.run(_apart, pool.threads, states, *given, *buffers, out, s.fired)
         return int(s.fired.sum())
     ids, masks = (rows, s.ones[: rows.size]) if tokens == 1 else _union(rows, offsets, f)
     hidden = s.hidden[: tokens * ids.size].reshape(tokens, -1)
     what = (ffn.weights, word, skip_zeros, x, ids, masks, s.parts)
-    own = (s.inputs, hidden, s.places, s.owns(tokens), *s.sums(s.parts * tokens))
+    own = (s.inputs, hidden, s.places, s.owns, *s.sums(s.parts * tokens))
     pool.run(_together, pool.workers_for(ids.size * ffn.row_bytes), pool.barrier, *what, *own, out, s.fired)
     return int(s.fired[0])
 

@@ -6,20 +6,25 @@ from matrix_cases import DTYPES, in_f64, random_input, random_matrix
 
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
-from cpu_kernels.row_sum import finish, new_few, new_steps, new_sums, sum_rows
+from cpu_kernels.contract import BLOCK
+from cpu_kernels.row_sum import finish, new_steps, new_sums, sum_rows
 from cpu_kernels.row_types import columns_unit
 
 
 @kernel
-def scaled_sum(like, weight, width, ids, scales, count, d, parts, sums, offsets, steps, few, out):
+def scaled_sum(like, weight, width, ids, scales, count, d, parts, sums, offsets, steps, out):
     """The whole sum, its columns cut into `parts` slices as `parts` workers would."""
     unit = columns_unit(like)
     units = (d + unit - 1) // unit
     begin, none = count - count, (weight, weight, weight, weight)
     for part in range(parts):
         first, last = unit * (units * part // parts), unit * (units * (part + 1) // parts)
-        sum_rows(like, weight, width, ids, scales, begin, count, none, d, first, last, sums, offsets, steps, few)
         for t in range(scales.shape[0]):
+            sums[t, first:last] = 0
+            offsets[t, first // BLOCK : last // BLOCK] = 0
+            sum_rows(
+                like, weight, width, ids, scales[t], begin, count, none, d, first, last, sums[t], offsets[t], steps
+            )  # fmt: skip
             finish(like, sums[t], offsets[t], d, first, last, out[t])
 
 
@@ -29,7 +34,7 @@ def run(matrix, ids, scales, parts=1):
     sums[:], offsets[:] = 55, 66  # what an earlier token left
     out = np.ones((tokens, d), np.float32)
     rows = (matrix.rows, matrix.rows.ctypes.data, matrix.row_bytes, ids.astype(np.int32), scales)
-    scaled_sum(*rows, len(ids), d, parts, sums, offsets, new_steps(d), new_few(), out)
+    scaled_sum(*rows, len(ids), d, parts, sums, offsets, new_steps(d), out)
     return out
 
 
@@ -61,14 +66,16 @@ def test_a_part_of_the_list_is_its_own_sum():
     part = run(matrix, ids[5:12], np.ascontiguousarray(scales[:, 5:12]))
     sums, offsets = new_sums(1, 300)
     out, rows = np.ones((1, 300), np.float32), (matrix.rows, matrix.rows.ctypes.data, matrix.row_bytes)
-    part_of_sum(*rows, ids.astype(np.int32), scales, 5, 12, 300, sums, offsets, new_steps(300), new_few(), out)
+    part_of_sum(*rows, ids.astype(np.int32), scales, 5, 12, 300, sums, offsets, new_steps(300), out)
     assert (out == part).all()
 
 
 @kernel
-def part_of_sum(like, weight, width, ids, scales, start, stop, d, sums, offsets, steps, few, out):
+def part_of_sum(like, weight, width, ids, scales, start, stop, d, sums, offsets, steps, out):
     none, first, last = (weight, weight, weight, weight), stop - stop, sums.shape[1]
-    sum_rows(like, weight, width, ids, scales, start, stop, none, d, first, last, sums, offsets, steps, few)
+    sums[:] = 0
+    offsets[:] = 0
+    sum_rows(like, weight, width, ids, scales[0], start, stop, none, d, first, last, sums[0], offsets[0], steps)
     finish(like, sums[0], offsets[0], d, first, last, out[0])
 
 
