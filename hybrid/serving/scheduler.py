@@ -144,6 +144,8 @@ class Scheduler:
         self.reading = answer = self.reading or self._admitted()
         if answer is None:
             return []
+        if answer.cache.length == answer.to_read:  # set back, and all of it was still there
+            return self._join(answer, None)
         alone, pause = not self.running, self._config.max_pause
         budget = float("inf") if alone else max(pause - self._step_seconds, _PAUSE_SHARE * pause)
         most = self._runner.chunk if alone else self._pieces.most(budget)
