@@ -1,5 +1,5 @@
-"""A runner for tests of the scheduler: its "model" is a function of all tokens that a sequence's KV blocks hold, so that
-a block that is wrong, lost or written by another changes the answer."""
+"""A runner for tests of the scheduler: its "model" is a function of all tokens that a sequence's KV blocks hold, so
+that a block that is wrong, lost or written by another changes the answer."""
 
 from __future__ import annotations
 
@@ -108,7 +108,9 @@ def scores_alone(prompt: Sequence[int]) -> list[float]:
 class Served:
     """A scheduler over a pool of `blocks` blocks, and what came of each request."""
 
-    def __init__(self, blocks: int = 32, config: ServingConfig | None = None, capacity: int = 64, **runner: int) -> None:
+    def __init__(
+        self, blocks: int = 32, config: ServingConfig | None = None, capacity: int = 64, **runner: int
+    ) -> None:
         self.clock = Clock()
         self.runner = FakeRunner(self.clock, **runner)
         self.pool, self.capacity = KVPool(SPEC, blocks * BLOCK, BLOCK), min(capacity, blocks * BLOCK)

@@ -27,7 +27,7 @@ class Constraints:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, end_tokens: Iterable[int]) -> None:
         """vocab: embeddings of the model. Raises `InputError` where llguidance is not installed, or cannot use the
-        tokenizer."""
+        tokenizer: its decoder must be of bytes, or SentencePiece's with bytes to fall back to."""
         try:
             import llguidance
         except ModuleNotFoundError as error:
@@ -109,10 +109,8 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         """`token` came next."""
-        before = self._next
+        self._next.exception()  # wait for it: one thread at a time
         self._next = self._threads.submit(self._after, token)
-        if before.done():
-            before.result()  # an error that nobody has heard of
 
     @property
     def is_finished(self) -> bool:
@@ -133,5 +131,5 @@ class GrammarConstraint:
 
 
 def _line(text: str) -> str:
-    """A library's message on one line."""
-    return " ".join(text.split())[:300]
+    """A library's message on one line, without what it says of its state."""
+    return " ".join(text.partition("<state>")[0].split())[:300]

@@ -1,5 +1,5 @@
-"""The scheduler over a fake runner: every answer is what it would be alone, whatever is shared, set back, read in pieces
-or given up beside it; and no block is lost on any way."""
+"""The scheduler over a fake runner: every answer is what it would be alone, whatever is shared, set back, read in
+pieces or given up beside it; and no block is lost on any way."""
 
 import numpy as np
 import pytest
