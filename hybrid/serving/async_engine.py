@@ -17,7 +17,7 @@ from hybrid.errors import InputError
 from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
 from hybrid.model.ffn import FFNCounters
-from hybrid.model.kv_cache import KVCache, KVPool
+from hybrid.model.kv_cache import KVCache, KVPool, check_context
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.answers import AnswerText, answer_stats, check_prompt
 from hybrid.runtime.config import EngineConfig
@@ -68,9 +68,8 @@ class AsyncEngine:
         """
         folder = model if isinstance(model, ModelFolder) else ModelFolder.open(Path(model))
         config, serving = config or EngineConfig(), serving or ServingConfig()
-        if serving.kv_tokens is not None:
-            config = replace(config, kv_tokens=serving.kv_tokens)
-        return cls(load_model(plan_run(folder, config)), serving)
+        planned = serving.kv_tokens or check_context(folder.spec, config.context)
+        return cls(load_model(plan_run(folder, replace(config, kv_tokens=planned))), serving)
 
     @cached_property
     def constraints(self) -> Constraints:

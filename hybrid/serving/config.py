@@ -54,9 +54,10 @@ def pool_tokens(serving: ServingConfig, plan: RunPlan, free: int | None = None) 
 
     Beside a GPU that is what was planned for.
     """
-    asked = plan.kv_tokens or serving.kv_tokens
-    if asked or plan.gpu is not None:
-        return asked or plan.context
+    if plan.gpu is not None:
+        return plan.kv_tokens or plan.context
+    if serving.kv_tokens is not None:
+        return serving.kv_tokens
     share = (free_memory() if free is None else free) // _MEMORY_SHARE
     fits = share // max(1, plan.spec.n_layers * plan.spec.kv_bytes_per_layer(1))
     return min(max(fits, plan.context), serving.max_running * plan.context)

@@ -185,6 +185,7 @@ def test_a_failed_step_ends_all_and_is_told(monkeypatch):
         monkeypatch.setattr(runner, "next_tokens", lambda rows, choices: [] / 0)
         found = await asyncio.gather(*(steps_of(ask(engine, "abc")) for _ in range(3)), return_exceptions=True)
         assert [type(error) for error in found] == [EngineStoppedError] * 3
+        await asyncio.to_thread(engine._stepper.join)
         assert isinstance(engine.failure, TypeError) and told == [engine.failure]
         with pytest.raises(EngineStoppedError, match="failed and answers no more: TypeError"):
             await anext(ask(engine, "abc"))

@@ -113,9 +113,11 @@ def test_it_rests_and_uses_no_cpu_where_nothing_runs(threaded):
 
 def test_who_goes_away_in_the_middle_leaves_nothing(threaded):
     async def main():
+        threaded.gate.clear()
         answer, mailbox = threaded.submit(tokens=50)
         await mailbox.next()
         threaded.stepper.cancel(answer)
+        threaded.gate.set()
         await until(lambda: not threaded.scheduler.busy)
 
     asyncio.run(main())
