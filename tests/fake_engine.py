@@ -55,8 +55,12 @@ class FakeEngine:
         self.stopped = self.cancelled = False
         self._calls: list[Callable[[BaseException], None]] = []
 
-    def constraint(self, schema: Mapping[str, Any]) -> FakeConstraint:
-        return FakeConstraint(schema)
+    @property
+    def constraints(self) -> Any:
+        return SimpleNamespace(
+            json_schema=FakeConstraint,
+            tool_call=lambda tools: FakeConstraint(called(*next(iter(tools.items())))),
+        )
 
     def on_failure(self, call: Callable[[BaseException], None]) -> None:
         self._calls.append(call)
@@ -122,6 +126,10 @@ class FakeEngine:
             stats = GenerationStats(len(request.prompt), 1, count, 0.5, 0.25 * (count - 1), 0.5)
             found = None if request.top_logprobs is None else self._logprob(token, request.top_logprobs)
             yield ServedStep(GenerationStep(piece, token, stats, finish), found)
+
+
+def called(name: str, schema: Mapping[str, Any]) -> Any:
+    return {"type": "object", "properties": {"name": {"const": name}, "arguments": schema}}
 
 
 def example(schema: Mapping[str, Any]) -> Any:

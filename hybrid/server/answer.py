@@ -15,7 +15,7 @@ from hybrid.generation import GenerationStats, SamplingSettings
 from hybrid.server.calls import CallPiece, CallReader
 from hybrid.server.protocols import ServingEngine
 from hybrid.server.tools import Toolbox
-from hybrid.serving.request import Request, TokenLogprob
+from hybrid.serving.request import Constraint, Request, TokenLogprob
 
 Finish = Literal["stop", "length", "tool_calls"]
 _AHEAD = 16
@@ -33,12 +33,16 @@ class Wanted:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     top_logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
-    tools: Toolbox = Toolbox()
+    tools: Toolbox = field(default_factory=Toolbox)
+
+    @property
+    def count(self) -> int:
+        """How many answers there will be."""
+        return len(self.prompts) * self.n
 
     def request(self, index: int, engine: ServingEngine) -> Request:
         """What the engine is asked for answer `index`; a seed is that of the first, counted up. Takes milliseconds
         where there is a schema. Raises `InputError`."""
-        schema = self.tools.schema() or self.schema
         seed = self.settings.seed
         settings = self.settings if seed is None else replace(self.settings, seed=(seed + index % self.n) % 2**63)
         return Request(
@@ -48,8 +52,13 @@ class Wanted:
             self.presence_penalty,
             self.logit_bias,
             self.top_logprobs,
-            None if schema is None else engine.constraint(schema),
+            self._constraint(engine),
         )
+
+    def _constraint(self, engine: ServingEngine) -> Constraint | None:
+        if self.tools.forced:
+            return engine.constraints.tool_call({tool.name: tool.schema for tool in self.tools.forced})
+        return None if self.schema is None else engine.constraints.json_schema(self.schema)
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,8 @@ async def collect(deltas: AsyncGenerator[Delta, None], count: int) -> list[Answe
 
 async def deltas_of(engine: ServingEngine, wanted: Wanted) -> AsyncGenerator[Delta, None]:
     """The deltas of all answers, in the order in which they come. Closing it cancels what is not done."""
-    count = len(wanted.prompts) * wanted.n
-    requests = await asyncio.to_thread(lambda: [wanted.request(index, engine) for index in range(count)])
-    if count == 1:
+    requests = await asyncio.to_thread(lambda: [wanted.request(index, engine) for index in range(wanted.count)])
+    if wanted.count == 1:
         async with aclosing(_one(engine, wanted, requests[0], 0)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -109,7 +117,7 @@ async def deltas_of(engine: ServingEngine, wanted: Wanted) -> AsyncGenerator[Del
     queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(_AHEAD)
     runs = [asyncio.create_task(_into(queue, _one(engine, wanted, request, at))) for at, request in enumerate(requests)]
     try:
-        left = count
+        left = wanted.count
         while left:
             found = await queue.get()
             if isinstance(found, Exception):

@@ -13,8 +13,11 @@ from starlette.types import ASGIApp
 
 from hybrid.server import bodies, native
 from hybrid.server.chat import chat_completions
+from hybrid.server.completions import completions
 from hybrid.server.errors import ApiError, ClientGoneError, as_api_error, error_body
 from hybrid.server.guard import Guard
+from hybrid.server.messages import count_tokens, messages
+from hybrid.server.responses import responses
 from hybrid.server.schema import describe
 from hybrid.server.service import Service
 from hybrid.server.wire import json_response
@@ -23,6 +26,10 @@ _LOG = logging.getLogger(__name__)
 Handler = Callable[[Service, Request], Awaitable[Response]]
 _POSTS: tuple[tuple[str, Handler, type[bodies.Body]], ...] = (
     ("/v1/chat/completions", chat_completions, bodies.ChatBody),
+    ("/v1/completions", completions, bodies.CompletionBody),
+    ("/v1/responses", responses, bodies.ResponsesBody),
+    ("/v1/messages", messages, bodies.MessagesBody),
+    ("/v1/messages/count_tokens", count_tokens, bodies.CountBody),
     ("/tokenize", native.tokenize, bodies.TokenizeBody),
     ("/detokenize", native.detokenize, bodies.DetokenizeBody),
 )

@@ -5,7 +5,7 @@ Types are strict: a number in quotes is refused. Null is what a client sends for
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 

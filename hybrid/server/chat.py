@@ -14,15 +14,13 @@ from hybrid.server.answer import Answer, Delta, Wanted, collect, deltas_of
 from hybrid.server.bodies import ChatBody
 from hybrid.server.calls import CallPiece
 from hybrid.server.errors import ApiError, as_api_error, error_body
-from hybrid.server.openai import chat_logprobs, head, timings, usage, usage_of
+from hybrid.server.openai import DONE, chat_logprobs, head, timings, usage, usage_of
 from hybrid.server.protocols import ServingEngine
 from hybrid.server.sampling import logit_bias_of, schema_of, settings_of
 from hybrid.server.service import Service
 from hybrid.server.token_text import TokenTexts
 from hybrid.server.tools import Tool, Toolbox, encode_chat
 from hybrid.server.wire import event, json_response, read_body, stream, while_connected
-
-DONE = b"data: [DONE]\n\n"
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
@@ -83,7 +81,10 @@ def _whole(engine: ServingEngine, body: ChatBody, answers: list[Answer]) -> dict
         logprobs = chat_logprobs(answer.logprobs, texts) if body.logprobs else None
         finish = answer.last.finish if answer.last else None
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish})
-    whole = head("chat.completion", "chatcmpl", engine.name) | {"choices": choices, "usage": usage(answers, len(answers))}
+    whole = head("chat.completion", "chatcmpl", engine.name) | {
+        "choices": choices,
+        "usage": usage(answers, len(answers)),
+    }
     last = answers[0].last
     return whole | ({"timings": timings(last.stats)} if last else {})
 
@@ -131,7 +132,9 @@ def _choices(delta: Delta, first: bool, body: ChatBody, texts: TokenTexts) -> li
         found.append({"content": delta.text})
     at = len(found) - 1
     found += [{"tool_calls": [_call_piece(piece)]} for piece in delta.calls]
-    choices = [{"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None} for each in found]
+    choices: list[dict[str, Any]] = [
+        {"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None} for each in found
+    ]
     if logprobs:
         choices[at]["logprobs"] = logprobs
     if delta.finish:

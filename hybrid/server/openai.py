@@ -12,6 +12,7 @@ from hybrid.server.answer import Answer
 from hybrid.server.token_text import TokenTexts
 from hybrid.serving.request import TokenLogprob
 
+DONE = b"data: [DONE]\n\n"  # the last event of a stream
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 
 

@@ -11,6 +11,16 @@ from hybrid.runtime.plan import RunPlan
 from hybrid.serving.request import Constraint, Request, ServedStep, TokenLogprob
 
 
+class ConstraintMaker(Protocol):
+    """Makes constraints, on any thread. Both raise `InputError` for a schema that cannot be used."""
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Constraint:
+        """For JSON of this schema."""
+
+    def tool_call(self, tools: Mapping[str, Mapping[str, Any]]) -> Constraint:
+        """For {"name": ..., "arguments": {...}}: a call of one of the tools, schemas of arguments by name."""
+
+
 class ServingEngine(Protocol):
     """A loaded model that gives many answers at once, on the thread of one event loop."""
 
@@ -37,9 +47,9 @@ class ServingEngine(Protocol):
         Raises `QueueFullError`, `InputError` at the first step; `DeadlineError`, `EngineStoppedError` later.
         """
 
-    def constraint(self, schema: Mapping[str, Any]) -> Constraint:
-        """One for an answer that is JSON of this JSON schema, from any thread. Raises `InputError` for a schema that
-        is not valid or has what is not supported."""
+    @property
+    def constraints(self) -> ConstraintMaker:
+        """Makes the constraints of requests. Raises `InputError` where the package for it is missing."""
 
     async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
         """The log-probability of each token of `prompt`, and the `top` likeliest in its place."""

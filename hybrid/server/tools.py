@@ -36,6 +36,11 @@ class Tool:
             raise ApiError(400, f"{place}.{schema}: expected a JSON schema, an object", param=place)
         return cls(tool["name"], str(tool.get("description") or ""), parameters or {"type": "object"})
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Of its arguments, which are an object."""
+        return {"type": "object", **self.parameters}
+
     def as_openai(self) -> dict[str, Any]:
         """As chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
@@ -69,25 +74,10 @@ class Toolbox:
     def names(self) -> frozenset[str]:
         return frozenset(tool.name for tool in self.tools)
 
-    def schema(self) -> dict[str, Any] | None:
-        """The JSON schema of an answer that calls a forced tool, None where none is."""
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": _object(tool.parameters)},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in self.forced
-        ]
-        return None if not calls else calls[0] if len(calls) == 1 else {"anyOf": calls}
 
-
-def _object(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **parameters}
-
-
-def encode_chat(codec: TextCodec, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], enough: int) -> list[int]:
+def encode_chat(
+    codec: TextCodec, messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool], enough: int
+) -> list[int]:
     """The prompt of a conversation, its tools told in the model's own way, or in plain words where it has none.
 
     Messages are in the form of OpenAI's chats. Raises `InputError` for messages that the model's template refuses.

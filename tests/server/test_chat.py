@@ -131,6 +131,7 @@ def test_a_forced_call_streams_and_comes_whole(choice):
     assert call["function"] == {"name": "weather", "arguments": '{"city": "x"}'}
     assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
     schema = engine.requests[0].constraint.schema
+    assert schema["properties"]["name"] == {"const": "weather"}
     assert schema["properties"]["arguments"] == WEATHER["function"]["parameters"]
     deltas = [chunk["choices"][0]["delta"] for chunk in events(post(CHAT, body | {"stream": True}, engine))[:-1]]
     first, *more = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
