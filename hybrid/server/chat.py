@@ -75,7 +75,7 @@ def _whole(engine: ServingEngine, body: ChatBody, answers: list[Answer]) -> dict
     texts = TokenTexts(engine.codec)
     choices = []
     for index, answer in enumerate(answers):
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None, "annotations": []}
         if answer.calls:
             message |= {"content": answer.text or None, "tool_calls": [_call(call) for call in answer.calls]}
         logprobs = chat_logprobs(answer.logprobs, texts) if body.logprobs else None

@@ -117,27 +117,35 @@ def _texts(content: Any, place: str) -> str:
 
 
 def _head(engine: ServingEngine) -> dict[str, Any]:
-    return {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": engine.name}
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "model": engine.name,
+        "container": None,
+    }
 
 
 def _block(block: Block) -> dict[str, Any]:
     if block.name is None:
-        return {"type": "text", "text": block.text}
+        return {"type": "text", "text": block.text, "citations": None}
     try:
         given = json.loads(block.text)
     except ValueError:  # it ended too early
         given = {}
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": given}
+    made = {"type": "tool_use", "id": block.id, "name": block.name, "input": given}
+    return made | {"caller": {"type": "direct"}}
 
 
 def _stop(last: Delta) -> dict[str, Any]:
     reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     reason = "stop_sequence" if last.stop_text is not None else reasons[last.finish or "length"]
-    return {"stop_reason": reason, "stop_sequence": last.stop_text}
+    return {"stop_reason": reason, "stop_sequence": last.stop_text, "stop_details": None}
 
 
 def _usage(stats: GenerationStats) -> dict[str, Any]:
-    return {
+    absent = ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+    return dict.fromkeys(absent) | {
         "input_tokens": stats.prompt_tokens - stats.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": stats.cached_tokens,
@@ -147,7 +155,7 @@ def _usage(stats: GenerationStats) -> dict[str, Any]:
 
 async def _events(service: Service, wanted: Wanted, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[bytes, None]:
     engine, blocks = service.ready(), Blocks()
-    nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+    nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
     try:
         async with aclosing(deltas):
             async for delta in deltas:

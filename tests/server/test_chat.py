@@ -9,7 +9,7 @@ def test_a_whole_answer():
     engine = FakeEngine("one two three")
     answer = post(CHAT, {"messages": HELLO}, engine).json()
     (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "one two three", "refusal": None}
+    assert choice["message"] == {"role": "assistant", "content": "one two three", "refusal": None, "annotations": []}
     assert (choice["finish_reason"], answer["object"], answer["model"]) == ("stop", "chat.completion", "fake")
     assert answer["usage"] == {
         "prompt_tokens": 4,

@@ -24,7 +24,7 @@ def test_events_come_in_their_order():
     assert answer.text.splitlines()[0] == "event: message_start"
     start, ended = found[0]["message"], found[-2]
     assert (start["content"], start["stop_reason"], start["usage"]["output_tokens"]) == ([], None, 0)
-    assert ended["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert ended["delta"] == {"stop_reason": "end_turn", "stop_sequence": None, "stop_details": None}
     assert ended["usage"]["output_tokens"] == 3
 
 
@@ -32,7 +32,7 @@ def test_text_before_a_call_is_a_block_of_its_own():
     engine = FakeEngine('So: <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>')
     answer = post(URL, ASKED | {"tools": [TOOL]}, engine).json()
     text, call = answer["content"]
-    assert text == {"type": "text", "text": "So: "}
+    assert text == {"type": "text", "text": "So: ", "citations": None}
     assert (call["type"], call["name"], call["input"]) == ("tool_use", "weather", {"city": "Rome"})
     assert answer["stop_reason"] == "tool_use"
     found = events(post(URL, ASKED | {"tools": [TOOL], "stream": True}, engine))
@@ -60,7 +60,7 @@ def test_which_stop_sequence_it_was():
 
 
 def test_an_empty_answer_has_an_empty_block():
-    assert post(URL, ASKED, FakeEngine("")).json()["content"] == [{"type": "text", "text": ""}]
+    assert post(URL, ASKED, FakeEngine("")).json()["content"] == [{"type": "text", "text": "", "citations": None}]
 
 
 def test_parts_of_messages_become_chats():
