@@ -54,11 +54,16 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 @contextlib.contextmanager
-def running(service: Service):
-    """The address of `service` on a free loopback port, served by uvicorn on a thread of its own."""
+def running(service: Service, buffer: int | None = None):
+    """The address of `service` on a free loopback port, served by uvicorn on a thread of its own.
+
+    buffer: bytes that a connection holds of what its client has not read.
+    """
     from hybrid.server.serve import HttpServer
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        if buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         server = HttpServer(create_app(service), service)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
         thread.start()
