@@ -1,6 +1,7 @@
 """Hot/cold neuron hybrid CPU-GPU inference: the model, its runtime, and the command line.
 
-`Engine`, its types and `errors` are imported on first use, so that `hybrid --help` does not wait for torch.
+`Engine`, `AsyncEngine`, their types and `errors` are imported on first use, so that `hybrid --help` does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,28 @@ if TYPE_CHECKING:
     from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
     from hybrid.runtime.config import EngineConfig
     from hybrid.runtime.engine import Engine
+    from hybrid.serving.async_engine import AsyncEngine
+    from hybrid.serving.config import ServingConfig
+    from hybrid.serving.request import Request
 
-__all__ = ["Engine", "EngineConfig", "GenerationStats", "GenerationStep", "SamplingSettings"]
+__all__ = [
+    "AsyncEngine",
+    "Engine",
+    "EngineConfig",
+    "GenerationStats",
+    "GenerationStep",
+    "Request",
+    "SamplingSettings",
+    "ServingConfig",
+]
 
-_HOMES = {"Engine": "runtime.engine", "EngineConfig": "runtime.config"}
+_HOMES = {
+    "Engine": "runtime.engine",
+    "EngineConfig": "runtime.config",
+    "AsyncEngine": "serving.async_engine",
+    "ServingConfig": "serving.config",
+    "Request": "serving.request",
+}
 _BESIDE = ("profiler", "predictor", "placement", "cpu_kernels", "gpu_kernels")
 
 

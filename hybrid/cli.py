@@ -190,16 +190,20 @@ def export_model(model: Path | None, output: Path, kind: str, **given: Any) -> N
 
 @cli.command()
 @options.MODEL
-@options.SPARSITY
-@options.RUN_BUDGET
-@options.CONTEXT
-@options.THREADS
-@options.MLOCK
-@options.BUNDLE
+@options.run_options
 @options.sampling_options
 @click.option("--system", help="System prompt.")
-def chat(model: Path | None, system: str | None, **given: Any) -> None:
+@click.option("--url", help="Chat with the model of a server, such as http://127.0.0.1:8080.")
+@options.API_KEY
+def chat(model: Path | None, system: str | None, url: str | None, api_key: str | None, **given: Any) -> None:
     """Chat in the terminal; with piped input, answer each line and end."""
+    if url is not None:
+        if model is not None:
+            raise click.UsageError("give either a model or --url")
+        from hybrid.remote_chat import remote_chat
+
+        _run(remote_chat, url, api_key, system, given)
+        return
     from hybrid import commands
 
     _run(commands.chat, model, system, given)
@@ -207,14 +211,20 @@ def chat(model: Path | None, system: str | None, **given: Any) -> None:
 
 @cli.command()
 @options.MODEL
+@options.server_options
+@options.run_options
+def serve(model: Path | None, **given: Any) -> None:
+    """Serve a model to OpenAI's and Anthropic's clients."""
+    from hybrid.serve import serve as serve_model
+
+    _run(serve_model, model, given)
+
+
+@cli.command()
+@options.MODEL
 @click.option("-p", "--prompt", help="Text to continue.")
 @click.option("--prompt-file", type=options.ReadablePath(word="-"), help="Read the prompt from a file; - is stdin.")
-@options.SPARSITY
-@options.RUN_BUDGET
-@options.CONTEXT
-@options.THREADS
-@options.MLOCK
-@options.BUNDLE
+@options.run_options
 @options.sampling_options
 def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, **given: Any) -> None:
     """Continue a text. Only the text goes to stdout, statistics go to stderr."""

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from hybrid.errors import BudgetError, InputError
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
-from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
 from hybrid.offline.evaluate import StrategyQuality
@@ -32,6 +30,7 @@ from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
+from hybrid.options import chosen_sampling
 from hybrid.reports import predictor_report, profile_report
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
@@ -195,12 +194,12 @@ def export(model: Path | None, output: Path, kind: Any, options: Options) -> Non
 def chat(model: Path | None, system: str | None, options: Options) -> None:
     """Open the REPL, or answer piped lines."""
     terminal = open_terminal()
-    config = _engine_config(options)
-    folder = _open(model, options)
+    config = engine_config(options)
+    folder = open_model(model, options)
     if not folder.codec.has_chat_template:
         raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
     with closing(Engine.load(folder, config)) as engine:
-        settings = _sampling(engine.settings, options)
+        settings = chosen_sampling(engine.settings, options)
         name = str(model or "embedded model")
         run_repl(engine, terminal, settings, system, header=_chat_header(engine, name), model_name=name)
 
@@ -208,9 +207,9 @@ def chat(model: Path | None, system: str | None, options: Options) -> None:
 def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, options: Options) -> None:
     """Stream the continuation to stdout; statistics to stderr."""
     text = prompt if prompt is not None else _read_prompt(prompt_file or Path("-"))
-    config = _engine_config(options)
-    with closing(Engine.load(_open(model, options), config)) as engine:
-        settings = _sampling(engine.settings, options)
+    config = engine_config(options)
+    with closing(Engine.load(open_model(model, options), config)) as engine:
+        settings = chosen_sampling(engine.settings, options)
         out, err = Screen(sys.stdout, os.environ), Screen(sys.stderr, os.environ)
         for notice in engine.notices:
             err.line(f"note: {notice}")
@@ -357,8 +356,8 @@ def _placement_summary(result: PlacementResult, found: NeuronProfile, has_gpu: b
     return f"{served}{predicted} on: {made['hardware']}"
 
 
-def _open(model: Path | None, options: Options) -> ModelFolder:
-    """The model's folder, its weights kept in memory where that is wanted."""
+def open_model(model: Path | None, options: Options) -> ModelFolder:
+    """The model's folder, its weights kept in memory where that is wanted. Raises as `ModelFolder.open` does."""
     folder = ModelFolder.open(model or EMBEDDED_MODEL)
     if options["mlock"]:
         if not isinstance(folder.weights, PackedModel):
@@ -367,17 +366,10 @@ def _open(model: Path | None, options: Options) -> ModelFolder:
     return folder
 
 
-def _engine_config(options: Options) -> EngineConfig:
+def engine_config(options: Options) -> EngineConfig:
+    """How the command line says that a model is run."""
     names = ("sparsity", "context", "threads", "bundle", "vram_budget")
     return EngineConfig(**{name: options[name] for name in names})
-
-
-def _sampling(defaults: SamplingSettings, options: Options) -> SamplingSettings:
-    settings = replace(defaults, stop=tuple(options["stop"])) if options["stop"] else defaults
-    for name in SamplingSettings.names():
-        if name != "stop" and options[name] is not None:
-            settings = settings.with_value(name, options[name])
-    return settings
 
 
 def _read_prompt(path: Path) -> str:

@@ -7,7 +7,8 @@ takes seconds. What checks a value is the function that reads it later; only its
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -200,3 +201,51 @@ def sampling_options(command: Command) -> Command:
         kind = Checked(name, lambda value, name=name: SamplingSettings().with_value(name, value))  # type: ignore[misc]
         command = click.option(f"--{flag}", type=kind, metavar=metavar, help=text)(command)
     return click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")(command)
+
+
+def chosen_sampling(defaults: SamplingSettings, given: Mapping[str, Any]) -> SamplingSettings:
+    """The settings that `sampling_options` were given; `defaults` where they were not."""
+    settings = replace(defaults, stop=tuple(given["stop"])) if given["stop"] else defaults
+    for name in SamplingSettings.names():
+        if name != "stop" and given[name] is not None:
+            settings = settings.with_value(name, given[name])
+    return settings
+
+
+def run_options(command: Command) -> Command:
+    """How a model is run."""
+    for option in reversed((SPARSITY, RUN_BUDGET, CONTEXT, THREADS, MLOCK, BUNDLE)):
+        command = option(command)
+    return command
+
+
+_SECONDS = click.FloatRange(min=0)
+API_KEY = click.option("--api-key", envvar="HYBRID_API_KEY", show_envvar=True, help="The server's key.")
+_SERVER = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines ask."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 is any free one."),
+    API_KEY,
+    click.option("--cors", multiple=True, metavar="ORIGIN", help="Let this site's pages ask; may be repeated."),
+    click.option("--kv-tokens", type=COUNT, help="Tokens of all sequences together  [default: what memory allows]"),
+    click.option(
+        "--max-pause",
+        type=click.FloatRange(0, min_open=True),
+        default=0.1,
+        show_default=True,
+        help="Seconds that reading a prompt may hold up others' tokens.",
+    ),
+    click.option("--max-running", type=COUNT, default=32, show_default=True, help="Answers made at once."),
+    click.option("--max-waiting", type=COUNT, default=256, show_default=True, help="Requests that may wait."),
+    click.option("--max-body", type=COUNT, default=8, show_default=True, help="MiB of a request."),
+    click.option("--max-connections", type=COUNT, default=1024, show_default=True, help="Open at once."),
+    click.option(
+        "--grace", type=_SECONDS, default=5.0, show_default=True, help="Seconds for answers under way at the end."
+    ),
+)
+
+
+def server_options(command: Command) -> Command:
+    """Where a server listens and what it takes."""
+    for option in reversed(_SERVER):
+        command = option(command)
+    return command

@@ -161,7 +161,7 @@ class PlacementSettings:
     """What to place for; `InputError` or `BudgetError` when a value makes no sense.
 
     vram_budget: bytes, `UNLIMITED` for all that the GPU has. context: tokens that the KV cache holds.
-    strategy, predicted_ratio, group_size: see `CostModel`. prefill_chunk, reserve: see `VramPlan`.
+    strategy, predicted_ratio, group_size: see `CostModel`. prefill_chunk, reserve, kv_tokens: see `VramPlan`.
     time_limit: seconds for the MILP solver.
     """
 
@@ -174,6 +174,7 @@ class PlacementSettings:
     reserve: int | None = None
     group_size: int = 64
     time_limit: float = 8.0
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.vram_budget <= UNLIMITED:
@@ -226,7 +227,8 @@ def place(
     Raises `BudgetError`, `ContextError` or `InputError` when the inputs do not fit the model or the hardware.
     """
     budget = settings.planned_bytes(hardware)
-    plan = VramPlan(spec, settings.context, predictor_bytes, settings.prefill_chunk, settings.reserve)
+    sizes = settings.prefill_chunk, settings.reserve
+    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, kv_tokens=settings.kv_tokens)
     model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
     if settings.solver == "milp":
         solution = solve_milp(model, budget, settings.time_limit)
@@ -247,6 +249,7 @@ def _summary(settings: PlacementSettings, hardware: HardwareProfile, solution: S
     return {
         "vram_budget": settings.vram_budget,
         "context": settings.context,
+        "kv_tokens": settings.kv_tokens,
         "strategy": settings.strategy,
         "hardware": hardware.name,
         "solver": solution.solver,

@@ -14,6 +14,7 @@ from placement.workspace import (
     ALIGNMENT,
     BATCHES,
     PREFILL_CHUNK,
+    SHARED_KV_BLOCK,
     Workspace,
     aligned,
     cached_tokens,
@@ -56,7 +57,8 @@ class VramPlan:
     memory, of which a token reads one row. The CUDA context itself is not counted.
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
     most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
-    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most tokens of a decode step.
+    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most tokens of a decode step. kv_tokens:
+    of the KV cache, where sequences share blocks of it; by default one sequence has it to itself.
     """
 
     spec: ModelSpec
@@ -65,6 +67,7 @@ class VramPlan:
     prefill_chunk: int = PREFILL_CHUNK
     reserve: int | None = None
     batch: int = max(BATCHES)
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.context <= self.spec.max_context:
@@ -77,6 +80,8 @@ class VramPlan:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
         if self.prefill_chunk < 1 or self._reserve < 0:
             raise InputError("prefill_chunk must be at least 1, and reserve at least 0")
+        if self.kv_tokens is not None and self.kv_tokens < 1:
+            raise InputError(f"kv_tokens is {self.kv_tokens}, expected at least 1")
         if self.batch not in BATCHES:
             raise InputError(f"batch is {self.batch}, expected one of {', '.join(map(str, BATCHES))}")
 
@@ -87,7 +92,10 @@ class VramPlan:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of one layer, in whole blocks of tokens."""
-        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(self.context)))
+        tokens = cached_tokens(self.context)
+        if self.kv_tokens is not None:
+            tokens = -(-self.kv_tokens // SHARED_KV_BLOCK) * SHARED_KV_BLOCK
+        return aligned(self.spec.kv_bytes_per_layer(tokens))
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:

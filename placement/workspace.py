@@ -16,7 +16,8 @@ from profiler.common.spec import ModelSpec
 
 ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
 BATCHES = (1, 2, 4, 8)  # tokens of a decode step: there is a CUDA graph for each up to the batch that is planned for
-KV_BLOCK = 256  # tokens of a block of the KV cache
+KV_BLOCK = 256  # tokens of a block of the KV cache, where one sequence has it to itself
+SHARED_KV_BLOCK = 32  # where several share it
 STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
 # Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first

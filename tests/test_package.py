@@ -14,7 +14,8 @@ from profiler.common.errors import HybridError
 
 ROOT = Path(hybrid.__file__).parents[1]
 PACKAGES = ("hybrid", "profiler", "predictor", "placement", "cpu_kernels", "gpu_kernels")
-PUBLIC = ["Engine", "EngineConfig", "GenerationStats", "GenerationStep", "SamplingSettings", "__version__", "errors"]
+PUBLIC = ["AsyncEngine", "Engine", "EngineConfig", "GenerationStats", "GenerationStep", "Request", "SamplingSettings"]
+PUBLIC += ["ServingConfig", "__version__", "errors"]
 
 
 def script(folder, text):

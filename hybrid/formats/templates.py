@@ -7,6 +7,8 @@ and compiled when it is first needed: what needs no template works beside one th
 from __future__ import annotations
 
 import datetime
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import CodeType
@@ -53,19 +55,32 @@ class ChatTemplate:
             raise ModelError(f"the chat template in {config} is of type {type(source).__name__}, expected text")
         return cls(source, config)
 
-    def render(self, messages: Sequence[Message], special: Mapping[str, str], add_generation_prompt: bool) -> str:
-        """The prompt text of a conversation; `special` are the special tokens by their part.
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template does anything with `tools`."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        special: Mapping[str, str],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt text of a conversation; `special` are the special tokens by their part. tools: functions that may
+        be called, in the form of OpenAI's chats, as transformers gives them to templates.
 
         Raises `InputError` for messages that are none or that the template refuses, and where it fails or has no end.
         """
         checked = check_messages(messages)
         check_roles(checked, self.source)
         characters = sum(len(value) for message in checked for value in message.values() if isinstance(value, str))
+        characters += len(json.dumps(tools)) if tools else 0
         limit = min(_MOST, _BYTES + _BYTES_PER_MESSAGE * len(checked) + _BYTES_PER_CHARACTER * characters)
         environment = Sandbox(limit)
         environment.globals |= {"raise_exception": _raise_template_error, "strftime_now": _now}
         template = jinja2.Template.from_code(environment, self._code, environment.make_globals(None))
-        variables = {"messages": checked, "tools": None, "documents": None}
+        variables = {"messages": checked, "tools": list(tools) if tools else None, "documents": None}
         try:
             return template.render(variables | {"add_generation_prompt": add_generation_prompt} | dict(special))
         except Exception as error:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -37,6 +38,11 @@ class TextCodec:
     def template_text(self) -> str | None:
         """The chat template as it is written, None where there is none. Raises `ModelError` as the one above."""
         return None if self._template is None else self._template.source
+
+    @property
+    def template_knows_tools(self) -> bool:
+        """Whether the chat template speaks of `tools`. Raises `ModelError` as the ones above."""
+        return self._template is not None and self._template.knows_tools
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -121,17 +127,31 @@ class TextCodec:
         found = self.token_id(self._special.get("eos_token", ""))
         return [] if found is None else [found]
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """The prompt text of a conversation. Raises `InputError` when the model has no template or refuses it."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt text of a conversation; `tools` is for templates that know them.
+
+        Raises `InputError` when the model has no template or refuses it.
+        """
         if self._template is None:
             raise InputError("this model has no chat template; use `hybrid generate` with plain text instead")
-        return self._template.render(messages, self._special, add_generation_prompt)
+        return self._template.render(messages, self._special, add_generation_prompt, tools)
 
     def encode_chat(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, enough: int | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enough: int | None = None,
     ) -> list[int]:
         """Token ids of the prompt that `render` makes of a conversation; `enough` as in `encode`."""
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        text = self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return self.encode(text, special=False, enough=enough)
 
     def _pieces(self, text: str, special: bool) -> Iterator[list[int]]:

@@ -43,6 +43,7 @@ class FFNCounters:
     attention_seconds: float = 0.0
     ffn_seconds: float = 0.0
     head_seconds: float = 0.0
+    wait_seconds: float = 0.0  # of the GPU, for the CPU's neurons
 
 
 @dataclass

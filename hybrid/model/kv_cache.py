@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from hybrid.errors import ContextError
+from placement.workspace import KV_BLOCK, SHARED_KV_BLOCK
 from profiler.common.spec import ModelSpec
 
-BLOCK_SIZE = 256  # tokens, where one sequence has the pool to itself
-SHARED_BLOCK_SIZE = 32  # where several share it
+BLOCK_SIZE = KV_BLOCK  # tokens, where one sequence has the pool to itself
+SHARED_BLOCK_SIZE = SHARED_KV_BLOCK  # where several share it
 
 
 def check_context(spec: ModelSpec, tokens: int | None) -> int:

@@ -12,6 +12,7 @@ from placement.plan import UNLIMITED, parse_size
 from profiler.common.spec import STRATEGIES
 
 MOST_THREADS = 1024
+MOST_KV_TOKENS = 2**32
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class EngineConfig:
     where it does and they are not, else `dense`. context: tokens that the KV cache holds, by default the model's.
     threads: CPU threads, by default all available, beside a GPU all but one in eight. bundle: the folder of the
     artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
-    as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free.
+    as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
+    sequences which share a KV pool have together, by default as many as the context has.
     """
 
     sparsity: str = "auto"
@@ -30,6 +32,7 @@ class EngineConfig:
     threads: int | None = None
     bundle: Path | None = None
     vram_budget: int | None = None
+    kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
@@ -41,6 +44,9 @@ class EngineConfig:
         if self.threads is not None and not (_is_whole(self.threads) and 1 <= self.threads <= MOST_THREADS):
             expected = f"expected a whole number, 1 to {MOST_THREADS}; this machine offers {available_cpus()}"
             raise InputError(f"threads is {self.threads!r}, {expected}", setting="threads")
+        if self.kv_tokens is not None and not (_is_whole(self.kv_tokens) and 1 <= self.kv_tokens <= MOST_KV_TOKENS):
+            expected = f"expected a whole number of tokens, 1 to {MOST_KV_TOKENS}"
+            raise InputError(f"kv_tokens is {self.kv_tokens!r}, {expected}", setting="kv_tokens")
         object.__setattr__(self, "bundle", _path(self.bundle))
         object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
 

@@ -50,6 +50,7 @@ def placement_for(
     gpu: torch.device | None,
     budget: int | None,
     notices: list[str],
+    kv_tokens: int | None = None,
 ) -> Placement:
     """The stored placement, or one within what the GPU and `budget` allow, solved now from the stored profile.
 
@@ -75,9 +76,10 @@ def placement_for(
     made = {} if stored is None else stored.made_from
     wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
     now = {"vram_budget": wanted, "context": context, "hardware_profile": hardware_of(bundle).to_json()}
+    now |= {"kv_tokens": kv_tokens}
     if stored is not None and wanted <= most and all(made.get(name) == value for name, value in now.items()):
         return stored
-    return solve_within(bundle, folder, strategy, context, min(wanted, most))
+    return solve_within(bundle, folder, strategy, context, min(wanted, most), kv_tokens)
 
 
 def hardware_of(bundle: Bundle) -> HardwareProfile:
@@ -91,12 +93,14 @@ def _measured(bundle: Bundle) -> HardwareProfile | None:
     return stored if stored is not None and stored.has_gpu else None
 
 
-def solve_within(bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int) -> Placement:
+def solve_within(
+    bundle: Bundle, folder: ModelFolder, strategy: Strategy, context: int, budget: int, kv_tokens: int | None = None
+) -> Placement:
     """The placement of a model for `budget` bytes on this machine, by its stored profile."""
     spec = folder.spec
     hardware = hardware_of(bundle)
     hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
-    settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS)
+    settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS, kv_tokens=kv_tokens)
     if not spec.fires_sparsely:
         return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
     profile = bundle.load_profile(spec, samples=False)

@@ -14,22 +14,20 @@ from time import perf_counter
 
 import torch
 
-from hybrid.errors import ContextError, InputError
+from hybrid.errors import InputError
 from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.formats.messages import Message
-from hybrid.formats.text import StreamDecoder, TextCodec
 from hybrid.generation import FinishReason, GenerationStats, GenerationStep, SamplingSettings
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.loader import ModelFolder
+from hybrid.runtime.answers import AnswerText, answer_stats, check_prompt
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.load import LoadedModel, load_model
 from hybrid.runtime.plan import plan_run
 from hybrid.runtime.sampling import Sampler, load_sampling_kernels
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-
-_CONTEXT_TOKENS = 8  # of the prompt, that a decoder may need to see: some drop the space of a text's first word
 
 
 class Engine:
@@ -123,21 +121,8 @@ class Engine:
     def _stream(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None] | None
     ) -> Generator[GenerationStep, None, None]:
-        self._check_prompt(tokens)
+        check_prompt(tokens, self.context, self.model.spec.vocab_size)
         return self._answer_of(tokens, settings, progress or (lambda done, total: None))
-
-    def _check_prompt(self, tokens: list[int]) -> None:
-        if not tokens:
-            raise InputError("the prompt is empty, expected at least one token; write something")
-        if len(tokens) >= self.context:
-            raise ContextError(
-                f"prompt of at least {len(tokens)} tokens leaves no room in a context of {self.context}; "
-                "shorten it, or raise the context if the model allows",
-                setting="context",
-            )
-        top = self.model.spec.vocab_size
-        if min(tokens) < 0 or max(tokens) >= top:
-            raise InputError(f"token ids must be 0 to {top - 1}, got {min(tokens)} to {max(tokens)}")
 
     def _answer_of(
         self, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
@@ -153,7 +138,7 @@ class Engine:
         self, answer: int, tokens: list[int], settings: SamplingSettings, progress: Callable[[int, int], None]
     ) -> Generator[GenerationStep, None, None]:
         start = perf_counter()
-        seen, first, text = list(tokens), 0.0, AnswerText(self.codec, settings.stop, tokens[-_CONTEXT_TOKENS:])
+        seen, first, text = list(tokens), 0.0, AnswerText(self.codec, settings.stop, tokens)
         sampler = Sampler(settings, seen)
         logits, reused = self._prefill(tokens, progress)
         self.runtime.counters = FFNCounters()
@@ -211,48 +196,5 @@ class Engine:
         return logits, reused
 
     def _stats(self, prompt: int, reused: int, count: int, ttft: float, decode: float) -> GenerationStats:
-        counters = self.runtime.counters
-        return GenerationStats(
-            prompt_tokens=prompt,
-            cached_tokens=reused,
-            generated_tokens=count,
-            ttft_seconds=ttft,
-            decode_seconds=decode,
-            active_share=counters.computed / counters.neurons if counters.neurons else None,
-            hot_share=counters.fired_hot / counters.fired if counters.fired and self.plan.gpu else None,
-            predictor_seconds=counters.predictor_seconds,
-            attention_seconds=counters.attention_seconds,
-            ffn_seconds=counters.ffn_seconds,
-            head_seconds=counters.head_seconds,
-        )
-
-
-class AnswerText:
-    """Tokens to text that may be shown: whole characters, nothing from a stop string on."""
-
-    def __init__(self, codec: TextCodec, stop: Sequence[str], before: Sequence[int]) -> None:
-        """`before`: the tokens that the answer follows."""
-        self._decoder, self._stop, self._held = StreamDecoder(codec, before), stop, ""
-        self.stopped = False
-
-    def push(self, token: int, ended: bool) -> str:
-        """Text to show now that `token` came; an end token has none."""
-        return "" if ended else self._release(self._decoder.push(token))
-
-    def rest(self) -> str:
-        """What is still held back when the answer ends."""
-        shown = "" if self.stopped else self._release(self._decoder.flush())
-        rest, self._held = ("" if self.stopped else self._held), ""
-        return shown + rest
-
-    def _release(self, text: str) -> str:
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        # Hold back an ending that may be the start of a stop string.
-        starts = (n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        keep = max(starts, default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        on_gpu = self.plan.gpu is not None
+        return answer_stats(self.runtime.counters, on_gpu, prompt, reused, count, ttft, decode)

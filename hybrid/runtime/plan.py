@@ -29,7 +29,8 @@ class RunPlan:
     """What an engine will be built from.
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
-    its own. threads: of the CPU. context: tokens that the KV cache holds. notices: what a user should know.
+    its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
+    that the KV cache has room for, where more or less than one context was asked for.
     """
 
     folder: ModelFolder
@@ -41,6 +42,7 @@ class RunPlan:
     threads: int
     context: int
     notices: tuple[str, ...] = ()
+    kv_tokens: int | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -84,10 +86,11 @@ def plan_run(
         bank = _predictors(bundle, spec)
     gpu = device or gpu_of(config.vram_budget)
     if placement is None:
-        placement = placement_for(bundle, folder, strategy, context, gpu, config.vram_budget, notices)
+        sizes = config.vram_budget, notices, config.kv_tokens
+        placement = placement_for(bundle, folder, strategy, context, gpu, *sizes)
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
-    return RunPlan(folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices))
+    return RunPlan(folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices), config.kv_tokens)
 
 
 def cpu_threads(beside_gpu: bool) -> int:

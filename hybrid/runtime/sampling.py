@@ -76,7 +76,7 @@ class Sampler:
     def pick(self, logits: torch.Tensor, *, uniform: float | None = None) -> int:
         settings = self.settings
         if settings.repetition_penalty != 1 and self._seen:
-            logits = _penalise(logits, self._seen, settings.repetition_penalty)
+            logits = penalise(logits, self._seen, settings.repetition_penalty)
         if settings.greedy:
             return most_likely(logits)
         if not math.isfinite(logits.numpy().max()):
@@ -138,7 +138,7 @@ def _nucleus(logits: torch.Tensor, p: torch.Tensor, share: float, pool: WorkerPo
     return ids if p[ids].sum() > share else logits.sort(descending=True, stable=True).indices
 
 
-def _penalise(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torch.Tensor:
+def penalise(logits: torch.Tensor, seen: Sequence[int], penalty: float) -> torch.Tensor:
     """CTRL's penalty (arXiv 1909.05858): seen tokens' logits are divided when positive, multiplied when negative."""
     ids = torch.tensor(sorted(set(seen)))
     scores = logits[ids]

@@ -43,6 +43,12 @@ def test_keys_and_values_are_f16_but_of_f32_weights(dtype, expected):
     assert VramPlan(spec, context=7, predictor_bytes=(0,)).kv_bytes == expected
 
 
+def test_a_pool_that_sequences_share_takes_what_it_has_room_for():
+    plan = VramPlan(small_spec(d_model=32, n_heads=4, n_kv_heads=4, head_dim=8), 7, (0,), kv_tokens=1000)
+    assert plan.kv_bytes == 1024 * 2 * 4 * 8 * 4  # blocks of 32 tokens, keys and values, f32
+    assert plan.layer_bytes[0] - VramPlan(plan.spec, 7, (0,)).layer_bytes[0] == plan.kv_bytes - 2048
+
+
 def test_nothing_on_the_gpu_takes_nothing_there():
     plan = VramPlan(small_spec(n_layers=2), 8, (9, 9))
     assert plan.total_bytes(Choice.all_cpu(2)) == 0

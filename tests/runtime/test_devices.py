@@ -71,9 +71,9 @@ def store(bundle, budget, context=CONTEXT, hardware=ROUND_HARDWARE):
     return made
 
 
-def choose(bundle, budget=None, gpu=GPU, spec=SPEC, strategy="exact", weights=None):
+def choose(bundle, budget=None, gpu=GPU, spec=SPEC, strategy="exact", weights=None, kv_tokens=None):
     notices = []
-    return placement_for(bundle, folder_of(spec, weights), strategy, CONTEXT, gpu, budget, notices), notices
+    return placement_for(bundle, folder_of(spec, weights), strategy, CONTEXT, gpu, budget, notices, kv_tokens), notices
 
 
 def planned(placement, spec=SPEC):
@@ -154,6 +154,19 @@ def test_another_budget_or_context_is_solved_anew_and_fits(bundle):
     firing = bundle.load_profile(SPEC).frequency()
     in_order = np.take_along_axis(firing, found.order.astype(np.int64), axis=1)
     assert (np.diff(in_order) <= 0).all()
+
+
+@pytest.mark.usefixtures("free")
+def test_a_pool_of_more_tokens_is_solved_anew_and_fits(bundle):
+    store(bundle, GIB)
+    tokens = 200_000
+    small = VramPlan(SPEC, CONTEXT, (0, 0)).workspace_bytes + SPEC.kv_bytes_per_layer(tokens) + 60_000
+    found, _ = choose(bundle, small, kv_tokens=tokens)
+    plan = VramPlan(SPEC, CONTEXT, (0, 0), kv_tokens=tokens)
+    assert 0 < plan.total_bytes(found.choice) <= small and found.made_from["kv_tokens"] == tokens
+    assert found.layer_on_gpu.sum() == 1 and choose(bundle, small)[0].layer_on_gpu.sum() == 2
+    found.save(bundle.placement)
+    assert same(choose(bundle, small, kv_tokens=tokens)[0], found)
 
 
 def test_what_is_stored_is_cut_to_what_is_free(bundle, free):
