@@ -6,7 +6,8 @@ for the positions i in [max(0, position + 1 - window), position], with the keys 
 h // (n_heads // n_kv_heads).
 
 The positions are cut into splits, each a program's, whose sums a second kernel joins (flash-decoding). How many splits
-there are is fixed when a graph is captured; where they begin is computed from the token's position, read on the device.
+there are depends on heads and capacity alone, so that a token's sums are the same however many there are beside it;
+where they begin is computed from the token's position, read on the device.
 A program takes all heads of a group, at most 8, so that a key is read once. It goes through its positions KEYS at a
 time, and each of the KEYS places keeps an online softmax of its own (arXiv 1805.02867): threads meet for the sum over
 head_dim, and across keys only once, at the end. Meanwhile the next KEYS are under way.
@@ -48,9 +49,9 @@ class AttentionScratch:
         return self.maxima.shape[2]
 
 
-def attention_splits(tokens: int, kv_heads: int, capacity: int) -> int:
-    """Splits that fill the GPU with programs, of at least 64 positions each at `capacity`; from 1 to 128."""
-    wanted = min(PROGRAMS // (tokens * kv_heads), capacity // SPLIT_KEYS, MOST_SPLITS)
+def attention_splits(kv_heads: int, capacity: int) -> int:
+    """Splits that fill the GPU with programs of one token, of at least 64 positions each at `capacity`; 1 to 128."""
+    wanted = min(PROGRAMS // kv_heads, capacity // SPLIT_KEYS, MOST_SPLITS)
     return max(1, wanted)
 
 
@@ -117,7 +118,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
 ):
     """Everything is [GROUPED heads, KEYS places, PADDED >= HEAD_DIM columns], or 1 where the same along an axis.
 
-    The first KEYS are read before `begin`, but for those that this step wrote.
+    The first KEYS are read before `begin`, but for those that this step wrote: none is before the least position.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     CHUNKS: tl.constexpr = (GROUP + GROUPED - 1) // GROUPED

@@ -12,9 +12,9 @@ from cpu_kernels.contract import FLAG_WORDS, MAX_BATCH, REQUEST_WORDS
 
 class State(IntEnum):
     """Words of the state, on the device: the last request's number, whether an answer is due, the number of a request
-    that failed, or 0, and the number of the input posted last."""
+    that failed, or 0, the number of the input posted last, and that of the last request for which the wait is over."""
 
-    NUMBER, DUE, FAILED, POSTED = 0, 1, 2, 3
+    NUMBER, DUE, FAILED, POSTED, ENDED = 0, 1, 2, 3, 4
 
 
 class Tally(IntEnum):
@@ -30,7 +30,7 @@ REPORT_WORDS = len(State) + len(Tally)
 class ZeroCopy:
     """Cold neurons, from the last hot one up to number `stop`, that the GPU reads from host memory itself.
 
-    ids: int32, counted from the first of them, and masks: uint8, of at least so many; count: int32 [1]; all on the
+    ids: int32, counted from the first of them, and masks: int32, of at least so many; count: int32 [1]; all on the
     device.
     """
 
@@ -44,8 +44,8 @@ class ZeroCopy:
 class Mailbox:
     """Pinned host tensors as in `cpu_kernels.mailbox.Box`, the device's state, and what was sent to each side.
 
-    request, flags: int64, whose words `cpu_kernels/contract.py` names; x, out: f32 [8, d]; ids: int32 [f]; masks: uint8
-    [f]. state and tallies: int64, words of `State` and `Tally`, on the device.
+    request, flags: int64, whose words `cpu_kernels/contract.py` names; x, out: f32 [32, d]; ids, masks: int32 [f],
+    the latter the host's uint32. state and tallies: int64, words of `State` and `Tally`, on the device.
     """
 
     request: torch.Tensor
@@ -71,7 +71,7 @@ class Mailbox:
             flags=host((FLAG_WORDS,), torch.int64),
             x=host((MAX_BATCH, d), torch.float32),
             ids=host((f,), torch.int32),
-            masks=host((f,), torch.uint8).fill_(255),
+            masks=host((f,), torch.int32).fill_(-1),
             out=host((MAX_BATCH, d), torch.float32),
             state=report[: len(State)],
             tallies=report[len(State) :],

@@ -19,7 +19,7 @@ _BLOCK, _WARPS = 4096, 8  # 1100 issue cycles per block on an SM; 16 warps take 
 
 @triton.jit
 def compact(masks_ptr, start, stop, ids_ptr, ids_masks_ptr, BLOCK: tl.constexpr, base=0):  # type: ignore[no-untyped-def]
-    """Write i - base of the i in [start, stop) with masks[i] != 0 to ids int32, masks[i] to ids_masks uint8; returns
+    """Write i - base of the i in [start, stop) with masks[i] != 0 to ids int32, masks[i] to ids_masks int32; returns
     the count.
 
     Called by all threads of one program. Both outputs may lie in pinned host memory: nothing is written twice or read
@@ -75,18 +75,18 @@ def compact_indices(
 ) -> None:
     """Split the firing neurons into those below `hot` and the rest, each in rising order, ids counted from 0 in both.
 
-    masks: uint8 [f]; hot_ids, cold_ids: int32 of at least `hot` and f - hot; hot_masks, cold_masks: uint8, the same;
+    masks: int32 [f]; hot_ids, cold_ids: int32 of at least `hot` and f - hot; hot_masks, cold_masks: int32, the same;
     hot_count, cold_count: int32 [1]. Ids and masks beyond the count are left as they were. Raises `ValueError`.
     """
     f = len(masks)
-    if masks.ndim != 1 or masks.dtype != torch.uint8 or not 0 <= hot <= f:
+    if masks.ndim != 1 or masks.dtype != torch.int32 or not 0 <= hot <= f:
         raise ValueError(
-            f"compact_indices wants uint8 masks [f] and hot of 0 to f, got {masks.dtype} {tuple(masks.shape)} and {hot}"
+            f"compact_indices wants int32 masks [f] and hot of 0 to f, got {masks.dtype} {tuple(masks.shape)} and {hot}"
         )
     sides = (("hot", hot, hot_ids, hot_masks, hot_count), ("cold", f - hot, cold_ids, cold_masks, cold_count))
     for side, size, ids, its_masks, count in sides:
         _check(f"{side}_ids", ids, torch.int32, size)
-        _check(f"{side}_masks", its_masks, torch.uint8, size)
+        _check(f"{side}_masks", its_masks, torch.int32, size)
         _check(f"{side}_count", count, torch.int32, 1)
     hot_side, cold_side = (hot_ids, hot_masks, hot_count), (cold_ids, cold_masks, cold_count)
     _compact_kernel[(2,)](masks, f, hot, *hot_side, *cold_side, BLOCK=_BLOCK, **options(_WARPS))

@@ -4,6 +4,7 @@
     widen     out[i, j] = weight[i, j] as f32
     softmax   scores[h, r] = softmax over the keys that row r may see, 0 elsewhere
     activate  first = act(first) * second, or act(first); of dReLU relu(first) * relu(second)
+    gather    out[:, h, i] = the keys and values of position i, wherever its block lies
 
 The three terms of `split` add up to x, and the product of two bf16 values is exact in f32: so a GEMM of the terms with
 bf16 weights on tensor cores, whose three results are added, is one of f32 values.
@@ -175,3 +176,42 @@ def activate_product_ref(first: torch.Tensor, second: torch.Tensor | None, activ
     """`activate_product` in torch."""
     value = activate_ref(activation, first.double())
     first.copy_(value if second is None else value * activate_up_ref(activation, second))
+
+
+@triton.jit
+def _gather_kernel(cache, table, out, stride, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """SIZE values of one block, of the keys or the values of one head."""
+    number, row = tl.program_id(0), tl.program_id(1)
+    block = tl.load(table + number).to(tl.int64)
+    source = cache + (block * (2 * HEADS) + row) * SIZE
+    target = out + row.to(tl.int64) * stride + number.to(tl.int64) * SIZE
+    for first in range(0, SIZE, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(target + at, tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32), mask=at < SIZE)
+
+
+def gather(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy the keys and values of a sequence's blocks to `out` in order.
+
+    cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16; table: int32 [n] ids of the blocks; out: f32
+    [2, n_kv_heads, n * block_size, head_dim], which may be the first positions of a longer one. Raises `ValueError` for
+    a misfit.
+    """
+    _, _, heads, size, head_dim = cache.shape
+    fits = table.ndim == 1 and table.dtype == torch.int32 and out.shape == (2, heads, len(table) * size, head_dim)
+    dense = out.stride() == (heads * out.stride(1), out.stride(1), head_dim, 1) and cache.is_contiguous()
+    if not fits or out.dtype != torch.float32 or not dense:
+        raise ValueError(
+            f"gather wants a contiguous cache, int32 [n] and f32 [2, {heads}, n * {size}, {head_dim}], got "
+            f"{table.dtype} {tuple(table.shape)} and {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
+        )
+    values = size * head_dim
+    block = min(4 * _BLOCK, triton.next_power_of_2(values))
+    _gather_kernel[(len(table), 2 * heads)](
+        cache, table, out, out.stride(1), HEADS=heads, SIZE=values, BLOCK=block
+    )  # fmt: skip
+
+
+def gather_ref(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+    """`gather` in torch."""
+    out.copy_(cache[table.long()].permute(1, 2, 0, 3, 4).flatten(2, 3))

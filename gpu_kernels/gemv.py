@@ -1,8 +1,9 @@
-"""GEMV and small-batch GEMM: out[t] = act(W x[t] + b), for 1 to 8 tokens, with f32 sums in a fixed order.
+"""GEMV and small-batch GEMM: out[t] = act(W x[t] + b), for a few tokens, with f32 sums in a fixed order.
 
     out[t, n] (= or +=) act(sum over k of  weight[n, k] * x[t, k]  + bias[n])
 
-A program computes `ROWS` rows whole, and reads their weights once for all tokens.
+A program computes `ROWS` rows whole, and reads their weights once for a group of up to 8 tokens. A token's sums are the
+same bit for bit however many tokens there are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from cpu_kernels.contract import GROUP, MAX_BATCH, activation_word
+from cpu_kernels.contract import GROUP, activation_word
 from gpu_kernels.activations import NO_ACTIVATION, activate, activate_ref
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
-from gpu_kernels.tiles import VECTOR, load_step, row_dots
+from gpu_kernels.tiles import VECTOR, load_step, program_in_group, row_dots, token_groups
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,24 @@ TILINGS = {
 
 @triton.jit
 def _gemv(  # type: ignore[no-untyped-def]
-    w, x, bias, out, n, x_stride,
+    w, x, bias, out, n, x_stride, groups,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ADD: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    program, token = program_in_group(T, groups)
+    row = program * R + tl.arange(0, R)
     inside = row < n
     step = load_step(w, row.to(tl.int64), inside, 0, KIND, K, R, C)
     begin(PDL)
-    dots = row_dots(w, row.to(tl.int64), inside, x, x_stride, KIND, K, T, R, C, step)
+    dots = row_dots(w, row.to(tl.int64), inside, x + token * x_stride, x_stride, KIND, K, T, R, C, step)
     for t in tl.static_range(T):
         value = dots[t]
         if bias is not None:
             value += tl.load(bias + row, mask=inside, other=0.0)
         value = activate(ACTIVATION, value)
         if ADD:
-            value += tl.load(out + t * n + row, mask=inside, other=0.0)
-        tl.store(out + t * n + row, value, mask=inside)
+            value += tl.load(out + (token + t) * n + row, mask=inside, other=0.0)
+        tl.store(out + (token + t) * n + row, value, mask=inside)
 
 
 def gemv(
@@ -74,19 +76,20 @@ def gemv(
     activation: str | None = None,
     tiling: Tiling | None = None,
 ) -> None:
-    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 8 tokens.
+    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 8, 16, 24 or 32 tokens.
 
     matrix: [n, d]; x: [t, d] f32, its rows contiguous; bias: [n] f32 or None; out: [t, n] f32, contiguous;
     activation: a name that `contract.py` knows, None for none; tiling: for trials, None for the one measured best.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
+    together, groups = token_groups("gemv", x.shape[0])
     _check(matrix, x, bias, out, activation)
     n, d = matrix.shape
     code = NO_ACTIVATION if activation is None else activation_word(activation)
     chosen = tiling or TILINGS[matrix.kind]
-    _gemv[(triton.cdiv(n, chosen.rows),)](
-        matrix.rows, x, bias, out, n, x.stride(0),
-        KIND=matrix.kind, K=d, T=x.shape[0], R=chosen.rows, C=chosen.columns(matrix.kind, d),
+    _gemv[(triton.cdiv(n, chosen.rows) * groups,)](
+        matrix.rows, x, bias, out, n, x.stride(0), groups,
+        KIND=matrix.kind, K=d, T=together, R=chosen.rows, C=chosen.columns(matrix.kind, d),
         ADD=add, ACTIVATION=code, **options(chosen.warps),
     )  # fmt: skip
 
@@ -96,8 +99,6 @@ def _check(
 ) -> None:
     n, d = matrix.shape
     tokens = x.shape[0]
-    if not 1 <= tokens <= MAX_BATCH:
-        raise ValueError(f"gemv takes 1 to {MAX_BATCH} tokens, got {tokens}; use a GEMM for more")
     if x.shape != (tokens, d) or out.shape != (tokens, n) or (bias is not None and bias.shape != (n,)):
         given = "none" if bias is None else tuple(bias.shape)
         shapes = f"x {tuple(x.shape)}, bias {given}, out {tuple(out.shape)}"

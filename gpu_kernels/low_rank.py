@@ -4,7 +4,8 @@
     masks[i]     = sum over t of 2^t  where  s2[i] * (fc2[i] . hidden[t]) + b2[i] >= threshold
 
 Codes are padded with zeros to whole groups of 128 columns, as on the CPU. They are multiplied in f32 by inputs in f32;
-the CPU rounds inputs to 16 bits, so a neuron right at the threshold may differ.
+the CPU rounds inputs to 16 bits, so a neuron right at the threshold may differ. A token's bits do not depend on how
+many tokens there are: each of a program's rows is summed by all its threads.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from cpu_kernels.contract import MAX_BATCH, padded
+from cpu_kernels.contract import padded
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
-from gpu_kernels.tiles import load_step, row_dots
+from gpu_kernels.tiles import load_step, program_in_group, row_dots, token_groups
 
 
 @dataclass(frozen=True)
@@ -94,36 +95,38 @@ def pad_codes(codes: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _hidden_kernel(  # type: ignore[no-untyped-def]
-    fc1, s1, b1, x, hidden, r, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    fc1, s1, b1, x, hidden, r, groups, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     PDL: tl.constexpr
 ):  # fmt: skip
-    """hidden[t, R rows of this program] of all tokens."""
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    """hidden[t, R rows of this program] of T of the tokens."""
+    program, token = program_in_group(T, groups)
+    row = program * R + tl.arange(0, R)
     inside = row < r
     step = load_step(fc1, row.to(tl.int64), inside, 0, "codes", K, R, C)
     scale, bias = tl.load(s1 + row, mask=inside, other=0.0), tl.load(b1 + row, mask=inside, other=0.0)
     begin(PDL)
-    dots = row_dots(fc1, row.to(tl.int64), inside, x, K, "codes", K, T, R, C, step)
+    dots = row_dots(fc1, row.to(tl.int64), inside, x + token * K, K, "codes", K, T, R, C, step)
     for t in tl.static_range(T):
-        tl.store(hidden + t * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
+        tl.store(hidden + (token + t) * r + row, tl.maximum(dots[t] * scale + bias, 0.0), mask=inside)
 
 
 @triton.jit
 def _firing_kernel(  # type: ignore[no-untyped-def]
-    fc2, s2, b2, threshold, hidden, masks, f, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    PDL: tl.constexpr
+    fc2, s2, b2, threshold, hidden, masks, f, groups, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
-    """masks[R rows of this program]."""
+    """masks[R rows of this program], of all groups of T tokens."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     inside = row < f
     step = load_step(fc2, row.to(tl.int64), inside, 0, "codes", K, R, C)
     scale, bias = tl.load(s2 + row, mask=inside, other=0.0), tl.load(b2 + row, mask=inside, other=0.0)
     begin(PDL)
-    dots = row_dots(fc2, row.to(tl.int64), inside, hidden, K, "codes", K, T, R, C, step)
     bits = tl.zeros((R,), tl.int32)
-    for t in tl.static_range(T):
-        bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << t
-    tl.store(masks + row, bits.to(tl.uint8), mask=inside)
+    for group in range(groups):
+        dots = row_dots(fc2, row.to(tl.int64), inside, hidden + group * T * K, K, "codes", K, T, R, C, step)
+        for t in tl.static_range(T):
+            bits |= (dots[t] * scale + bias >= threshold).to(tl.int32) << (group * T + t)
+    tl.store(masks + row, bits, mask=inside)
 
 
 def predict(
@@ -135,15 +138,17 @@ def predict(
 ) -> None:
     """Write which neurons are predicted to fire: bit t of masks[i] is set where neuron i fires for token t.
 
-    x: f32 [t, d] of 1 to 8 tokens, the FFN's input; hidden: f32 [t, r] scratch; masks: uint8 [f]; all contiguous.
+    x: f32 [t, d] of 1 to 8 tokens, or 16, 24 or 32, the FFN's input; hidden: f32 [t, r] scratch; masks: int32 [f]; all
+    contiguous.
     tiling: for trials. Raises `ValueError` when shapes or types do not fit.
     """
     r, f = len(view.b1), len(view.b2)
+    together, groups = token_groups("predict", len(x))
     _check(view, x, hidden, masks)
-    first, second = _sizes(tiling.hidden, view.d, len(x)), _sizes(tiling.firing, r, len(x))
-    _hidden_kernel[(triton.cdiv(r, first["R"]),)](view.fc1, view.s1, view.b1, x, hidden, r, **first)
+    first, second = _sizes(tiling.hidden, view.d, together), _sizes(tiling.firing, r, together)
+    _hidden_kernel[(triton.cdiv(r, first["R"]) * groups,)](view.fc1, view.s1, view.b1, x, hidden, r, groups, **first)
     _firing_kernel[(triton.cdiv(f, second["R"]),)](
-        view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, **second
+        view.fc2, view.s2, view.b2, view.threshold, hidden, masks, f, groups, **second
     )
 
 
@@ -156,12 +161,12 @@ def _sizes(tiling: Tiling, columns: int, tokens: int) -> dict[str, Any]:
 
 
 def _check(view: DevicePredictorView, x: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> None:
-    if x.ndim != 2 or not 1 <= len(x) <= MAX_BATCH:
-        raise ValueError(f"predict wants x of 1 to {MAX_BATCH} tokens, got {tuple(x.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"predict wants x [t, {view.d}], got {tuple(x.shape)}")
     wanted = (
         ("x", x, torch.float32, (len(x), view.d)),
         ("hidden", hidden, torch.float32, (len(x), len(view.b1))),
-        ("masks", masks, torch.uint8, (len(view.b2),)),
+        ("masks", masks, torch.int32, (len(view.b2),)),
     )
     for name, tensor, dtype, shape in wanted:
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():

@@ -5,10 +5,11 @@
     ask       x to the host, and release a request for whole layers or the head
     receive   wait for the answer; x += parts of the hot neurons + answer + bias; out = norm(x) for what follows
 
-`cpu_kernels/mailbox.py` is the other end. A request's number is written last, with a fence
-that makes all before it visible to the host; `receive` waits for the same number to come back. Who waits: one program
-a token, for at most `timeout` seconds, after which it marks the step failed and every later wait of it returns at once.
-All of this is captured in a CUDA graph; nothing asks the host.
+`cpu_kernels/mailbox.py` is the other end. A request's number is written last, with a fence that makes all before it
+visible to the host; `receive` waits for the same number to come back. Who waits: the first token's program, for at most
+`timeout` seconds, after which it marks the step failed and every later wait returns at once; the other tokens' programs
+wait for it, as all of them polling the host's memory would slow each other. All of this is captured in a CUDA graph;
+nothing asks the host.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gpu_kernels.constants import (
     ALL_COLD,
     OP_FFN,
     STATE_DUE,
+    STATE_ENDED,
     STATE_FAILED,
     STATE_NUMBER,
     STATE_POSTED,
@@ -142,18 +144,29 @@ def _ask_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Wait for the answer, if one is due; whether it came. When it does not come in time, the step has failed."""
+def _answered(flags, state, timeout, SEVERAL: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Wait for the answer, if one is due; whether it came. When it does not come in time, the step has failed.
+
+    SEVERAL: whether there are more programs than the first, which alone asks the host.
+    """
     number = tl.load(state + STATE_NUMBER)
     due = tl.load(state + STATE_DUE) != 0
     begun = nanoseconds(number, NATIVE)
     now = begun
     done = number - due.to(tl.int64)
-    while (done < number) & (now - begun < timeout):
-        done = acquire(flags, NATIVE)
-        now = nanoseconds(now, NATIVE)
-    if done < number:
-        tl.store(state + STATE_FAILED, number)
+    if tl.program_id(0) == 0:
+        while (done < number) & (now - begun < timeout):
+            done = acquire(flags, NATIVE)
+            now = nanoseconds(now, NATIVE)
+        if done < number:
+            tl.store(state + STATE_FAILED, number)
+        if SEVERAL:
+            release(state + STATE_ENDED, number, NATIVE)
+    else:
+        while done < number:
+            done = acquire(state + STATE_ENDED, NATIVE)
+        if due & (tl.load(state + STATE_FAILED, volatile=True) == number):
+            done = number - 1
     tl.debug_barrier()
     return tl.where(done >= number, due.to(tl.int32), 0)
 
@@ -161,8 +174,8 @@ def _answered(flags, state, timeout, NATIVE: tl.constexpr):  # type: ignore[no-u
 @triton.jit(do_not_specialize=["timeout"])
 def _receive_kernel(  # type: ignore[no-untyped-def]
     x, parts, added, host, flags, state, weight, bias, out, eps, d, part_stride, timeout, PARTS: tl.constexpr,
-    ADDED: tl.constexpr, ASKED: tl.constexpr, REPLACE: tl.constexpr, NORM: tl.constexpr, AT_ONCE: tl.constexpr,
-    BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
+    ADDED: tl.constexpr, ASKED: tl.constexpr, SEVERAL: tl.constexpr, REPLACE: tl.constexpr, NORM: tl.constexpr,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0) * d
     columns = tl.arange(0, BLOCK)
@@ -175,7 +188,7 @@ def _receive_kernel(  # type: ignore[no-untyped-def]
     if ADDED:
         values += tl.load(added + columns, mask=mask, other=0.0)
     if ASKED:
-        came = _answered(flags, state, timeout, NATIVE)
+        came = _answered(flags, state, timeout, SEVERAL, NATIVE)
         answered = tl.where(mask, came, 0) != 0
         answer = tl.load(host + row + columns, mask=answered, other=0.0, volatile=True)
         values = answer if REPLACE else values + answer
@@ -212,7 +225,7 @@ def send(
 ) -> None:
     """Ask the CPU for the cold neurons of `layer` that masks [f] names; list the hot ones, below number `hot`, here.
 
-    masks: uint8 [f], bit t where token t needs the neuron. hot_ids, hot_masks [hot], hot_count int32 [1]. spare: uint8
+    masks: int32 [f], bit t where token t needs the neuron. hot_ids, hot_masks [hot], hot_count int32 [1]. spare: int32
     [f] scratch. positions: int32 [t], of which the length counts here. zero_copy: cold neurons that are
     listed here as well, rather than sent. Without a neuron to send nothing is sent.
     """
@@ -264,7 +277,8 @@ def receive(
     _receive_kernel[(tokens,)](
         x, parts, added, box.out, box.flags[Flag.DONE :], box.state, weight, bias, out, eps,
         d, tokens * d, int(box.timeout * 1e9), PARTS=0 if parts is None else parts.shape[0],
-        ADDED=added is not None, ASKED=asked, REPLACE=replace, NORM=norm_kind(weight, bias), NATIVE=is_native(),
+        ADDED=added is not None, ASKED=asked, SEVERAL=tokens > 1, REPLACE=replace, NORM=norm_kind(weight, bias),
+        NATIVE=is_native(),
         **row_sizes(d, _POLLING_WARPS if asked else 16, sums=True),
     )  # fmt: skip
 
@@ -303,7 +317,7 @@ def send_ref(
     """`send` in torch."""
     cold_masks, cold = spare if len(positions) == 1 else box.masks, torch.zeros(1, dtype=torch.int32)
     if zero_copy is not None:
-        nothing = torch.zeros(len(masks), dtype=torch.int32), torch.zeros(len(masks), dtype=torch.uint8)
+        nothing = torch.zeros(len(masks), dtype=torch.int32), torch.zeros(len(masks), dtype=torch.int32)
         below = masks.clone()
         below[:hot], below[zero_copy.stop :] = 0, 0
         compact_indices_ref(
@@ -356,6 +370,8 @@ def receive_ref(
     answer = torch.zeros_like(x)
     if asked and int(box.state[State.DUE]) and _answered_ref(box, int(box.state[State.NUMBER])):
         answer = box.out[: len(x)].to(x)
+    if asked and len(x) > 1:
+        box.state[State.ENDED] = box.state[State.NUMBER]
     terms = [] if parts is None else list(parts)
     terms += [] if added is None else [added]
     for term in [*terms, answer] if asked else terms:

@@ -5,8 +5,8 @@
     log_sum_exp  out[t] = log(sum over i of exp(logits[t, i] / temperature[t]))
     sample       p = softmax(values / temperature); the nucleus of top_p, cut by min_p; inverse CDF at `uniform`
 
-Settings are device data, so that a captured graph is replayed with others. -1 in place of a token asks the host to
-look: its own sampler then raises, or draws from the whole vocabulary.
+Each token has settings of its own. They are device data, so that a captured graph is replayed with others. -1 in place
+of a token asks the host to look: its own sampler then raises, or draws from the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -235,26 +235,28 @@ def log_sum_exp_ref(
 
 @triton.jit
 def _sample_kernel(  # type: ignore[no-untyped-def]
-    values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK: tl.constexpr, PDL: tl.constexpr
+    values, ids, counts, temperature, top_p, min_p, uniform, total, out, k, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
     t, i = tl.program_id(0), tl.arange(0, BLOCK)
     heat, nucleus, least = tl.load(temperature + t), tl.load(top_p + t), tl.load(min_p + t)
     values += t * k
+    given = tl.load(counts + t)
+    limit = tl.where(given > 0, tl.minimum(given, k), k)
     divisor = tl.where(heat > 0, heat, 1.0)
     largest = tl.load(values)
-    exps = tl.exp((tl.load(values + i, mask=i < k, other=-float("inf")) - largest) / divisor)
-    if total is None:
-        p = exps / tl.sum(exps, 0)
-        covered = heat > 0
-    else:
-        p = exps * tl.exp(largest / divisor - tl.load(total + t))
-        covered = (nucleus < 1) & (tl.sum(p, 0) > nucleus)
-    p_first, p_last = tl.max(p, 0), tl.min(tl.where(i < k, p, float("inf")), 0)
+    exps = tl.exp((tl.load(values + i, mask=i < limit, other=-float("inf")) - largest) / divisor)
+    p = exps / tl.sum(exps, 0)
+    covered = heat > 0
+    if total is not None:
+        of_all = exps * tl.exp(largest / divisor - tl.load(total + t))
+        covered = tl.where(given > 0, covered, (nucleus < 1) & (tl.sum(of_all, 0) > nucleus))
+        p = tl.where(given > 0, p, of_all)
+    p_first, p_last = tl.max(p, 0), tl.min(tl.where(i < limit, p, float("inf")), 0)
     covered = covered | (p_last < least * p_first)
     cumulative = tl.cumsum(p.to(tl.float64), 0)
     in_nucleus = cumulative - p < tl.where(nucleus < 1, nucleus, float("inf"))
-    kept = (i == 0) | ((i < k) & in_nucleus & (p >= least * p_first))
+    kept = (i == 0) | ((i < limit) & in_nucleus & (p >= least * p_first))
     mass = tl.max(tl.where(kept, cumulative, 0.0), 0)
     passed = tl.sum((kept & (cumulative <= tl.load(uniform + t).to(tl.float64) * mass)).to(tl.int32), 0)
     drawn = tl.load(ids + t * k + tl.minimum(passed, tl.sum(kept.to(tl.int32), 0) - 1))
@@ -263,24 +265,27 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
 
 
 def sample(
-    values: torch.Tensor, ids: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
-    uniform: torch.Tensor, out: torch.Tensor, total: torch.Tensor | None = None
+    values: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
+    min_p: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor, total: torch.Tensor | None = None
 ) -> None:  # fmt: skip
     """Draw each token from its k candidates, as the host's sampler does from the same uniform number in [0, 1).
 
-    values f32, ids int32: [t, k] in falling order, from `top_k`; temperature, top_p, min_p: f32 [t] (a temperature of
-    0 takes the first candidate, 1 and 0 switch the filters off); uniform: f32 or f64 [t]; out: int32 or int64 [t].
+    values f32, ids int32: [t, k] in falling order, from `top_k`; counts: int32 [t]; temperature, top_p, min_p: f32 [t]
+    (a temperature of 0 takes the first candidate, 1 and 0 switch the filters off); uniform: f32 or f64 [t]; out: int32
+    or int64 [t].
 
-    Without `total` the candidates are all there is, as with a top-k setting of k. With it, f32 [t] from `log_sum_exp`
-    at the same temperature, probabilities are those of the whole vocabulary, and the draw is exact where what top_p
-    and min_p leave lies within the candidates. Where it may not (their share is at most top_p, or top_p is off, and
-    the last one passes min_p) out is -1: the host then draws from the whole vocabulary itself. Give no `total` when
-    the candidates are the whole vocabulary. -1 also where the largest value is not finite.
+    A token's candidates are the first counts[t], as with a top-k setting of so many, which are all there is then. For a
+    count of 0 they are all k, whose probabilities are those of the whole vocabulary by `total`, f32 [t] from
+    `log_sum_exp` at the same temperature; None where no count is 0. The draw is exact where what top_p and min_p leave
+    lies within the candidates. Where it may not (their share is at most top_p, or top_p is off, and the last one passes
+    min_p) out is -1: the host then draws from the whole vocabulary itself. Give the count k when the candidates are the
+    whole vocabulary. -1 also where the largest value is not finite.
     Raises `ValueError` when shapes or types do not fit.
     """
     _check("values", values, (torch.float32,), (len(values), values.shape[-1]))
     tokens, k = values.shape
     _check("ids", ids, (torch.int32,), (tokens, k))
+    _check("counts", counts, (torch.int32,), (tokens,))
     for name, setting in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
         _check(name, setting, (torch.float32,), (tokens,))
     _check("uniform", uniform, (torch.float32, torch.float64), (tokens,))
@@ -288,18 +293,21 @@ def sample(
     if total is not None:
         _check("total", total, (torch.float32,), (tokens,))
     block = triton.next_power_of_2(k)
-    _sample_kernel[(tokens,)](values, ids, temperature, top_p, min_p, uniform, total, out, k, BLOCK=block, **options())
+    _sample_kernel[(tokens,)](
+        values, ids, counts, temperature, top_p, min_p, uniform, total, out, k, BLOCK=block, **options()
+    )  # fmt: skip
 
 
 def sample_ref(
-    values: torch.Tensor, ids: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
-    uniform: torch.Tensor, out: torch.Tensor, total: torch.Tensor | None = None
+    values: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor,
+    min_p: torch.Tensor, uniform: torch.Tensor, out: torch.Tensor, total: torch.Tensor | None = None
 ) -> None:  # fmt: skip
     """`sample` in torch, a token at a time."""
     for t in range(len(values)):
-        scaled = values[t] / temperature[t]
-        p = scaled.softmax(0) if total is None else (scaled - total[t]).exp()
-        covered = total is None or bool(p.sum() > top_p[t] and top_p[t] < 1) or bool(p[-1] < min_p[t] * p[0])
+        of_few = total is None or int(counts[t]) > 0
+        scaled = values[t, : int(counts[t]) or None] / temperature[t]
+        p = scaled.softmax(0) if total is None or of_few else (scaled - total[t]).exp()
+        covered = of_few or bool(p.sum() > top_p[t] and top_p[t] < 1) or bool(p[-1] < min_p[t] * p[0])
         if temperature[t] == 0 or not values[t, 0].isfinite() or not covered:
             out[t] = ids[t, 0] if temperature[t] == 0 and values[t, 0].isfinite() else -1
             continue

@@ -9,7 +9,9 @@ residual adds the parts. Weights are neuron-major: row i of gate, up and (transp
 `skip`, a neuron whose activation is 0 for every token ends there: its row of up is not read. Rows of down are read
 where hidden is not 0 for some token.
 
-Every sum has a fixed order, which depends on a row's place in the list and on the number of rows alone.
+Every sum has a fixed order. That of a token's hidden values is its own; that of its parts depends on the rows that all
+tokens of the batch list, and on how many tokens there are: the one place of a step where a token's rounding may differ
+with those beside it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,22 @@ import torch
 import triton
 import triton.language as tl
 
-from cpu_kernels.contract import GROUP, MAX_BATCH, activation_word
+from cpu_kernels.contract import GROUP, activation_word
 from gpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
-from gpu_kernels.tiles import VECTOR, add_rows, append, load_step, row_dots, store_rows, zero_tiles
+from gpu_kernels.tiles import (
+    VECTOR,
+    add_rows,
+    append,
+    load_step,
+    program_in_group,
+    row_dots,
+    store_rows,
+    token_groups,
+    zero_tiles,
+)
 
 # Programs over the rows of gate and up: each takes blocks of rows until the list ends. Those without rows end at once.
 PROGRAMS = 1056
@@ -91,11 +103,11 @@ def _any_nonzero(values, T: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _first_rows(  # type: ignore[no-untyped-def]
-    w, bias, ids, at, live, masks, x, x_stride,
+    w, bias, ids, live, bits, x, x_stride,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """The activations of rows `ids` for every token, 0 for rows that are not its own."""
+    """The activations of rows `ids` for T tokens, 0 where a row's bit, if there are `bits`, says that it is not t's."""
     dots = row_dots(w, ids, live, x, x_stride, KIND, K, T, R, C)
     values = ()
     for t in tl.static_range(T):
@@ -103,36 +115,43 @@ def _first_rows(  # type: ignore[no-untyped-def]
         if bias is not None:
             value += tl.load(bias + ids, mask=live, other=0.0)
         wanted = live
-        if masks is not None:
-            wanted = live & (((tl.load(masks + at, mask=live, other=0) >> t) & 1) != 0)
+        if bits is not None:
+            wanted = live & (((bits >> t) & 1) != 0)
         values = append(values, tl.where(wanted, activate(ACTIVATION, value), 0.0))
     return values
 
 
 @triton.jit
 def _gate_and_up(  # type: ignore[no-untyped-def]
-    gate, up, gate_bias, up_bias, x, x_stride, ids, count, masks, hidden, capacity,
+    gate, up, gate_bias, up_bias, x, x_stride, ids, count, masks, hidden, capacity, groups,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ACTIVATION: tl.constexpr, SKIP: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     begin(PDL)
+    program, token = program_in_group(T, groups)
+    x += token * x_stride
+    hidden += token * capacity
     total = tl.minimum(tl.load(count), capacity)
-    for start in range(tl.program_id(0) * R, total, tl.num_programs(0) * R):
+    for start in range(program * R, total, tl.num_programs(0) // groups * R):
         at = start + tl.arange(0, R)
-        live = at < total
+        live, bits = at < total, None
         rows = tl.load(ids + at, mask=live, other=0).to(tl.int64)
+        mine = live
+        if masks is not None:
+            bits = tl.load(masks + at, mask=live, other=0) >> token
+            mine = live & ((bits & ((1 << T) - 1)) != 0)
         if gate is None:
-            first = _first_rows(up, up_bias, rows, at, live, masks, x, x_stride, KIND, K, T, R, C, ACTIVATION)
+            first = _first_rows(up, up_bias, rows, mine, bits, x, x_stride, KIND, K, T, R, C, ACTIVATION)
             for t in tl.static_range(T):
                 tl.store(hidden + t * capacity + at, first[t], mask=live)
         else:
             step = None
             if EAGER:
-                step = load_step(up, rows, live, 0, KIND, K, R, C)
-            first = _first_rows(gate, gate_bias, rows, at, live, masks, x, x_stride, KIND, K, T, R, C, ACTIVATION)
-            needed = live
+                step = load_step(up, rows, mine, 0, KIND, K, R, C)
+            first = _first_rows(gate, gate_bias, rows, mine, bits, x, x_stride, KIND, K, T, R, C, ACTIVATION)
+            needed = mine
             if SKIP:
-                needed = live & _any_nonzero(first, T)
+                needed = mine & _any_nonzero(first, T)
             if tl.max(needed.to(tl.int32), 0) > 0:
                 second = row_dots(up, rows, needed, x, x_stride, KIND, K, T, R, C, step)
                 for t in tl.static_range(T):
@@ -147,15 +166,15 @@ def _gate_and_up(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _down(  # type: ignore[no-untyped-def]
-    w, ids, count, hidden, capacity, parts, pieces, tokens,
+    w, ids, count, hidden, capacity, parts, groups, pieces, tokens,
     KIND: tl.constexpr, K: tl.constexpr, T: tl.constexpr, A: tl.constexpr, W: tl.constexpr, C: tl.constexpr,
     PDL: tl.constexpr
 ):  # fmt: skip
     """A block of columns of one part, for T of the tokens."""
     begin(PDL)
     c = tl.program_id(0) * C
-    part = tl.program_id(1) % pieces
-    token = tl.program_id(1) // pieces * T
+    part = tl.program_id(1) // groups
+    token = tl.program_id(1) % groups * T
     total = tl.minimum(tl.load(count), capacity)
     share = (total + pieces - 1) // pieces
     stop = tl.minimum((part + 1) * share, total)
@@ -188,32 +207,34 @@ def sparse_ffn(
 ) -> None:
     """Write the sums of the active rows of down, each times its hidden value, in parts; see the module's formula.
 
-    x: [t, d] f32, t of 1 to 8, its rows contiguous; ids: int32 [capacity], of which the first count[0] are row
-    numbers below hot (not checked); count: int32 [1]; masks: uint8 [capacity], bit t of masks[k] where row ids[k] is
-    token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32 [s, t, d], written
-    whole. eager: rows of up are on their way before it is known which are needed, for where nearly all are. tiling: for
-    trials, None for the one measured best.
+    x: [t, d] f32, t of 1 to 8, or 16, 24 or 32, its rows contiguous; ids: int32 [capacity], of which the first count[0]
+    are row numbers below hot (not checked); count: int32 [1]; masks: int32 [capacity], bit t of masks[k] where row
+    ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32 [s, t,
+    d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly all are.
+    tiling: for trials, None for the one measured best.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
+    together, groups = token_groups("sparse_ffn", x.shape[0])
     _check(ffn, x, ids, count, masks, hidden, parts)
     tokens, d = x.shape
     kind, capacity, pieces = ffn.up.kind, ids.shape[0], parts.shape[0]
     chosen = tiling or TILINGS[kind]
     first = chosen.first
     gate = None if ffn.gate is None else ffn.gate.rows
-    _gate_and_up[(min(triton.cdiv(capacity, first.rows), PROGRAMS),)](
-        gate, ffn.up.rows, ffn.gate_bias, ffn.up_bias, x, x.stride(0), ids, count, masks, hidden, capacity,
-        KIND=kind, K=d, T=tokens, R=first.rows, C=first.columns(kind, d),
+    _gate_and_up[(min(triton.cdiv(capacity, first.rows), PROGRAMS) * groups,)](
+        gate, ffn.up.rows, ffn.gate_bias, ffn.up_bias, x, x.stride(0), ids, count, masks, hidden, capacity, groups,
+        KIND=kind, K=d, T=together, R=first.rows, C=first.columns(kind, d),
         ACTIVATION=activation_word(ffn.activation), SKIP=skip, EAGER=eager, **options(first.warps),
     )  # fmt: skip
     # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
-    together = min(tokens, 4) if kind == "int4" else tokens
+    depth = max(2, chosen.depth // triton.next_power_of_2(together))
+    together = min(together, 4) if kind == "int4" else together
+    groups = triton.cdiv(tokens, together)
     columns = min(chosen.columns, max(GROUP, triton.next_power_of_2(d)))
     wide = max(1, 32 * chosen.warps * VECTOR[kind] // columns)  # rows that all threads load at once
-    _down[(triton.cdiv(d, columns), pieces * triton.cdiv(tokens, together))](
-        ffn.down.rows, ids, count, hidden, capacity, parts, pieces, tokens,
-        KIND=kind, K=d, T=together, A=max(2, chosen.depth // triton.next_power_of_2(tokens)), W=wide, C=columns,
-        **options(chosen.warps),
+    _down[(triton.cdiv(d, columns), pieces * groups)](
+        ffn.down.rows, ids, count, hidden, capacity, parts, groups, pieces, tokens,
+        KIND=kind, K=d, T=together, A=depth, W=wide, C=columns, **options(chosen.warps),
     )  # fmt: skip
 
 
@@ -227,13 +248,11 @@ def _check(
     parts: torch.Tensor,
 ) -> None:
     tokens, d, capacity = x.shape[0], ffn.up.columns, ids.shape[0]
-    if not 1 <= tokens <= MAX_BATCH:
-        raise ValueError(f"sparse_ffn takes 1 to {MAX_BATCH} tokens, got {tokens}")
     expected = {
         "x": (x, (tokens, d), torch.float32),
         "ids": (ids, (capacity,), torch.int32),
         "count": (count, (1,), torch.int32),
-        "masks": (masks, (capacity,), torch.uint8),
+        "masks": (masks, (capacity,), torch.int32),
         "hidden": (hidden, (tokens, capacity), torch.float32),
         "parts": (parts, (parts.shape[0], tokens, d), torch.float32),
     }

@@ -16,10 +16,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET, SCALE_BYTES
 
 # Weights of a group. "codes" are int8 without scales, as predictors have them: rows of bytes, padded to whole 128.
 VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "codes": 16, "int4": 32}
+TOGETHER = 8  # tokens whose sums a program holds in registers
+
+
+def token_groups(name: str, tokens: int) -> tuple[int, int]:
+    """Tokens of a group, whose sums a program holds together, and how many groups there are.
+
+    Raises `ValueError` for a number of them that kernel `name` does not take.
+    """
+    together = min(tokens, TOGETHER)
+    if not 1 <= tokens <= MAX_BATCH or tokens % together:
+        raise ValueError(
+            f"{name} takes 1 to {TOGETHER} tokens, or a multiple of {TOGETHER} up to {MAX_BATCH}, got {tokens}"
+        )
+    return together, tokens // together
+
+
+@triton.jit
+def program_in_group(T: tl.constexpr, groups):  # type: ignore[no-untyped-def]
+    """Which of the programs of its group of T tokens this is, and the group's first token.
+
+    Programs that read the same weights, for each of the `groups`, are neighbours: all but one find them in a cache.
+    """
+    return tl.program_id(0) // groups, tl.program_id(0) % groups * T
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import numpy as np
 from placement.cost import CostModel
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
-from placement.workspace import PREFILL_CHUNK, predictor_bytes
+from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK, SERVER_ROWS, predictor_bytes
 from predictor.bank import PredictorBank
 from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.common.errors import ArtifactError, BudgetError, InputError
@@ -228,7 +228,8 @@ def place(
     """
     budget = settings.planned_bytes(hardware)
     sizes = settings.prefill_chunk, settings.reserve
-    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, kv_tokens=settings.kv_tokens)
+    rows = ENGINE_ROWS if settings.kv_tokens is None else SERVER_ROWS
+    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, rows, settings.kv_tokens)
     model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
     if settings.solver == "milp":
         solution = solve_milp(model, budget, settings.time_limit)

@@ -13,6 +13,8 @@ import numpy as np
 from placement.workspace import (
     ALIGNMENT,
     BATCHES,
+    ENGINE_ROWS,
+    KV_BLOCK,
     PREFILL_CHUNK,
     SHARED_KV_BLOCK,
     Workspace,
@@ -51,14 +53,14 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class VramPlan:
-    """Bytes on the GPU for `spec` with a KV cache of `context` tokens; `ContextError` when the model has fewer.
+    """Bytes on the GPU for `spec` with sequences of up to `context` tokens; `ContextError` when the model has fewer.
 
     Each tensor starts at a multiple of `ALIGNMENT`; norms, biases and scales are f32. The input embedding stays in host
     memory, of which a token reads one row. The CUDA context itself is not counted.
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
     most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
-    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most tokens of a decode step. kv_tokens:
-    of the KV cache, where sequences share blocks of it; by default one sequence has it to itself.
+    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most rows of a decode step. kv_tokens:
+    of the pool that sequences share, None for one sequence's own cache.
     """
 
     spec: ModelSpec
@@ -66,7 +68,7 @@ class VramPlan:
     predictor_bytes: tuple[int, ...]
     prefill_chunk: int = PREFILL_CHUNK
     reserve: int | None = None
-    batch: int = max(BATCHES)
+    batch: int = ENGINE_ROWS
     kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,10 +94,8 @@ class VramPlan:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of one layer, in whole blocks of tokens."""
-        tokens = cached_tokens(self.context)
-        if self.kv_tokens is not None:
-            tokens = -(-self.kv_tokens // SHARED_KV_BLOCK) * SHARED_KV_BLOCK
-        return aligned(self.spec.kv_bytes_per_layer(tokens))
+        tokens = self.context if self.kv_tokens is None else self.kv_tokens
+        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(tokens, self.workspace.block)))
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:
@@ -116,7 +116,8 @@ class VramPlan:
     def workspace(self) -> Workspace:
         """Scratch that all layers share, buffer by buffer."""
         rank = -(-max(self.predictor_bytes) // (self.spec.d_model + self.spec.d_ff))
-        return Workspace(self.spec, self.context, rank, self.prefill_chunk, self.batch)
+        block = KV_BLOCK if self.kv_tokens is None else SHARED_KV_BLOCK
+        return Workspace(self.spec, self.context, rank, self.prefill_chunk, self.batch, block)
 
     def workspace_rows(self) -> list[tuple[str, int]]:
         """What there is on the GPU as soon as anything runs there, as (name, bytes)."""

@@ -1,7 +1,7 @@
 """Scratch on the GPU that all layers share: what there is of it and how large, for the plan and for the runtime alike.
 
 Names and bytes come from here alone, so that the runtime takes what the plan says. Everything is f32 or int32 but for
-masks (uint8) and what is sorted to choose a token (int64). Each buffer is rounded up to the allocator's granularity.
+what is sorted to choose a token (int64). Each buffer is rounded up to the allocator's granularity.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from cpu_kernels.contract import LAYOUTS, padded
+from cpu_kernels.contract import LAYOUTS, MAX_BATCH, padded
 from profiler.common.spec import ModelSpec
 
 ALIGNMENT = 512  # the CUDA allocator hands out multiples of this
-BATCHES = (1, 2, 4, 8)  # tokens of a decode step: there is a CUDA graph for each up to the batch that is planned for
-KV_BLOCK = 256  # tokens of a block of the KV cache, where one sequence has it to itself
-SHARED_KV_BLOCK = 32  # where several share it
+BATCHES = (1, 2, 4, 8, 16, 32)  # rows of a decode step: there is a CUDA graph for each up to the most planned for
+ENGINE_ROWS, SERVER_ROWS = 8, 32  # the most of an engine for one answer, and where many are given at once
+KV_BLOCK, SHARED_KV_BLOCK = 256, 32  # tokens of a block of KV: of one sequence's cache, and where several share a pool
 STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
 # Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first
@@ -29,11 +29,10 @@ PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
 _PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
 _TERMS, _TERM_COLUMNS = 3, 1024  # in which f32 inputs are split for bf16 products, and columns of these at a time
 
-# No kernel is cut into more programs than this for parallelism alone; into how many below is the kernel's affair.
-_PROGRAMS = 1024
-_SPLIT_KEYS, _MOST_SPLITS = 64, 128
-_DOWN_COLUMNS, _MOST_PARTS = 256, 64
-
+# Of `gpu_kernels.attention`, `sparse_ffn` and `sampling`, which need triton, as a plan must not.
+_SPLIT_PROGRAMS, _SPLIT_KEYS, _MOST_SPLITS = 528, 64, 128
+_DOWN_PROGRAMS, _DOWN_COLUMNS, _MOST_PARTS = 264, 64, 64
+_SAMPLED, _SAMPLING_BLOCK = 1024, 2048
 
 Bytes = TypeVar("Bytes", int, np.ndarray)
 
@@ -48,28 +47,28 @@ def aligned(size: Bytes) -> Bytes:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def attention_splits(tokens: int, kv_heads: int, capacity: int) -> int:
-    """Room for at least those of `gpu_kernels.attention.attention_splits`, which needs triton, as a plan must not."""
-    return max(1, min(_PROGRAMS // (tokens * kv_heads), capacity // _SPLIT_KEYS, _MOST_SPLITS))
+def attention_splits(kv_heads: int, capacity: int) -> int:
+    """As `gpu_kernels.attention.attention_splits`."""
+    return max(1, min(_SPLIT_PROGRAMS // kv_heads, capacity // _SPLIT_KEYS, _MOST_SPLITS))
 
 
 def down_parts(d: int) -> int:
-    """Room for at least those of `gpu_kernels.sparse_ffn.down_parts`."""
-    return max(1, min(_MOST_PARTS, _PROGRAMS // -(-d // _DOWN_COLUMNS)))
+    """As `gpu_kernels.sparse_ffn.down_parts`."""
+    return max(1, min(_MOST_PARTS, _DOWN_PROGRAMS // -(-d // _DOWN_COLUMNS)))
 
 
-def cached_tokens(context: int) -> int:
-    """Tokens that a KV cache of `context` tokens has room for: whole blocks, or one smaller block."""
-    block = min(KV_BLOCK, context)
+def cached_tokens(context: int, block: int = KV_BLOCK) -> int:
+    """Tokens that a sequence of `context` tokens has room for: whole blocks, or of one sequence's cache one smaller."""
+    block = min(block, context) if block == KV_BLOCK else block
     return -(-context // block) * block
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Scratch of a model `spec` with a KV cache of `context` tokens, in bytes by buffer.
+    """Scratch of a model `spec` with sequences of up to `context` tokens, in bytes by buffer.
 
     rank: hidden units of the largest predictor, 0 without predictors. prefill_chunk: the most tokens of a prompt that
-    go through the layers at once. batch: of `BATCHES`, the most tokens of a decode step.
+    go through the layers at once. batch: of `BATCHES`, the most rows of a decode step. block: tokens of a block of KV.
     """
 
     spec: ModelSpec
@@ -77,11 +76,12 @@ class Workspace:
     rank: int
     prefill_chunk: int
     batch: int
+    block: int = KV_BLOCK
 
     @property
     def decode(self) -> dict[str, int]:
-        """Buffers of a decode step of `batch` tokens; `attention splits` are those of all smaller batches too."""
-        spec, tokens = self.spec, self.batch
+        """Buffers of a decode step of `batch` rows."""
+        spec, rows = self.spec, self.batch
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
         vectors = {
             "x": spec.d_model,
@@ -95,24 +95,30 @@ class Workspace:
             "parts": 2 * down_parts(spec.d_model) * spec.d_model,  # of hot neurons, and of those read over PCIe
             "logits": spec.vocab_size,
         }
-        return {name: aligned(4 * tokens * width) for name, width in vectors.items()} | {
-            "attention splits": self._splits,
+        slots = rows * spec.n_heads * attention_splits(spec.n_kv_heads, self.context)
+        return {name: aligned(4 * rows * width) for name, width in vectors.items()} | {
+            "attention splits": aligned(4 * slots * spec.head_dim) + 2 * aligned(4 * slots),
             # Masks of all neurons, of the hot ones and those read over PCIe among the predicted, and spare ones.
-            "masks": 4 * aligned(spec.d_ff),
+            "masks": 4 * aligned(4 * spec.d_ff),
             "ids": 3 * aligned(4 * spec.d_ff),  # of both kinds predicted, and of all
-            # Sorting for top-k keeps at most a quarter of the vocabulary, and then a quarter of that.
-            "sampling": aligned(8 * tokens * min(4 * spec.vocab_size, 5 * spec.vocab_size // 16 + 2048)),
-            # Block table, counts by layer; positions, tokens, settings of the sampler, the mailbox's state.
-            "control": aligned(4 * (self.context // KV_BLOCK + 1)) + aligned(4 * spec.n_layers) + 16 * ALIGNMENT,
+            "sampling": self._sampling,
+            # Positions and block tables, counts by layer; tokens, settings of the sampler, the mailbox's state.
+            "control": aligned(4 * (MAX_BATCH + rows * self.blocks)) + aligned(4 * spec.n_layers) + 16 * ALIGNMENT,
         }
 
     @property
-    def _splits(self) -> int:
-        spec, total = self.spec, 0
-        for tokens in (size for size in BATCHES if size <= self.batch):
-            slots = tokens * spec.n_heads * attention_splits(tokens, spec.n_kv_heads, self.context)
-            total += aligned(4 * slots * spec.head_dim) + 2 * aligned(4 * slots)
-        return total
+    def blocks(self) -> int:
+        """Entries of a sequence's block table."""
+        return -(-self.context // self.block)
+
+    @property
+    def _sampling(self) -> int:
+        """The best of each block of logits, the largest ones, and what is sorted for them, which keeps at most a
+        quarter of the vocabulary, and then a quarter of that."""
+        vocab = self.spec.vocab_size
+        best, largest = self.batch * -(-vocab // _SAMPLING_BLOCK), self.batch * min(_SAMPLED, vocab)
+        keys = self.batch * min(4 * vocab, 5 * vocab // 16 + 2048)
+        return 2 * aligned(4 * best) + 2 * aligned(4 * largest) + aligned(8 * keys)
 
     @property
     def norms(self) -> int:
@@ -151,10 +157,9 @@ class Workspace:
             "attended": aligned(4 * wide * queries),
             "first": aligned(4 * wide * self.staging_neurons),
             "second": aligned(4 * wide * self.staging_neurons * spec.gated),
-            "keys and values": aligned(4 * cached_tokens(self.context) * both),
+            "keys and values": aligned(4 * cached_tokens(self.context, self.block) * both),
             "scratch": aligned(4 * self._scratch(wide)),
-            "logits": aligned(4 * spec.vocab_size),
-            "table": aligned(4 * (self.context // KV_BLOCK + 1)),
+            "table": aligned(4 * self.blocks),
         }
 
     def _scratch(self, wide: int) -> int:
@@ -164,7 +169,9 @@ class Workspace:
         widest = max(spec.d_model, queries, self.staging_neurons)
         rows = min(PREFILL_ROWS, max(self.staging_neurons, queries + both))
         terms = -(-_TERMS * wide * widest // 2) + 64 + _TERMS * wide * min(widest, _TERM_COLUMNS)
-        scores = spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context) + 2 * spec.head_dim)
+        scores = (
+            spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context, self.block) + 2 * spec.head_dim)
+        )
         return max(rows * widest, terms, scores)
 
     @property

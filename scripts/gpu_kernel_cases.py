@@ -136,7 +136,7 @@ def predict_case(tokens: int = 1, tiling: PredictorTiling = TILING) -> Case:
     codes = [torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda") for shape in ((RANK, D), (FF, RANK))]
     ends = [(torch.full((n,), 1 / 127 / 64, device="cuda"), random_values(n) / 10) for n in (RANK, FF)]
     x, hidden = random_values(tokens, D), random_values(tokens, RANK)
-    masks = torch.zeros(FF, dtype=torch.uint8, device="cuda")
+    masks = torch.zeros(FF, dtype=torch.int32, device="cuda")
     one = DevicePredictorView.of(codes[0], *ends[0], codes[1], *ends[1], 0.1, "cuda")
     count = copies(one.nbytes)
     views = [one] + [
@@ -158,9 +158,9 @@ def predict_case(tokens: int = 1, tiling: PredictorTiling = TILING) -> Case:
 def compact_case() -> Case:
     """The lists of a layer's hot and cold active neurons."""
     hot = 4000
-    masks = (torch.rand(FF, device="cuda") < 0.1).to(torch.uint8)
+    masks = (torch.rand(FF, device="cuda") < 0.1).to(torch.int32)
     sides = [
-        (torch.zeros(n, dtype=torch.int32, device="cuda"), torch.zeros(n, dtype=torch.uint8, device="cuda"))
+        (torch.zeros(n, dtype=torch.int32, device="cuda"), torch.zeros(n, dtype=torch.int32, device="cuda"))
         for n in (hot, FF - hot)
     ]
     counts = [torch.zeros(1, dtype=torch.int32, device="cuda") for _ in sides]
@@ -207,7 +207,7 @@ def attention_case(context: int) -> Case:
     nbytes = context * 2 * HEADS * HEAD_DIM * 2
     caches, table, position = _cache(context, copies(nbytes))
     q, out = random_values(1, HEADS, HEAD_DIM), random_values(1, HEADS * HEAD_DIM)
-    scratch = attention_scratch(1, HEADS, HEAD_DIM, attention_splits(1, HEADS, 4096), "cuda")
+    scratch = attention_scratch(1, HEADS, HEAD_DIM, attention_splits(HEADS, 4096), "cuda")
     calls: list[Call] = [partial(decode_attention, q, c, table, position, None, out, scratch) for c in caches]
     reference = partial(decode_attention_ref, q, caches[0], table, position, None, out)
     return Case(f"attention f16 {context} positions", nbytes, calls, lambda: checked(calls[0], reference, [out]), [])

@@ -20,7 +20,7 @@ from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, s
 from gpu_kernels.box import Mailbox
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.model.ffn import FFNRuntime, HybridFFN
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, KVPool, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu import gemm as gpu_gemm
@@ -39,7 +39,7 @@ GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
 _USERS = (gpu_gemm, gpu_prefill, gpu_sampler, gpu_step)
 _KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
 _KERNELS |= {"top_k", "log_sum_exp", "sample"}
-_KERNELS |= {"ask", "post", "receive", "send"} | {"split", "widen", "activate_product", "causal_softmax"}
+_KERNELS |= {"ask", "post", "receive", "send"} | {"split", "widen", "activate_product", "causal_softmax", "gather"}
 
 
 def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
@@ -73,7 +73,8 @@ class StepCase:
     """A model's `GpuStep` and `CpuStep`, each with a cache of its own, under one placement.
 
     share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU.
-    zero_copy: cold neurons that the GPU reads in host memory.
+    zero_copy: cold neurons that the GPU reads in host memory. rows: the most of a step, and where they are more than 8,
+    `cache` is of a pool that `sequences` share, too.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class StepCase:
         threads: int = 2,
         predictors: bool = False,
         zero_copy: int = 0,
+        rows: int = 8,
     ) -> None:
         opened = ModelFolder.open(folder)
         spec = opened.spec
@@ -98,7 +100,9 @@ class StepCase:
         if predictors:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
-        self.cache, self.own_cache = KVCache(spec, CAPACITY), KVCache(spec, CAPACITY)
+        self.rows = rows
+        pool = KVPool(spec, 20 * CAPACITY, 4) if rows > 8 else None
+        self.cache, self.own_cache = KVCache(spec, CAPACITY, pool), KVCache(spec, CAPACITY)
         self.zero_copy = ZeroCopyNeurons(self.model, self.placement, torch.device(DEVICE))
         counting = DeviceArena(torch.device(DEVICE))
         self._take(counting)
@@ -107,7 +111,31 @@ class StepCase:
         self._cpu = CpuStep(self.model, self.own_cache, self.runtime)
 
     def _take(self, arena: DeviceArena) -> GpuStep:
-        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.zero_copy)
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.zero_copy, self.rows)
+
+    def run(self, token: int, strategy: Strategy) -> torch.Tensor:
+        """Logits [vocab] of the step after one more token."""
+        return self.step.run([Row(self.cache, token)], strategy)[0]
+
+    def few(self, tokens: Sequence[int], strategy: Strategy, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits [vocab] of the step after some tokens, of which up to `rows` go through as rows."""
+        for at in range(0, len(tokens), self.rows):
+            rows = [Row(cache or self.cache, token) for token in tokens[at : at + self.rows]]
+            logits = self.step.run(rows, strategy)[-1]
+        return logits
+
+    def sequences(self, lengths: Sequence[int], strategy: Strategy) -> list[KVCache]:
+        """Sequences of one pool after so many tokens each; their blocks lie among each other's, in no order."""
+        made = [KVCache(self.model.spec, CAPACITY, self.cache.pool) for _ in lengths]
+        scattered = self.cache.pool.take(5)
+        for tokens in range(CAPACITY + 1):
+            for cache in made if tokens % 8 < 4 else made[::-1]:
+                assert cache.reserve(tokens)
+            self.cache.pool.release(scattered[tokens // 4 : tokens // 4 + 1] if tokens % 4 == 3 else [])
+        for number, (cache, length) in enumerate(zip(made, lengths, strict=True)):
+            if length:
+                self.few(some_tokens(length, 10 + number), strategy, cache)
+        return made
 
     def expected(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
         """Logits after `tokens` from the CPU's step, which must be called while the workers are at rest."""

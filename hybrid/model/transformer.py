@@ -181,13 +181,14 @@ class Transformer(nn.Module):
         cap = self.spec.logit_cap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def embed(self, tokens: np.ndarray | int, start: int) -> torch.Tensor:
-        """What the first layer takes: a token, or int64 [t], at positions from `start` on to f32 [t, d_model]."""
+    def embed(self, tokens: np.ndarray | int, start: int | np.ndarray) -> torch.Tensor:
+        """What the first layer takes: a token, or int64 [t], at positions from `start` on, or at those of int64 [t], to
+        f32 [t, d_model]."""
         # A slice for one: lists of rows take several times as long.
         at, ids = start + OPT_POSITION_OFFSET, slice(tokens, tokens + 1) if isinstance(tokens, int) else tokens
         x = self.embedding.widen(ids)
         if self.positions is not None:
-            x = x + self.positions.widen(slice(at, at + len(x)))
+            x = x + self.positions.widen(slice(at, at + len(x)) if isinstance(at, int) else at)
         if self.spec.embedding_scale != 1.0:
             x = x * self.spec.embedding_scale
         return F.rms_norm(x, x.shape[-1:], eps=self.spec.norm_eps) if self.spec.embedding_norm else x

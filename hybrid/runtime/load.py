@@ -15,6 +15,7 @@ from hybrid.model.transformer import Transformer
 from hybrid.runtime.devices import hardware_of
 from hybrid.runtime.plan import RunPlan
 from hybrid.runtime.runner import CpuRunner, Runner
+from placement.workspace import ENGINE_ROWS
 
 # Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
 _FEW_TOKENS = 32
@@ -35,8 +36,11 @@ class LoadedModel:
     end_tokens: frozenset[int]
     notices: tuple[str, ...] = ()
 
-    def runner(self, cache: KVCache) -> Runner:
-        """What reads and writes the sequence of `cache`. Raises `InputError` where a GPU's packages are missing."""
+    def runner(self, cache: KVCache, rows: int = ENGINE_ROWS) -> Runner:
+        """What reads and writes sequences of the pool of `cache`, by default that one; rows: the most of a GPU's step.
+
+        Raises `InputError` where a GPU's packages are missing.
+        """
         plan, weights = self.plan, self.plan.folder.weights
         advise = weights.advise if isinstance(weights, PackedModel) else lambda scattered: None
         if plan.gpu is None:
@@ -48,7 +52,7 @@ class LoadedModel:
                 f"a GPU needs the package {error.name}: pip install {error.name}; or give a VRAM budget of 0"
             ) from error
         hardware = hardware_of(plan.bundle)
-        return GpuRunner(self.model, cache, self.runtime, plan.placement, plan.gpu, hardware, advise)
+        return GpuRunner(self.model, cache, self.runtime, plan.placement, plan.gpu, hardware, advise, rows)
 
 
 def load_model(plan: RunPlan) -> LoadedModel:

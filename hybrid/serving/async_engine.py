@@ -31,6 +31,7 @@ from hybrid.serving.figures import EngineFigures
 from hybrid.serving.request import MOST_LOGPROBS, Request, ServedStep, TokenLogprob
 from hybrid.serving.scheduler import Scheduler
 from hybrid.serving.stepper import Mailbox, Stepper
+from placement.workspace import SERVER_ROWS
 from profiler.common.spec import ModelSpec
 
 
@@ -47,7 +48,7 @@ class AsyncEngine:
         self.settings, self.end_tokens, self.name = loaded.settings, loaded.end_tokens, plan.folder.path.name
         tokens = pool_tokens(serving, plan)
         self._pool, self.context = KVPool(plan.spec, tokens), min(plan.context, tokens)
-        runner = loaded.runner(KVCache(plan.spec, self.context, self._pool))
+        runner = loaded.runner(KVCache(plan.spec, self.context, self._pool), SERVER_ROWS)
         self.notices = (*plan.notices, *loaded.notices, *runner.notices)
         runner.load_kernels()
         load_sampling_kernels()

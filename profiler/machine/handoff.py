@@ -50,15 +50,16 @@ class Handoff:
         self._device, self._pool = device, WorkerPool(threads)
         self._weights = np.full((layers, 3, f, d), _ONE, np.uint16)
         self.x, self._normed, self._norm = (torch.ones(size, device=device) for size in ((1, d), (1, d), (d,)))
-        self._masks = torch.zeros(layers, f, dtype=torch.uint8, device=device)
-        self._spare = torch.zeros(f, dtype=torch.uint8, device=device)
+        self._masks = torch.zeros(layers, f, dtype=torch.int32, device=device)
+        self._spare = torch.zeros(f, dtype=torch.int32, device=device)
         self._hot_ids, self._hot_count = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
         self._positions = torch.zeros(1, dtype=torch.int32, device=device)
         report = torch.zeros(REPORT_WORDS, dtype=torch.int64, device=device)
         self._mailbox = Mailbox.new(d, f, report, pinned=device.type == "cuda")
         self._mailbox.out.fill_(1e9)  # what no answer may leave there
         m = self._mailbox
-        self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
+        masks = m.masks.numpy().view(np.uint32)
+        self._box = Box(*(m.request.numpy(), m.flags.numpy(), m.x.numpy(), m.ids.numpy(), masks, m.out.numpy()))
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="hybrid-handoff", daemon=True)
 
@@ -100,7 +101,7 @@ class Handoff:
         ranks = np.random.default_rng(seed).permuted(
             np.tile(np.arange(self.shape.neurons), (self.shape.layers, 1)), axis=1
         )
-        self._masks.copy_(torch.from_numpy((ranks < count).astype(np.uint8)))
+        self._masks.copy_(torch.from_numpy((ranks < count).astype(np.int32)))
 
     def seconds(self, count: int = 0, replays: int = _REPLAYS) -> float:
         """Median seconds of a layer with `count` active neurons inside a CUDA graph of all layers: the input to the

@@ -138,7 +138,7 @@ def attention_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
     width, blocks = shape.d // shape.heads, shape.cached_tokens // shape.block
     cache = torch.ones(blocks, 2, shape.heads, shape.block, width, dtype=torch.float16, device=device)
     q, out = torch.ones(1, shape.heads, width, device=device), torch.empty(1, shape.d, device=device)
-    splits = attention_splits(1, shape.heads, max(shape.contexts))
+    splits = attention_splits(shape.heads, max(shape.contexts))
     scratch = attention_scratch(1, shape.heads, width, splits, device)
     for context in shape.contexts:
         position = torch.tensor([context - 1], dtype=torch.int32, device=device)
@@ -150,7 +150,7 @@ def attention_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
 
 def predictor_cases(device: torch.device, shape: Shape) -> Iterator[Case]:
     """Predictors of several ranks for one token."""
-    x, masks = torch.ones(1, shape.d, device=device), torch.empty(shape.neurons, dtype=torch.uint8, device=device)
+    x, masks = torch.ones(1, shape.d, device=device), torch.empty(shape.neurons, dtype=torch.int32, device=device)
     for rank in shape.ranks:
         hidden = torch.empty(1, rank, device=device)
         first = _predictor(device, shape, rank)

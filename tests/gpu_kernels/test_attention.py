@@ -118,11 +118,11 @@ def test_each_token_has_its_own_table():
 
 
 def test_split_counts():
-    assert attention_splits(1, 32, 2048) == 16
-    assert attention_splits(1, 8, 2048) == 32
-    assert attention_splits(1, 1, 100000) == 128
-    assert attention_splits(8, 32, 2048) == 2
-    assert attention_splits(8, 128, 4096) == attention_splits(1, 1, 10) == 1
+    """However many tokens there are."""
+    assert attention_splits(32, 2048) == 16
+    assert attention_splits(8, 2048) == 32
+    assert attention_splits(1, 100000) == 128
+    assert attention_splits(1000, 4096) == attention_splits(1, 10) == 1
     for splits in (0, 129):
         with pytest.raises(ValueError, match="splits"):
             attention_scratch(1, 1, 1, splits, DEVICE)
@@ -150,8 +150,8 @@ def test_rejects_what_does_not_fit():
 
 
 def test_more_tokens_than_a_batch_are_refused():
-    with pytest.raises(ValueError, match="1 to 8 tokens, got 9"):
+    with pytest.raises(ValueError, match="1 to 32 tokens, got 33"):
         decode_attention(
-            torch.zeros(9, 2, 8), torch.zeros(1, 2, 2, 16, 8), torch.zeros(9, 1, dtype=torch.int32),
-            torch.zeros(9, dtype=torch.int32), None, torch.zeros(9, 16), attention_scratch(9, 2, 8, 1, "cpu"),
+            torch.zeros(33, 2, 8), torch.zeros(1, 2, 2, 16, 8), torch.zeros(33, 1, dtype=torch.int32),
+            torch.zeros(33, dtype=torch.int32), None, torch.zeros(33, 16), attention_scratch(33, 2, 8, 1, "cpu"),
         )  # fmt: skip

@@ -11,8 +11,8 @@ from gpu_kernels.compact import compact, compact_indices, compact_indices_ref
 
 def _masks(f: int, share: float, seed: int = 0) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    bits = torch.randint(1, 256, (f,), generator=draw, dtype=torch.uint8)
-    return (bits * (torch.rand(f, generator=draw) < share)).to(torch.uint8).to(DEVICE)
+    bits = torch.randint(1, 2**32, (f,), generator=draw).to(torch.int32)  # bit 31 is the sign
+    return (bits * (torch.rand(f, generator=draw) < share)).to(DEVICE)
 
 
 def _outputs(hot: int, cold: int) -> list[torch.Tensor]:
@@ -22,7 +22,7 @@ def _outputs(hot: int, cold: int) -> list[torch.Tensor]:
 
 
 def _side(n: int):
-    return (n, -7, torch.int32), (n, 0, torch.uint8), (1, -7, torch.int32)
+    return (n, -7, torch.int32), (n, 0, torch.int32), (1, -7, torch.int32)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
@@ -37,13 +37,13 @@ def test_equals_reference(f, hot, share):
 
 @pytest.mark.parametrize("at", [0, 4095, 4096, 8999])
 def test_one_neuron(at):
-    masks = torch.zeros(9000, dtype=torch.uint8, device=DEVICE)
-    masks[at] = 5
+    masks = torch.zeros(9000, dtype=torch.int32, device=DEVICE)
+    masks[at] = -(2**31)
     hot_ids, hot_masks, hot_count, cold_ids, cold_masks, cold_count = _outputs(4096, 4904)
     compact_indices(masks, 4096, hot_ids, hot_masks, hot_count, cold_ids, cold_masks, cold_count)
     assert (int(hot_count), int(cold_count)) == ((1, 0) if at < 4096 else (0, 1))
     ids, its_masks = (hot_ids, hot_masks) if at < 4096 else (cold_ids, cold_masks)
-    assert (int(ids[0]), int(its_masks[0])) == (at, 5)
+    assert (int(ids[0]), int(its_masks[0])) == (at, -(2**31))
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def test_refuses_wrong_shapes_and_types():
     masks, outputs = _masks(17, 0.5), _outputs(9, 8)
     with pytest.raises(ValueError, match="hot of 0 to f"):
         compact_indices(masks, 18, *outputs)
-    with pytest.raises(ValueError, match="uint8 masks"):
-        compact_indices(masks.int(), 9, *outputs)
+    with pytest.raises(ValueError, match="int32 masks"):
+        compact_indices(masks.long(), 9, *outputs)
     with pytest.raises(ValueError, match="cold_ids of at least 9"):
         compact_indices(masks, 8, *outputs)
     with pytest.raises(ValueError, match=r"int32 hot_count of at least 1, got torch.int64"):

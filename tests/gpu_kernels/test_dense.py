@@ -10,6 +10,8 @@ from gpu_kernels.dense import (
     activate_product_ref,
     causal_softmax,
     causal_softmax_ref,
+    gather,
+    gather_ref,
     split,
     split_ref,
     widen,
@@ -90,3 +92,18 @@ def test_activation(activation, gated):
 def test_activation_refuses_misfits():
     with pytest.raises(ValueError, match="one shape"):
         activate_product(random_input(2, 3), random_input(3, 2), "relu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("size", "head_dim"), [(1, 1), (8, 24), (32, 129)])
+def test_blocks_are_gathered_in_the_tables_order(dtype, size, head_dim):
+    cache = random_input(7, 2 * 3 * size * head_dim).view(7, 2, 3, size, head_dim).to(dtype)
+    table = torch.tensor([5, 0, 6, 1], dtype=torch.int32, device=DEVICE)
+    found, expected = (torch.full((2, 3, 6 * size, head_dim), 7.0, device=DEVICE) for _ in range(2))
+    gather(cache, table, found[:, :, : 4 * size])
+    gather_ref(cache, table, expected[:, :, : 4 * size])
+    assert torch.equal(found, expected) and (found[:, :, 4 * size :] == 7).all()
+    assert torch.equal(found[1, 2, size : 2 * size], cache[0, 1, 2].float())
+    for bad in ((cache, table.long(), found), (cache, table, found), (cache.transpose(0, 1), table, found)):
+        with pytest.raises(ValueError, match="gather wants"):
+            gather(*bad)

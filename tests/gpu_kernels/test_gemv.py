@@ -64,6 +64,17 @@ def test_large_values_of_an_activation_stay_finite():
         check(matrix, 1e3 * random_input(1, 16), activation=activation)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_token_has_the_same_sums_however_many_there_are(kind):
+    matrix, x, bias = random_matrix(9, 300, kind), random_input(32, 300), random_input(1, 9, 5)[0]
+    check(matrix, x, bias, add=True, activation="silu")
+    every, alone = torch.empty(32, 9, device=DEVICE), torch.empty(1, 9, device=DEVICE)
+    gemv(matrix, x, bias, every)
+    for t in (0, 7, 8, 31):
+        gemv(matrix, x[t : t + 1], bias, alone)
+        assert torch.equal(alone[0], every[t])
+
+
 def test_x_may_be_rows_of_a_wider_tensor():
     check(random_matrix(9, 129, "f16"), random_input(3, 200)[:, :129])
 
@@ -79,7 +90,7 @@ def test_nothing_is_written_beyond_the_output(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (9, 64)}, "1 to 8 tokens"),
+        ({"x": (9, 64)}, "1 to 8 tokens, or a multiple of 8 up to 32, got 9"),
         ({"x": (2, 63)}, "do not fit"),
         ({"out": (2, 5)}, "do not fit"),
         ({"bias": (5,)}, "do not fit"),

@@ -24,7 +24,7 @@ def _parts(d: int, r: int, f: int, seed: int = 0):
 def _outputs(view: DevicePredictorView, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Filled with what no kernel writes, so that a gap shows."""
     hidden = torch.full((tokens, len(view.b1)), torch.nan, device=DEVICE)
-    return hidden, torch.full((len(view.b2),), 255, dtype=torch.uint8, device=DEVICE)
+    return hidden, torch.full((len(view.b2),), -1, dtype=torch.int32, device=DEVICE)
 
 
 def _clear_threshold(view: DevicePredictorView, x: torch.Tensor) -> float:
@@ -38,7 +38,15 @@ def _clear_threshold(view: DevicePredictorView, x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("tokens", "d", "r", "f"),
-    [(1, 1, 1, 1), (1, 129, 17, 300), (1, 300, 130, 129), (8, 1, 1, 1), (8, 129, 17, 31), (3, 300, 33, 17)],
+    [
+        (1, 1, 1, 1),
+        (1, 129, 17, 300),
+        (1, 300, 130, 129),
+        (8, 1, 1, 1),
+        (8, 129, 17, 31),
+        (3, 300, 33, 17),
+        (32, 129, 17, 31),
+    ],
 )
 def test_equals_reference(tokens, d, r, f):
     parts, x = _parts(d, r, f), random_input(tokens, d)
@@ -84,6 +92,17 @@ def test_more_columns_than_a_tile():
     assert torch.equal(found[1], expected[1])
 
 
+def test_a_token_has_the_same_bits_however_many_there_are():
+    view, x = DevicePredictorView.of(*_parts(129, 17, 31), 0.1, DEVICE), random_input(32, 129)
+    hidden, masks = _outputs(view, 32)
+    predict(view, x, hidden, masks)
+    for t in (0, 9, 31):
+        alone, bits = _outputs(view, 1)
+        predict(view, x[t : t + 1], alone, bits)
+        assert torch.equal(alone[0], hidden[t]) and torch.equal(bits, (masks >> t) & 1)
+        assert 0 < int(bits.sum()) < 31
+
+
 @pytest.mark.parametrize(("threshold", "mask"), [(float("inf"), 0), (float("-inf"), 7)])
 def test_none_and_all_fire(threshold, mask):
     view = DevicePredictorView.of(*_parts(17, 5, 33), threshold, DEVICE)
@@ -123,11 +142,11 @@ def test_view_refuses_codes_that_are_not_padded():
 def test_refuses_wrong_shapes_and_types():
     view = DevicePredictorView.of(*_parts(17, 5, 33), 0.0, DEVICE)
     hidden, masks = _outputs(view, 2)
-    with pytest.raises(ValueError, match="1 to 8 tokens"):
-        predict(view, random_input(9, 17), hidden, masks)
+    with pytest.raises(ValueError, match="1 to 8 tokens, or a multiple of 8 up to 32, got 12"):
+        predict(view, random_input(12, 17), *_outputs(view, 12))
     with pytest.raises(ValueError, match=r"x \(2, 17\)"):
         predict(view, random_input(2, 18), hidden, masks)
     with pytest.raises(ValueError, match="hidden"):
         predict(view, random_input(1, 17), hidden, masks)
-    with pytest.raises(ValueError, match="uint8 masks"):
-        predict(view, random_input(2, 17), hidden, masks.int())
+    with pytest.raises(ValueError, match="int32 masks"):
+        predict(view, random_input(2, 17), hidden, masks.to(torch.uint8))

@@ -24,8 +24,8 @@ whole = dict.fromkeys(("d", "part_stride"), "i32") | {"flags": "*i64", "state": 
 sizes = row_sizes(d, _POLLING_WARPS, sums=True) | {"PDL": True}
 warps = sizes.pop("num_warps")
 sizes.pop("launch_pdl", None)
-known = {"added": None, "bias": None, "PARTS": parts, "ADDED": False, "ASKED": True, "REPLACE": False, "NORM": 0}
-known |= {"NATIVE": True} | sizes
+known = {"added": None, "bias": None, "PARTS": parts, "ADDED": False, "ASKED": True, "SEVERAL": True, "REPLACE": False}
+known |= {"NORM": 0, "NATIVE": True} | sizes
 types = floats | whole | {"eps": "fp32"} | dict.fromkeys(known, "constexpr")
 signature = {name: types[name] for name in _receive_kernel.arg_names}
 aligned = {*floats, "d", "part_stride"}

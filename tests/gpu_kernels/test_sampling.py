@@ -25,11 +25,11 @@ from gpu_kernels.sampling import (
 )
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.step import GpuStep
-from hybrid.runtime.sampling import candidates
+from hybrid.runtime.sampling import Sampler, candidates
 from placement.placement import Placement
 
 NAN, INF = float("nan"), float("inf")
@@ -140,6 +140,10 @@ def test_log_sum_exp_of_nan():
     assert _log_sum_exp(logits, _each(1.0, 2)).isnan().tolist() == [False, True]
 
 
+def _counts(value, tokens):
+    return torch.full((tokens,), value, dtype=torch.int32, device=DEVICE)
+
+
 SETTINGS = [(1.0, 1.0, 0.0), (0.7, 0.9, 0.0), (1.5, 0.5, 0.05), (0.3, 1.0, 0.2), (1.0, 1e-6, 0.0), (0.01, 0.95, 0.0)]
 
 
@@ -154,9 +158,31 @@ def test_sample_equals_reference(temperature, top_p, min_p, k, whole):
     uniform = torch.rand(tokens, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(DEVICE)
     total = _log_sum_exp(logits, settings[0]) if whole else None
     found, expected = (torch.full((tokens,), -7, dtype=torch.int64, device=DEVICE) for _ in range(2))
-    sample(values, ids, *settings, uniform, found, total)
-    sample_ref(values, ids, *settings, uniform, expected, total)
+    counts = _counts(0 if whole else k, tokens)
+    sample(values, ids, counts, *settings, uniform, found, total)
+    sample_ref(values, ids, counts, *settings, uniform, expected, total)
     assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, where the interpreter divides by a temperature of 0
+def test_each_token_has_settings_and_candidates_of_its_own():
+    """Among them greedy ones, some of few candidates, and one of the whole vocabulary's nucleus: each as alone."""
+    logits = random_input(5, 300) * 2
+    values, ids = _drawn_from(logits, 64)
+    counts = torch.tensor([1, 5, 0, 40, 1], dtype=torch.int32, device=DEVICE)
+    temperature, top_p, min_p = torch.tensor(
+        [[0.0, 1.5, 1.0, 0.7, 0.0], [1.0, 1.0, 0.6, 0.9, 1.0], [0.0, 0.0, 0.01, 0.05, 0.0]], device=DEVICE
+    )
+    uniform = torch.tensor([0.5, 0.99, 0.8, 0.6, 0.0], dtype=torch.float64, device=DEVICE)
+    out, alone = _counts(-7, 5), _counts(-7, 1)
+    sample(values, ids, counts, temperature, top_p, min_p, uniform, out, _log_sum_exp(logits, temperature))
+    for t, count in enumerate(counts.tolist()):
+        some, only = slice(t, t + 1), count or 64
+        total = None if count else _log_sum_exp(logits[some], temperature[some])
+        given = (values[some, :only].contiguous(), ids[some, :only].contiguous(), counts[some])
+        sample(*given, temperature[some], top_p[some], min_p[some], uniform[some], alone, total)
+        assert out[t] == alone[0] and out[t] in ids[t, :only]
+    assert out[0] == ids[0, 0] and out[4] == ids[4, 0] and len({*out[1:4].tolist(), *ids[1:4, 0].tolist()}) > 3
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "min_p"), SETTINGS)
@@ -170,7 +196,7 @@ def test_sample_draws_as_the_host(temperature, top_p, min_p, top_k_setting):
     total = None if top_k_setting else _log_sum_exp(logits, settings[0][:1]).expand(points).contiguous()
     uniform = ((torch.arange(points) + 0.5) / points).to(DEVICE)
     out = torch.full((points,), -7, dtype=torch.int32, device=DEVICE)
-    sample(values, ids, *settings, uniform, out, total)
+    sample(values, ids, _counts(top_k_setting, points), *settings, uniform, out, total)
     if total is not None and top_p == 1 and min_p == 0:
         assert out.tolist() == [-1] * points
         return
@@ -188,7 +214,7 @@ def test_sample_without_the_nucleus_among_the_candidates():
     values, ids = _top_k(logits, 30)
     settings = _each(1.0, 3), torch.tensor([0.0883, 0.11, 1.0], device=DEVICE), _each(0.0, 3)
     out = torch.full((3,), -7, dtype=torch.int32, device=DEVICE)
-    sample(values, ids, *settings, _each(0.999, 3), out, _log_sum_exp(logits, settings[0]))
+    sample(values, ids, _counts(0, 3), *settings, _each(0.999, 3), out, _log_sum_exp(logits, settings[0]))
     assert out.tolist() == [26, -1, -1]
 
 
@@ -196,7 +222,7 @@ def test_sample_at_the_ends_of_uniform():
     values, ids = torch.tensor([[2.0, 1.0]] * 3, device=DEVICE), torch.tensor([[8, 3]] * 3, dtype=torch.int32)
     settings, out = (_each(1.0, 3), _each(1.0, 3), _each(0.0, 3)), torch.empty(3, dtype=torch.int32, device=DEVICE)
     uniform = torch.tensor([0.0, 0.9999999999, 1.0], dtype=torch.float64, device=DEVICE)
-    sample(values, ids.to(DEVICE), *settings, uniform, out)
+    sample(values, ids.to(DEVICE), _counts(2, 3), *settings, uniform, out)
     assert out.tolist() == [8, 3, 3]
 
 
@@ -209,7 +235,7 @@ def test_sample_temperature_zero_and_broken_logits(whole):
         settings = _each(temperature, 4), _each(0.5, 4), _each(0.0, 4)
         total = _log_sum_exp(logits, settings[0]) if whole else None
         out = torch.full((4,), -7, dtype=torch.int32, device=DEVICE)
-        sample(values, ids, *settings, _each(0.5, 4), out, total)
+        sample(values, ids, _counts(0 if whole else 3, 4), *settings, _each(0.5, 4), out, total)
         assert out.tolist() == [1, -1, -1, -1]
 
 
@@ -229,7 +255,7 @@ def test_refuses_wrong_shapes_and_types():
     with pytest.raises(ValueError, match="int64 scratch of"):
         top_k(logits, 5, values, ids, torch.empty(7, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="temperature"):
-        sample(values, ids, _each(1.0, 1), _each(1.0, 2), _each(0.0, 2), _each(0.5, 2), out)
+        sample(values, ids, _counts(5, 2), _each(1.0, 1), _each(1.0, 2), _each(0.0, 2), _each(0.5, 2), out)
     with pytest.raises(ValueError, match="temperature"):
         log_sum_exp(logits, _each(1.0, 3), scratch, scratch, scratch[:, 0])
 
@@ -255,14 +281,15 @@ def test_the_step_takes_the_largest_of_its_logits(folder, head_on_gpu, monkeypat
     GpuStep(model, cache, runtime, placement, counting)
     step = GpuStep(model, cache, runtime, placement, DeviceArena(torch.device(DEVICE), counting.used))
     try:
-        expected = [int(step.run(token, "exact").argmax()) for token in (5, 41)]
+        greedy_one = [Sampler(SamplingSettings(temperature=0))]
+        expected = [int(step.run([Row(cache, token)], "exact").argmax()) for token in (5, 41)]
         cache.truncate(0)
-        assert [step.greedy(token, "exact") for token in (5, 41)] == expected
+        assert [step.next_tokens([Row(cache, token)], greedy_one, "exact")[0] for token in (5, 41)] == expected
         assert cache.length == 2
         if head_on_gpu:
             step.weights.norms[-1].weight.fill_(NAN)
             with pytest.raises(RuntimeError, match="logits are not numbers"):
-                step.greedy(7, "exact")
+                step.next_tokens([Row(cache, 7)], greedy_one, "exact")
     finally:
         step.rest()
         pool.close()

@@ -30,7 +30,7 @@ def random_list(f, capacity, count, seed=6):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((capacity,), 2**31 - 1, dtype=torch.int32)
     ids[:count] = torch.randperm(f, generator=generator)[:count].sort().values.int()
-    masks = torch.randint(0, 256, (capacity,), generator=generator, dtype=torch.uint8)
+    masks = torch.randint(0, 2**32, (capacity,), generator=generator).to(torch.int32)  # bit 31 is the sign
     return ids.to(DEVICE), torch.tensor([count], dtype=torch.int32, device=DEVICE), masks.to(DEVICE)
 
 
@@ -66,9 +66,25 @@ def test_tokens_that_want_different_rows(kind):
     check(random_ffn(kind), 3, 11, use_masks=True, parts=2)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int4"])
-def test_eight_tokens(kind):
-    check(random_ffn(kind, f=9), 8, 9, use_masks=True, parts=1)
+@pytest.mark.parametrize(("kind", "tokens"), [("bf16", 8), ("int4", 8), ("bf16", 32)])
+def test_groups_of_tokens(kind, tokens):
+    check(random_ffn(kind, f=9), tokens, 9, use_masks=True, parts=1)
+
+
+def test_rows_of_another_group_are_not_read():
+    """Of 16 tokens, each group of 8 wants rows of its own."""
+    ffn, x = random_ffn("f32", f=4), random_input(16, 129)
+    ids, count = torch.arange(4, dtype=torch.int32, device=DEVICE), torch.tensor([4], dtype=torch.int32, device=DEVICE)
+    masks = torch.tensor([1 << 3, 1 << 11, 0xFF00, 0x00FF], dtype=torch.int32, device=DEVICE)
+    found, expected = ((torch.empty(16, 4, device=DEVICE), torch.empty(2, 16, 129, device=DEVICE)) for _ in range(2))
+    sparse_ffn(ffn, x, ids, count, masks, *found)
+    sparse_ffn_ref(ffn, x, ids, count, masks, *expected)
+    assert_close(found[0], expected[0])
+    assert_close(found[1].sum(0), expected[1].sum(0))
+    for rows in (ffn.gate.rows, ffn.up.rows):
+        rows[[1, 2]] = float("nan")
+    sparse_ffn(ffn, x, ids, count, masks, *found)
+    assert_close(found[0][:8], expected[0][:8])
 
 
 @every_kind
@@ -133,11 +149,11 @@ def test_a_view_refuses_misfits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(9, 129)}, "1 to 8 tokens"),
+        ({"x": torch.zeros(9, 129)}, "1 to 8 tokens, or a multiple of 8 up to 32, got 9"),
         ({"x": torch.zeros(2, 128)}, "wants x"),
         ({"ids": torch.zeros(30, dtype=torch.int64)}, "wants ids"),
         ({"count": torch.zeros(2, dtype=torch.int32)}, "wants count"),
-        ({"masks": torch.zeros(29, dtype=torch.uint8)}, "wants masks"),
+        ({"masks": torch.zeros(29, dtype=torch.int32)}, "wants masks"),
         ({"hidden": torch.zeros(2, 29)}, "wants hidden"),
         ({"parts": torch.zeros(129, 2, 3).permute(2, 1, 0)}, "contiguous"),
     ],

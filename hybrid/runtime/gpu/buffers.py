@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.attention import AttentionScratch, attention_scratch, attention_splits
 from gpu_kernels.sparse_ffn import down_parts
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.rows import places_of, places_size
 
-BATCHES = (8, 4, 2, 1)
 WORKSPACE, ROPE = "workspace: decode", "workspace: RoPE tables"
 
 
 @dataclass(frozen=True, eq=False)
 class StepBuffers:
-    """Scratch of all layers for up to `MAX_BATCH` tokens; f32 unless their name says otherwise.
+    """Scratch of all layers for up to `rows` rows, of which a step for t takes the first; f32 unless their name says
+    otherwise.
 
     ahead: the FFN's input where it is that of attention, else `normed`; added: [2, t, d], what a norm follows before it
-    joins the residual, of no size where none does; rotations: of each RoPE cosines and sines.
+    joins the residual, of no size where none does; places: of `places_of`; rotations: of each RoPE cosines and sines.
     """
 
     x: torch.Tensor
@@ -45,14 +45,22 @@ class StepBuffers:
     hidden: torch.Tensor
     parts: torch.Tensor
     logits: torch.Tensor
-    positions: torch.Tensor
-    table: torch.Tensor
+    places: torch.Tensor
+    blocks: int
     rotations: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    attention: dict[int, AttentionScratch]
+    splits: AttentionScratch
+
+    def where(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions int32 [size] and tables int32 [size, blocks] of a step."""
+        return places_of(self.places, size, self.blocks)
+
+    def attention(self, size: int) -> AttentionScratch:
+        """Scratch of a step's attention."""
+        return AttentionScratch(self.splits.sums[:size], self.splits.maxima[:size], self.splits.totals[:size])
 
     @classmethod
     def take(
-        cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, zero_copy: int, cache: KVCache
+        cls, arena: DeviceArena, model: Transformer, hot: torch.Tensor, zero_copy: int, cache: KVCache, rows: int
     ) -> StepBuffers:
         spec, part = model.spec, WORKSPACE
         heads = spec.n_heads + 2 * spec.n_kv_heads
@@ -66,35 +74,35 @@ class StepBuffers:
         def floats(*shape: int) -> torch.Tensor:
             return arena.zeros(part, shape)
 
-        def scratch(tokens: int) -> AttentionScratch:
-            splits = attention_splits(tokens, spec.n_kv_heads, cache.capacity)
-            shaped = attention_scratch(tokens, spec.n_heads, spec.head_dim, splits, "meta")
-            return AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals)))
+        def ints(*shape: int) -> torch.Tensor:
+            return arena.zeros(part, shape, torch.int32)
 
-        normed = floats(MAX_BATCH, spec.d_model)
+        splits = attention_splits(spec.n_kv_heads, cache.capacity)
+        shaped = attention_scratch(rows, spec.n_heads, spec.head_dim, splits, "meta")
+        normed = floats(rows, spec.d_model)
         return cls(
-            x=floats(MAX_BATCH, spec.d_model),
+            x=floats(rows, spec.d_model),
             normed=normed,
-            ahead=floats(MAX_BATCH, spec.d_model) if spec.parallel else normed,
-            added=floats(2 * (spec.norms != "before"), MAX_BATCH, spec.d_model),
-            qkv=floats(MAX_BATCH, heads * spec.head_dim),
-            attended=floats(MAX_BATCH, spec.n_heads * spec.head_dim),
-            units=floats(MAX_BATCH * rank),
-            masks=arena.zeros(part, (f,), torch.uint8),
-            spare=arena.zeros(part, (f,), torch.uint8),
-            hot_ids=arena.zeros(part, (most_hot,), torch.int32),
-            hot_masks=arena.zeros(part, (most_hot,), torch.uint8),
-            hot_count=arena.zeros(part, (1,), torch.int32),
-            zero_copy_ids=arena.zeros(part, (max(1, zero_copy),), torch.int32),
-            zero_copy_masks=arena.zeros(part, (max(1, zero_copy),), torch.uint8),
-            zero_copy_count=arena.zeros(part, (1,), torch.int32),
+            ahead=floats(rows, spec.d_model) if spec.parallel else normed,
+            added=floats(2 * (spec.norms != "before"), rows, spec.d_model),
+            qkv=floats(rows, heads * spec.head_dim),
+            attended=floats(rows, spec.n_heads * spec.head_dim),
+            units=floats(rows * rank),
+            masks=ints(f),
+            spare=ints(f),
+            hot_ids=ints(most_hot),
+            hot_masks=ints(most_hot),
+            hot_count=ints(1),
+            zero_copy_ids=ints(max(1, zero_copy)),
+            zero_copy_masks=ints(max(1, zero_copy)),
+            zero_copy_count=ints(1),
             every=arena.put(part, torch.arange(most_hot, dtype=torch.int32)),
             counts=arena.put(part, hot.to(torch.int32)),
-            hidden=floats(MAX_BATCH * max(most_hot, zero_copy)),
-            parts=floats(2 * down_parts(spec.d_model) * MAX_BATCH * spec.d_model),
-            logits=floats(MAX_BATCH, spec.vocab_size),
-            positions=arena.zeros(part, (MAX_BATCH,), torch.int32),
-            table=arena.put(part, torch.from_numpy(cache.table)),
+            hidden=floats(rows * max(most_hot, zero_copy)),
+            parts=floats(2 * down_parts(spec.d_model) * rows * spec.d_model),
+            logits=floats(rows, spec.vocab_size),
+            places=ints(places_size(rows, len(cache.table))),
+            blocks=len(cache.table),
             rotations=rotations,
-            attention={tokens: scratch(tokens) for tokens in BATCHES},
+            splits=AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals))),
         )

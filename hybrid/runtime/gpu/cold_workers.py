@@ -67,7 +67,8 @@ class ColdWorkers:
         self.report = arena.zeros("workspace: mailbox", (REPORT_WORDS,), torch.int64)
         self.mailbox = Mailbox.new(shape.d, shape.f, self.report, pinned)
         m = self.mailbox
-        self._box = Box(*(part.numpy() for part in (m.request, m.flags, m.x, m.ids, m.masks, m.out)))
+        masks = m.masks.numpy().view(np.uint32)
+        self._box = Box(*(m.request.numpy(), m.flags.numpy(), m.x.numpy(), m.ids.numpy(), masks, m.out.numpy()))
         self._service: _Service | None = None
         weakref.finalize(self, stop, self._box)  # also at exit: polling threads must not outlive the memory
         self._sent = [0] * len(Tally)
@@ -121,8 +122,8 @@ class ColdWorkers:
 
     @property
     def logits(self) -> np.ndarray:
-        """f32 [vocab], of a head on the CPU."""
-        logits: np.ndarray = self._step.arguments("dense").shared.logits[0]
+        """f32 [rows, vocab], of a head on the CPU."""
+        logits: np.ndarray = self._step.arguments("dense").shared.logits
         return logits
 
     def _serve(self, service: _Service) -> None:

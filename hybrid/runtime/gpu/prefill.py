@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_kernels.dense import activate_product, causal_softmax
+from gpu_kernels.dense import activate_product, causal_softmax, gather
 from gpu_kernels.gemv import gemv
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import DeviceFFNView
+from gpu_kernels.tiles import TOGETHER
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache
@@ -31,13 +32,12 @@ from hybrid.model.rope import Rotation, rotation
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.cold_stream import ColdStream
-from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, scratch_floats, some_rows
+from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, some_rows
+from hybrid.runtime.gpu.prefill_buffers import PrefillBuffers
 from hybrid.runtime.gpu.weights import GpuLayer, GpuNorm, GpuWeights, normed_heads
-from placement.workspace import PREFILL_CHUNK, PREFILL_ROWS, PREFILL_WIDE, Workspace
+from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE, Workspace
 from profiler.common.openmp import torch_threads
 
-PART = "workspace: prefill"
-_LEAST_QUERIES = 8  # whose scores fit the scratch
 Streams = Callable[[int, int], bool]
 
 
@@ -49,62 +49,6 @@ class PrefillCounters:
     streamed: int = 0
     computed: int = 0
     on_cpu: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Buffers:
-    """f32 unless their name says otherwise; x to added for the tokens of a chunk, the rest for those at once.
-
-    rotations: cosines, then sines [capacity, head_dim / 2] of a RoPE that depends on how long the text is.
-    keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
-    """
-
-    x: torch.Tensor
-    normed: torch.Tensor
-    ahead: torch.Tensor
-    added: torch.Tensor
-    rotations: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
-    keys_values: torch.Tensor
-    scratch: torch.Tensor
-    logits: torch.Tensor
-    positions: torch.Tensor
-    table: torch.Tensor
-
-    @classmethod
-    def take(
-        cls, arena: DeviceArena, model: Transformer, cache: KVCache, chunk: int, wide: int, neurons: int
-    ) -> _Buffers:
-        spec = model.spec
-        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-        blocks = cache.data.shape[1]
-        widest = max(spec.d_model, queries, neurons)
-        rows = min(PREFILL_ROWS, max(neurons, queries + both))
-        scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
-
-        def floats(*shape: int) -> torch.Tensor:
-            return arena.empty(PART, shape)
-
-        normed, following = floats(chunk, spec.d_model), any(rope.follows_length for rope in model.ropes)
-        return cls(
-            x=floats(chunk, spec.d_model),
-            normed=normed,
-            ahead=floats(chunk, spec.d_model) if spec.parallel else normed,
-            added=floats(chunk if spec.norms != "before" else 0, spec.d_model),
-            rotations=floats(2 * cache.capacity * following, spec.head_dim // 2),
-            qkv=floats(wide, queries + both),
-            attended=floats(wide, queries),
-            first=floats(wide * neurons),
-            second=floats(wide * neurons if spec.gated else 0),
-            keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
-            scratch=floats(max(scratch_floats(wide, widest, rows), scores)),
-            logits=floats(1, spec.vocab_size),
-            positions=arena.empty(PART, (chunk,), torch.int32),
-            table=arena.put(PART, torch.from_numpy(cache.table)),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +65,8 @@ class _OnHost:
 
 
 class GpuPrefill:
-    """A model's prefill over two devices. It holds the model and the cache, neither of which may be replaced.
+    """A model's prefill over two devices. It holds the model and a cache, whose pool may not be replaced; sequences of
+    that pool may have as many tokens as this one.
 
     counters: what was done with cold neurons so far.
     """
@@ -135,21 +80,24 @@ class GpuPrefill:
         arena: DeviceArena,
         streams: Streams,
         rotations: tuple[Rotation, ...],
+        logits: torch.Tensor,
     ) -> None:
         """streams(tokens, layer): whether to stream the layer's cold neurons rather than compute them on the CPU.
 
-        rotations: of each of the model's RoPEs cosines and sines [capacity, head_dim / 2] f32 on the device. Raises
-        `ValueError` for another number of them.
+        rotations: of each of the model's RoPEs cosines and sines [capacity, head_dim / 2] f32 on the device; logits:
+        f32 [n, vocab] of scratch there, for so many tokens at a time. Raises `ValueError` for another number of
+        rotations.
         """
         if len(rotations) != (model.spec.rope is not None) + (model.spec.other_rope is not None):
             raise ValueError("prefill needs cosines and sines for each RoPE of the model, and none without any")
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
+        self._own, self._out = cache, logits[:TOGETHER]
         self._streams, self._eps = streams, float(model.spec.norm_eps)
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
         self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
         self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
-        self._buffers = _Buffers.take(arena, model, cache, self._chunk, self._wide, self._neurons)
+        self._buffers = PrefillBuffers.take(arena, model, cache, self._chunk, self._wide, self._neurons)
         self._gemm = GpuGemm(self._buffers.scratch)
         self._cold = [
             0 if layer is None else ffn.up.shape[0] - ffn.hot
@@ -166,33 +114,59 @@ class GpuPrefill:
         tokens: Sequence[int],
         progress: Callable[[int, int], None] = lambda done, total: None,
         length: int | None = None,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join the KV cache chunk by chunk.
+        """Logits [vocab] f32 on the CPU after `tokens`, at least one, which join a sequence chunk by chunk.
 
-        `progress(done, total)` follows the chunks. length: of all the text, where it goes on after them. Workers of the
-        decode step must be at rest, as the CPU's part of prefill runs on their pool. Raises `ContextError` when the
-        tokens do not fit the cache.
+        `progress(done, total)` follows the chunks. length: of all the text, where it goes on after them. cache: the
+        sequence, by default its own. Workers of the decode step must be at rest, as the CPU's part of prefill runs on
+        their pool. Raises `ContextError` when the tokens do not fit the sequence.
         """
+        found = []
+
+        def take(done: int, count: int) -> None:
+            if done == len(tokens):
+                found.append(self._logits(slice(count - 1, count))[0])
+
+        self._through(tokens, length, cache, take, progress)
+        return found[0]
+
+    @torch.inference_mode()
+    def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
+        """As `read`, the logits [t, vocab] after each of the tokens."""
+        found: list[torch.Tensor] = []
+        self._through(tokens, length, cache, lambda done, count: found.append(self._logits(slice(0, count))))
+        return torch.cat(found)
+
+    def _through(
+        self,
+        tokens: Sequence[int],
+        length: int | None,
+        cache: KVCache | None,
+        take: Callable[[int, int], None],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Take `tokens` through all layers, a chunk at a time, then `take(done, count)`: how many are through, and how
+        many of the chunk, whose final states are in x."""
+        self._cache = self._own if cache is None else cache
         end = self._cache.length + len(tokens)
         if end > self._cache.capacity:
             raise ContextError(f"{end} tokens do not fit a context of {self._cache.capacity}; shorten the prompt")
         if not len(tokens):
             raise ValueError("prefill needs at least one token")
-        logits = torch.empty(0)
         self._runtime.as_decode = False
         with torch_threads(self._runtime.pool.threads):
             self._wait()  # for what an interrupted call left under way
             self._turn(max(end, length or 0))
+            self._buffers.table[: len(self._cache.table)].copy_(torch.from_numpy(self._cache.table))
             for at in range(0, len(tokens), self._chunk):
                 progress(at, len(tokens))
                 some = tokens[at : at + self._chunk]
                 self._layers(some)
-                if at + len(some) == len(tokens):
-                    logits = self._logits(len(some))
+                take(at + len(some), len(some))
                 self._wait()
                 self._cache.advance(len(some))
         progress(len(tokens), len(tokens))
-        return logits
 
     def _turn(self, length: int) -> None:
         """Cosines and sines for a text of `length` tokens, of RoPEs that depend on it."""
@@ -272,11 +246,11 @@ class GpuPrefill:
             _by_kv_head(out[some].unflatten(1, (-1, dim)), heads).copy_(y.view(heads, -1, group, dim))
 
     def _gather(self, cache: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [kv_heads, end, head_dim] of a layer in order; a sequence's blocks lie in order."""
+        """Keys and values [kv_heads, end, head_dim] of a layer in order, wherever the sequence's blocks lie."""
         size = cache.shape[3]
         blocks = -(-end // size)
         target = self._buffers.keys_values[:, :, : blocks * size]
-        target.unflatten(2, (blocks, size)).copy_(cache[:blocks].permute(1, 2, 0, 3, 4))
+        gather(cache, self._buffers.table[:blocks], target)
         return target[0, :, :end], target[1, :, :end]
 
     def _cut(self, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -342,15 +316,19 @@ class GpuPrefill:
             x[part] = self._model.blocks[number](x[part], rotations, cache)
         self._buffers.x[:count].copy_(x, non_blocking=True)
 
-    def _logits(self, count: int) -> torch.Tensor:
-        """Logits [vocab] after the last of the chunk's tokens."""
+    def _logits(self, some: slice) -> torch.Tensor:
+        """Logits [t, vocab] on the CPU after some of the chunk's tokens."""
         b, norm, head = self._buffers, self._weights.norms[-1], self._weights.head
-        last = b.normed[:1]
-        residual_norm(b.x[count - 1 : count], norm.weight, norm.bias, self._eps, last)
+        normed = b.normed[some]
+        residual_norm(b.x[some], norm.weight, norm.bias, self._eps, normed)
         if head is None:
-            return self._model.logits(self._to_host(last).wait())[0]
-        gemv(head, last, None, b.logits)
-        return self._model.capped(b.logits[0].to("cpu", copy=True))
+            return self._model.logits(self._to_host(normed).wait())
+        found = torch.empty(len(normed), self._model.spec.vocab_size)
+        for part in (slice(at, at + len(self._out)) for at in range(0, len(normed), len(self._out))):
+            out = self._out[: len(normed[part])]
+            gemv(head, normed[part], None, out)
+            found[part] = out
+        return self._model.capped(found)
 
     def _to_device(self, values: torch.Tensor, target: torch.Tensor) -> None:
         """Copy rows to the first ones of `target`. The last copy from or to the host must be over."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -17,12 +18,12 @@ from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from hybrid.runtime.sampling import Choice
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
-from placement.workspace import PREFILL_CHUNK
+from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
 from profiler.common.spec import Strategy
 
-# Up to so many tokens of a prompt go through the decode step, 8 at a time; more through prefill's GEMMs.
+# Up to so many tokens of a prompt go through the decode step as its rows; more through prefill's GEMMs.
 FEW_TOKENS = 8
 
 
@@ -32,7 +33,7 @@ class GpuRunner:
     streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
     """
 
-    chunk, most_rows = PREFILL_CHUNK, 1
+    chunk = PREFILL_CHUNK
 
     def __init__(
         self,
@@ -43,9 +44,12 @@ class GpuRunner:
         device: torch.device,
         hardware: HardwareProfile,
         expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
+        rows: int = ENGINE_ROWS,
     ) -> None:
         """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed;
-        `expect_scattered_reads` is as for `CpuRunner`."""
+        `expect_scattered_reads` is as for `CpuRunner`. rows: the most of a step, at least `FEW_TOKENS`, which more
+        memory there must be for."""
+        self.most_rows = rows
         self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
         self._cold = ColdPrefill(hardware, model.spec)
@@ -53,6 +57,7 @@ class GpuRunner:
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
+        self._turns_with_length = any(rope.follows_length for rope in model.ropes)
         self._zero_copy = ZeroCopyNeurons(model, placement, device, runtime.strategy == "learned")
         counting = DeviceArena(device)
         self._take(counting)
@@ -60,9 +65,9 @@ class GpuRunner:
         self.step, self.prefill = self._take(self.arena)
 
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
-        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy)
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy, self.most_rows)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
-        return step, GpuPrefill(*given, self._streams, step.rotations)
+        return step, GpuPrefill(*given, self._streams, step.rotations, step.logits)
 
     def _streams(self, tokens: int, layer: int) -> bool:
         if self.streams is not None:
@@ -81,33 +86,45 @@ class GpuRunner:
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        self._check_process()
-        if len(tokens) <= FEW_TOKENS:
-            with torch_threads(1):
-                return self.step.few(tokens, self._reading)
-        self.rest()
-        self._expect_scattered_reads(False)
-        logits = self.prefill.read(tokens, length=length)
-        self._expect_scattered_reads(self._runtime.strategy != "dense")
-        return logits
+        if self._are_rows(tokens):
+            return self._few(tokens, cache)[-1]
+        with self._reading_prompt():
+            return self.prefill.read(tokens, length=length, cache=cache)
 
     def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        raise NotImplementedError
+        if self._are_rows(tokens):
+            return self._few(tokens, cache)
+        with self._reading_prompt():
+            return self.prefill.score(tokens, length, cache)
 
     @torch_threads(1)
     def decode(self, rows: Sequence[Row]) -> torch.Tensor:
         self._check_process()
-        return self.step.run(rows[0].token, self._runtime.strategy)[None]
+        return self.step.run(rows, self._runtime.strategy)
 
     @torch_threads(1)
     def next_tokens(self, rows: Sequence[Row], choices: Sequence[Choice]) -> list[int]:
         self._check_process()
-        token, choice, strategy = rows[0].token, choices[0], self._runtime.strategy
-        if choice.takes_largest:
-            return [self.step.greedy(token, strategy)]
-        if choice.draws_from_few:
-            return [self.step.draw(token, strategy, choice)]
-        return [choice.pick(self.step.run(token, strategy))]
+        return self.step.next_tokens(rows, choices, self._runtime.strategy)
+
+    def _are_rows(self, tokens: Sequence[int]) -> bool:
+        """Whether some of a prompt go through the step: a few, but where a rotation depends on how long the text is."""
+        return len(tokens) == 1 or (len(tokens) <= FEW_TOKENS and not self._turns_with_length)
+
+    @torch_threads(1)
+    def _few(self, tokens: Sequence[int], cache: KVCache | None) -> torch.Tensor:
+        """Logits [t, vocab] after each of a few tokens of a prompt."""
+        self._check_process()
+        return self.step.run([Row(cache or self._cache, token) for token in tokens], self._reading)
+
+    @contextmanager
+    def _reading_prompt(self) -> Generator[None, None, None]:
+        """Many tokens are read, on the pool of the step's workers."""
+        self._check_process()
+        self.rest()
+        self._expect_scattered_reads(False)
+        yield
+        self._expect_scattered_reads(self._runtime.strategy != "dense")
 
     def rest(self) -> None:
         self.step.rest()

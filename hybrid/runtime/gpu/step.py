@@ -5,11 +5,17 @@
 
 Where a model's FFN takes the same input as attention, it is begun first: the CPU computes during attention, too.
 
-The step is captured once for each strategy and batch size (1, 2, 4 or 8 tokens of one sequence) as a CUDA graph and
-replayed; token, position and sequence length are device data. Who waits: the caller for the end of a replay, `receive`
-on the GPU for the CPU's workers, those for `send` (`gpu_kernels/mailbox.py`, `cold_workers.py` here). Layers without
-cold neurons send nothing, layers without hot ones compute none here; a whole layer, or the head, on the CPU is a
-request of its own. Without a GPU, as in tests, the same kernels run one after another in Triton's interpreter.
+A step takes rows, each the next token of some sequence of one KV pool: several sequences' tokens, or several of one. It
+is captured once for each strategy and number of rows (1, 2, 4, 8, 16 or 32; others are filled up by repeating the last
+row) as a CUDA graph and replayed; embeddings, positions and block tables are device data, which two copies bring at its
+start. The neurons of a layer are those that some row needs, with a bit for each row that does. Who waits: the caller
+for the end of a replay, `receive` on the GPU for the CPU's workers, those for `send` (`gpu_kernels/mailbox.py`,
+`cold_workers.py` here). Layers without cold neurons send nothing, layers without hot ones compute none here; a whole
+layer, or the head, on the CPU is a request of its own. Without a GPU, as in tests, the same kernels run one after
+another in Triton's interpreter.
+
+A row's logits are those that it has alone, but for rounding where rows of down are summed in parts of the neurons that
+all rows need (`gpu_kernels/sparse_ffn.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from cpu_kernels.contract import MAX_BATCH, Op
+from cpu_kernels.contract import Op
 from cpu_kernels.decode_buffers import Count
 from gpu_kernels.attention import decode_attention
 from gpu_kernels.box import State, ZeroCopy
@@ -32,18 +38,20 @@ from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import DeviceFFNView, down_parts, sparse_ffn
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.rope import Rotation
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
-from hybrid.runtime.gpu.buffers import BATCHES, WORKSPACE, StepBuffers
+from hybrid.runtime.gpu.buffers import WORKSPACE, StepBuffers
 from hybrid.runtime.gpu.cold_workers import ColdWorkers
+from hybrid.runtime.gpu.rows import StepRows, places_size, size_of
 from hybrid.runtime.gpu.sampler import DeviceSampler
 from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights, normed_heads
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
-from hybrid.runtime.sampling import Choice, most_likely, not_numbers
+from hybrid.runtime.sampling import Choice, Sampler, most_likely
 from placement.placement import Placement
+from placement.workspace import BATCHES, ENGINE_ROWS
 from profiler.common.spec import Strategy
 
 
@@ -67,10 +75,12 @@ class GpuStep:
         placement: Placement,
         arena: DeviceArena,
         zero_copy: ZeroCopyNeurons | None = None,
+        rows: int = ENGINE_ROWS,
     ) -> None:
         """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`.
 
-        zero_copy: cold neurons that the GPU reads in host memory, by default none.
+        cache: a sequence of the pool, by whose table and capacity all others may go. zero_copy: cold neurons that the
+        GPU reads in host memory, by default none. rows: the most of a step, one of `BATCHES`.
         """
         layers, most_zero_copy = ({}, 0) if zero_copy is None else (zero_copy.layers, zero_copy.most)
         self._zero_copy = zero_copy  # whose rows the kernels read
@@ -81,14 +91,13 @@ class GpuStep:
         self.weights = GpuWeights.take(arena, model, placement, cache, layers)
         views = [None if layer is None else layer.ffn for layer in self.weights.layers]
         self._hot = [0 if view is None else view.up.shape[0] for view in views]
-        self._buffers = StepBuffers.take(arena, model, torch.tensor(self._hot), most_zero_copy, cache)
+        self._buffers = StepBuffers.take(arena, model, torch.tensor(self._hot), most_zero_copy, cache, rows)
         self._workers = ColdWorkers(self._step, runtime.pool, arena)
-        self._sampler = DeviceSampler(arena, WORKSPACE, model.spec.vocab_size)
+        self._sampler = DeviceSampler(arena, WORKSPACE, model.spec.vocab_size, rows)
         self._layer_tallies = self._step.arguments("dense").shared.tallies  # of layers that are on the CPU as a whole
         spec, pinned = model.spec, self._native and not arena.counts_only
-        self._embedded = torch.zeros(MAX_BATCH, spec.d_model, pin_memory=pinned)
-        self._positions = torch.zeros(MAX_BATCH, dtype=torch.int32, pin_memory=pinned)
-        self._logits = torch.zeros(MAX_BATCH, spec.vocab_size, pin_memory=pinned)
+        self._rows = StepRows(model, self._step, rows, pinned)
+        self._logits = torch.zeros(rows, spec.vocab_size, pin_memory=pinned)
         self._report = torch.zeros(self._workers.report.shape, dtype=torch.int64, pin_memory=pinned)
 
     @property
@@ -96,127 +105,114 @@ class GpuStep:
         """Of each RoPE cosines and sines f32 [capacity, head_dim / 2] on the device; none for learned positions."""
         return self._buffers.rotations
 
-    def run(self, token: int, strategy: Strategy) -> torch.Tensor:
-        """Logits [vocab] f32 after `token`, which joins the KV cache; a buffer that the next call overwrites."""
-        return self._tokens((token,), strategy)[0]
+    @property
+    def logits(self) -> torch.Tensor:
+        """f32 [rows, vocab] on the device: scratch between two steps."""
+        return self._buffers.logits
 
-    def greedy(self, token: int, strategy: Strategy) -> int:
-        """The id of the largest logit after `token`, found on the GPU where the head is there.
+    def run(self, rows: Sequence[Row], strategy: Strategy) -> torch.Tensor:
+        """Logits [rows, vocab] f32 after one more token of each row, which joins its sequence; a buffer that the next
+        call overwrites. Raises `ValueError` for more rows than there is room for."""
+        self._step_over(rows, strategy, self._take_logits)
+        return self._logits[: len(rows)]
 
-        Raises `RuntimeError` for logits that are not numbers.
-        """
-        if self.weights.head is None:
-            return most_likely(self.run(token, strategy))
-        self._step_over((token,), strategy, self._take_largest)
-        if self._sampler.token < 0:
-            raise not_numbers()
-        return self._sampler.token
-
-    def draw(self, token: int, strategy: Strategy, sampler: Choice) -> int:
-        """The token that a `Choice` that `draws_from_few` draws after `token`: on the GPU where the head is there.
+    def next_tokens(self, rows: Sequence[Row], choices: Sequence[Choice], strategy: Strategy) -> list[int]:
+        """What each row's choice takes after its token, on the GPU where the choice allows it and the head is there.
 
         Raises `RuntimeError` for logits that are not numbers.
         """
         if self.weights.head is None:
-            return sampler.pick(self.run(token, strategy))
-        point = sampler.uniform()
+            return [
+                most_likely(logits) if choice.takes_largest else choice.pick(logits)
+                for logits, choice in zip(self.run(rows, strategy), choices, strict=True)
+            ]
 
-        def draw(count: int) -> None:
-            self._sampler.draw(self._buffers.logits[:count], sampler.settings, point)
+        def choose(count: int) -> None:
+            self._sampler.queue(self._buffers.logits[:count], choices, self._logits)
 
-        self._step_over((token,), strategy, draw)
-        if self._sampler.token >= 0:
-            return self._sampler.token
-        self._logits[:1] = self._buffers.logits[:1]  # more tokens are in it than the GPU keeps: the host draws
-        return sampler.pick(self._logits[0], uniform=point)
-
-    def few(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
-        """Logits [vocab] after some tokens, which go through in batches of up to 8."""
-        at = 0
-        while at < len(tokens):
-            batch = next(size for size in BATCHES if size <= len(tokens) - at)
-            logits = self._tokens(tokens[at : at + batch], strategy)
-            at += batch
-        return logits[-1]
+        self._step_over(rows, strategy, choose)
+        return self._sampler.tokens(self._buffers.logits, choices, self._logits)
 
     def load_kernels(self, strategy: Strategy) -> None:
-        """Compile and capture the step for one token; the cache stays as it is."""
+        """Compile and capture the step for one row, and where it may have many for any number; sequences stay as they
+        are."""
         self.rest()  # the CPU's step runs on the same pool
         self._step.load_kernels()
         if self._native:
-            self._capture(strategy, 1)
+            self._capture_ahead(strategy)
         if self.weights.head is not None:
-            self._take_largest(1)
-            self._sampler.draw(self._buffers.logits[:1], SamplingSettings(), 0.0)
+            self._sampler.load_kernels(self._buffers.logits[:1], [Sampler(SamplingSettings())])
         self.rest()
 
     def rest(self) -> None:
         """Let the workers sleep until the next token."""
         self._workers.stop()
 
-    def _tokens(self, tokens: Sequence[int], strategy: Strategy) -> torch.Tensor:
-        """Logits [t, vocab] of t tokens, of which a head on the CPU computes the last only."""
-        self._step_over(tokens, strategy, self._take_logits)
-        return self._logits[: len(tokens)]
-
-    def _step_over(self, tokens: Sequence[int], strategy: Strategy, take: Callable[[int], None]) -> None:
-        """The step for t tokens; `take` of t, queued while it runs, copies what is asked of its logits to the host."""
-        count, start = len(tokens), self._cache.length
-        if self._native and (strategy, count) not in self._graphs:
-            self._capture(strategy, count)
+    def _step_over(self, rows: Sequence[Row], strategy: Strategy, take: Callable[[int], None]) -> None:
+        """The step for some rows; `take` of how many, queued while it runs, copies what is asked of their logits to the
+        host."""
+        size = size_of(len(rows))
+        if self._native and (strategy, size) not in self._graphs:
+            self._embed(rows, size)
+            self._capture(strategy, size)
             self.rest()  # so that what the capture sent is not counted
         begun = perf_counter()
         self._workers.start(strategy)
         self._layer_tallies[:] = 0
-        self._embed(tokens, start)
+        self._embed(rows, size)
         if self._native:
-            self._graphs[strategy, count].replay()
+            self._graphs[strategy, size].replay()
         else:
-            self._launch(strategy, count)
-        take(count)
+            self._launch(strategy, size)
+        take(len(rows))
         if self._native:
             torch.cuda.current_stream().synchronize()
-        self._check()
-        self._count(strategy, perf_counter() - begun, count)
-        self._cache.advance(count)
+        self._check(len(rows))
+        self._count(strategy, perf_counter() - begun, len(rows))
+        for row in rows:
+            row.cache.advance(1)
 
     def _take_logits(self, count: int) -> None:
         if self.weights.head is not None:
             self._logits[:count].copy_(self._buffers.logits[:count], non_blocking=True)
 
-    def _take_largest(self, count: int) -> None:
-        self._sampler.greedy(self._buffers.logits[:count])
+    def _embed(self, rows: Sequence[Row], size: int) -> None:
+        """Put the rows where the step takes them from."""
+        self._rows.fill(rows, size)
 
-    def _embed(self, tokens: Sequence[int], start: int) -> None:
-        for at, token in enumerate(tokens):  # mostly one
-            self._embedded[at : at + 1] = self._model.embed(token, start + at)
-            self._positions[at] = start + at
+    def _capture_ahead(self, strategy: Strategy) -> None:
+        """Capture steps before there are rows. What follows the sequence is scratch, a block of it for this time only
+        where it has none."""
+        held = not self._cache.blocks and self._cache.reserve(1)
+        if not self._cache.missing(self._cache.length + 1):
+            most = self._rows.most if self._rows.most > ENGINE_ROWS else 1
+            for size in (size for size in BATCHES if size <= most):
+                self._embed([Row(self._cache, 0)], size)
+                self._capture(strategy, size)
+        if held:
+            self._cache.release()
 
-    def _capture(self, strategy: Strategy, count: int) -> None:
-        """Run the step once, which compiles its kernels, then capture it. Position 0 of an empty cache is scratch."""
-        kept = self._positions.clone()
-        self._positions[:] = torch.arange(self._cache.length, self._cache.length + MAX_BATCH).clamp(
-            max=self._cache.capacity - 1
-        )
+    def _capture(self, strategy: Strategy, size: int) -> None:
+        """Run the step once over the rows that are there, which compiles its kernels, then capture it."""
         self._workers.start(strategy)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._launch(strategy, count)
+            self._launch(strategy, size)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            self._launch(strategy, count)
-        self._graphs[strategy, count] = graph
-        self._positions[:] = kept
+            self._launch(strategy, size)
+        self._graphs[strategy, size] = graph
 
     def _launch(self, strategy: Strategy, count: int) -> None:
-        """All kernels of a step for `count` tokens."""
+        """All kernels of a step for `count` rows."""
         b, norms, spec = self._buffers, self.weights.norms, self._model.spec
         eps = float(spec.norm_eps)
-        x, normed, positions = b.x[:count], b.normed[:count], b.positions[:count]
-        x.copy_(self._embedded[:count], non_blocking=True)
-        positions.copy_(self._positions[:count], non_blocking=True)
+        x, normed, places = b.x[:count], b.normed[:count], places_size(count, b.blocks)
+        x.copy_(self._rows.embedded[:count], non_blocking=True)
+        b.places[:places].copy_(self._rows.places[:places], non_blocking=True)
+        positions, table = b.where(count)
         residual_norm(x, norms[0].weight, norms[0].bias, eps, normed)
         for number, layer in enumerate(self.weights.layers):
             following = norms[number + 1]
@@ -226,22 +222,27 @@ class GpuStep:
                 receive(x, None, None, following.weight, following.bias, eps, normed, box, asked=True, replace=True)
             elif spec.parallel:
                 ways = self._begin_ffn(number, layer, strategy, x, b.ahead[:count], positions, eps)
-                self._attention(layer, x, normed, positions, eps)
+                self._attention(layer, x, normed, positions, table, eps)
                 self._end_ffn(number, layer, strategy, ways, x, b.ahead[:count], eps)
             else:
-                self._attention(layer, x, normed, positions, eps)
+                self._attention(layer, x, normed, positions, table, eps)
                 ways = self._begin_ffn(number, layer, strategy, x, normed, positions, eps)
                 self._end_ffn(number, layer, strategy, ways, x, normed, eps)
         self._head(x, normed, positions, eps)
         self._report.copy_(self._workers.report, non_blocking=True)
 
     def _attention(
-        self, layer: GpuLayer, x: torch.Tensor, normed: torch.Tensor, positions: torch.Tensor, eps: float
+        self,
+        layer: GpuLayer,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        eps: float,
     ) -> None:
         """x += attention of `normed`."""
         b, spec, count = self._buffers, self._model.spec, x.shape[0]
         qkv, attended = b.qkv[:count], b.attended[:count]
-        table = b.table.expand(count, -1)
         gemv(layer.qkv, normed, layer.qkv_bias, qkv)
         cos, sin = b.rotations[layer.rope] if b.rotations else (None, None)
         norms = normed_heads(qkv, layer, spec, eps)
@@ -250,7 +251,7 @@ class GpuStep:
             norms.k_bias,
         )  # fmt: skip
         q = qkv.view(count, -1, spec.head_dim)[:, : spec.n_heads]
-        decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention[count])
+        decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention(count))
         post = layer.attention_post
         if post is None:
             gemv(layer.out, attended, layer.out_bias, x, add=True)
@@ -345,7 +346,7 @@ class GpuStep:
         ask(Op.HEAD, ends, x, box, positions, count)
         receive(x, None, None, norm.weight, norm.bias, eps, normed, box, asked=True)
 
-    def _check(self) -> None:
+    def _check(self, count: int) -> None:
         """Raise what went wrong in a step. The workers start anew with the next one."""
         try:
             self._workers.check()
@@ -355,19 +356,22 @@ class GpuStep:
             self.rest()
             raise
         if self.weights.head is None:
-            self._logits[:] = self._model.capped(torch.from_numpy(self._workers.logits))
+            self._logits[:count] = self._model.capped(torch.from_numpy(self._workers.logits[:count]))
 
-    def _count(self, strategy: Strategy, seconds: float, tokens: int) -> None:
-        """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to; without a
-        prediction every neuron of the two sides is computed, and which of them fired is not known."""
+    def _count(self, strategy: Strategy, seconds: float, rows: int) -> None:
+        """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to, and those
+        that some row needs for every row; without a prediction every neuron of the two sides is computed, and which of
+        them fired is not known."""
         counters, spec = self._runtime.counters, self._model.spec
         hot, cold = self._workers.sent(self._report)
-        counters.neurons += spec.n_layers * spec.d_ff * tokens
+        counters.neurons += spec.n_layers * spec.d_ff * rows
         counters.ffn_seconds += seconds
         if strategy != "learned":
-            counters.computed += spec.n_layers * spec.d_ff * tokens
+            counters.computed += spec.n_layers * spec.d_ff * rows
+            counters.union += spec.n_layers * spec.d_ff
             return
-        cold += int(self._layer_tallies[Count.COMPUTED])
-        counters.computed += hot + cold
-        counters.fired += hot + cold
-        counters.fired_hot += hot
+        cold += int(self._layer_tallies[Count.UNION])
+        counters.union += hot + cold
+        counters.computed += (hot + cold) * rows
+        counters.fired += (hot + cold) * rows
+        counters.fired_hot += hot * rows

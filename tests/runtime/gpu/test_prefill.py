@@ -13,7 +13,7 @@ from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import dense, gemv, norm, rope
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
-from hybrid.model.kv_cache import KVCache
+from hybrid.model.kv_cache import KVCache, KVPool, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.prefill import GpuPrefill
@@ -30,6 +30,7 @@ KERNELS = {
     "widen": dense,
     "activate_product": dense,
     "causal_softmax": dense,
+    "gather": dense,
     "residual_norm": norm,
     "rope": rope,
     "gemv": gemv,
@@ -75,7 +76,9 @@ def stored(tmp_path_factory):
 class Case:
     """A model placed by `share` of hot neurons, with `on_cpu` layers on the CPU, and its prefill."""
 
-    def __init__(self, folder, share=0.4, on_cpu=(), head=True, streams=lambda tokens, layer: True, few=0):
+    def __init__(
+        self, folder, share=0.4, on_cpu=(), head=True, streams=lambda tokens, layer: True, few=0, shared=False
+    ):
         opened = ModelFolder.open(folder)
         spec = opened.spec
         placed = replace(Placement.all_hot(spec), head_on_gpu=head)  # packed models have their neurons in this order
@@ -83,7 +86,8 @@ class Case:
         placed.hot[list(on_cpu)], placed.layer_on_gpu[list(on_cpu)] = 0, False
         self.runtime = FFNRuntime("dense", WorkerPool(2), spec.d_model, spec.d_ff, few=few)
         self.model = opened.build(self.runtime, placed, None)
-        self.cache, self.placed, self.streams = KVCache(spec, CAPACITY), placed, streams
+        self.pool = KVPool(spec, 5 * CAPACITY, 4) if shared else None
+        self.cache, self.placed, self.streams = KVCache(spec, CAPACITY, self.pool), placed, streams
         counting = DeviceArena(torch.device(DEVICE))
         self.take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -93,7 +97,8 @@ class Case:
         weights = GpuWeights.take(arena, self.model, self.placed, self.cache)
         found = self.model.step_rotations(CAPACITY)
         angles = tuple(tuple(arena.put("angles", angle.contiguous()) for angle in rotation) for rotation in found)
-        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, angles)
+        logits = arena.empty("logits", (3, self.model.spec.vocab_size))
+        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, angles, logits)
 
     def expected(self, tokens):
         hidden = self.model(torch.tensor(tokens), KVCache(self.model.spec, CAPACITY))
@@ -170,6 +175,44 @@ def test_tokens_one_by_one_and_their_progress(stored):
 
 
 @pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("on_cpu", [(), (1,)])
+@pytest.mark.parametrize("name", ["llama-relu", "gemma3"])
+def test_sequences_whose_blocks_lie_among_each_others(name, on_cpu, stored):
+    """Read by turns, in pieces; the pool's blocks are given in another order than they lie."""
+    case = Case(stored(name, "f32"), on_cpu=on_cpu, shared=True)
+    gone = case.pool.take(5)
+    caches = [KVCache(case.model.spec, CAPACITY, case.pool) for _ in range(2)]
+    prompts, found = [some_tokens(count, count) for count in (25, 17)], [torch.empty(0)] * 2
+    for at in (0, 9, 13):
+        for number, (cache, tokens) in enumerate(zip(caches, prompts, strict=True)):
+            piece = tokens[at : {0: 9, 9: 13}.get(at, len(tokens))]
+            assert cache.reserve(at + len(piece))
+            found[number] = case.prefill.read(piece, cache=cache)
+        case.pool.release(gone[:2])
+        del gone[:2]
+    for cache, tokens, logits in zip(caches, prompts, found, strict=True):
+        assert cache.length == len(tokens) and list(cache.blocks) != sorted(cache.blocks)
+        expected = case.expected(tokens)
+        assert float((logits - expected).abs().max()) < TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("head", [True, False])
+def test_scores_are_the_logits_after_each_token(head, stored):
+    """Over several chunks; the last of them is what reading gives, the others what reading as far gives."""
+    case, tokens = Case(stored("granite" if head else "llama-relu", "f32"), head=head), some_tokens(25)
+    case.prefill.read(tokens[:3])
+    scores = case.prefill.score(tokens[3:])
+    assert scores.shape == (22, VOCAB) and case.cache.length == 25
+    hidden = case.model(torch.tensor(tokens), KVCache(case.model.spec, CAPACITY))
+    expected = case.model.logits(hidden)[3:]
+    assert float((scores - expected).abs().max()) < TOLERANCE * float(expected.abs().max())
+    case.cache.truncate(3)
+    last = case.prefill.read(tokens[3:])
+    assert torch.equal(last, scores[-1]) if head else float((last - scores[-1]).abs().max()) < 1e-5
+
+
+@pytest.mark.usefixtures("_references")
 def test_what_does_not_fit_is_refused(stored):
     case = Case(stored("llama-relu", "f32"))
     case.prefill.read(some_tokens(3))
@@ -181,7 +224,7 @@ def test_what_does_not_fit_is_refused(stored):
     arena = DeviceArena(torch.device(DEVICE))
     weights = GpuWeights.take(arena, case.model, case.placed, case.cache)
     with pytest.raises(ValueError, match="cosines and sines"):
-        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, ())
+        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, (), torch.empty(1, VOCAB))
 
 
 @pytest.mark.usefixtures("_references")
@@ -224,14 +267,15 @@ def test_decoding_goes_on_from_its_cache(on_cpu, stored, monkeypatch):
 
     def both(arena):
         step = GpuStep(case.model, case.cache, case.runtime, case.placed, arena)
-        return step, GpuPrefill(case.model, step.weights, case.cache, case.runtime, arena, case.streams, step.rotations)
+        given = (case.model, step.weights, case.cache, case.runtime, arena, case.streams)
+        return step, GpuPrefill(*given, step.rotations, step.logits)
 
     counting = DeviceArena(torch.device(DEVICE))
     both(counting)
     step, prefill = both(DeviceArena(torch.device(DEVICE), counting.used))
     prefill.read(tokens[:12])
     try:
-        found = step.run(tokens[12], "exact").clone()
+        found = step.run([Row(case.cache, tokens[12])], "exact")[0].clone()
     finally:
         step.rest()
     expected = case.expected(tokens)

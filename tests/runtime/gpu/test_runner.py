@@ -1,5 +1,7 @@
 """Engines whose model is on two devices: the CPU's tokens, whatever is where, and the bytes of the plan."""
 
+import asyncio
+
 import pytest
 import torch
 from gpu_cases import DEVICE
@@ -7,10 +9,12 @@ from model_cases import make_model
 from safetensors.torch import load_file, save_file
 from step_cases import VOCAB, random_predictor, some_tokens, tiny_model, use_references
 
-from hybrid import Engine, EngineConfig, SamplingSettings
+from hybrid import AsyncEngine, Engine, EngineConfig, Request, SamplingSettings
 from hybrid.errors import InputError
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.gpu.runner import GpuRunner
+from hybrid.runtime.load import load_model
+from hybrid.runtime.plan import plan_run
 from hybrid.runtime.runner import CpuRunner
 from placement.placement import Placement
 from placement.plan import VramPlan
@@ -141,6 +145,45 @@ def test_what_is_taken_is_within_the_plan(models, name, strategy, where):
         assert spent["hot neurons"] == planned["hot neurons"] if planned["hot neurons"] else "hot neurons" not in spent
         assert spent["KV cache"] == planned["KV cache"]
         assert arena.used <= plan.total_bytes(placement.choice), f"{spent} of {planned}"
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "where"), [("llama-relu", "exact", {}), ("opt", "learned", {"on_cpu": (0,), "head": False})]
+)
+def test_answers_given_together_are_those_of_one_engine(models, name, strategy, where):
+    """Prompts of the step's and of prefill's, two of which begin alike, and draws; within the plan of 32 rows."""
+    folder = tiny_model(name, models)
+    placement, bank = placed(folder, **where), bank_of(folder) if strategy == "learned" else None
+    drawn = SamplingSettings(temperature=1, top_k=9, seed=5, max_new_tokens=6)
+    asked = [(SHORT, GREEDY), (LONG, GREEDY), (LONG[:11], drawn), (LONG[3:], GREEDY), (SHORT[1:], drawn)]
+    with load(folder, placement, strategy, bank=bank) as engine:
+        expected = []
+        for prompt, settings in asked:
+            engine.reset()
+            expected.append([step.token for step in engine.generate(prompt, settings)])
+    config = EngineConfig(strategy, context=40, threads=2, kv_tokens=400)
+    loaded = load_model(plan_run(ModelFolder.open(folder), config, placement, bank, torch.device(DEVICE)))
+    served = AsyncEngine(loaded)
+    runner = served._scheduler._runner
+
+    async def tokens_of(prompt, settings):
+        return [step.step.token async for step in served.generate(Request(tuple(prompt), settings))]
+
+    async def all_of():
+        found = await asyncio.gather(*(tokens_of(*each) for each in asked))
+        await served.close()
+        return found
+
+    assert asyncio.run(all_of()) == expected
+    assert runner.most_rows == 32 and served.figures().rows_total > served.figures().steps_total
+    spec = loaded.plan.spec
+    sizes = predictor_bytes(spec.d_model, spec.d_ff, 5) if bank is not None else 0
+    plan = VramPlan(spec, 40, (sizes,) * spec.n_layers, reserve=0, batch=32, kv_tokens=400)
+    planned, spent = dict(plan.rows(placement.choice)), runner.arena.spent
+    assert spent["KV cache"] == planned["KV cache"]
+    for part in ("decode", "prefill", "staging"):
+        assert spent.get(f"workspace: {part}", 0) <= planned[f"workspace: {part}"], part
+    assert runner.arena.used <= plan.total_bytes(placement.choice)
 
 
 @pytest.mark.gpu

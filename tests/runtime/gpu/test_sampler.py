@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_cases import DEVICE
+from gpu_cases import DEVICE, random_input
 from model_cases import make_model
 from step_cases import load_engine, use_references
 
@@ -21,6 +21,39 @@ SETTINGS = [
     {"top_k": 0, "top_p": 1.0, "min_p": 0.0},  # from the whole vocabulary: the host draws
     {"top_k": 5, "repetition_penalty": 1.3},  # depends on what was seen: the host draws
 ]
+
+
+class At(Sampler):
+    """Draws by a given number; what the host picks is -1."""
+
+    def __init__(self, point, **settings):
+        super().__init__(SamplingSettings(**settings))
+        self.point = point
+
+    def uniform(self):
+        return self.point
+
+    def pick(self, logits, *, uniform=None):
+        assert uniform == self.point
+        return -1
+
+
+def sampler_of(vocab, rows=1):
+    counting = DeviceArena(torch.device(DEVICE))
+    DeviceSampler(counting, "test", vocab, rows)
+    return DeviceSampler(DeviceArena(torch.device(DEVICE), counting.used), "test", vocab, rows)
+
+
+def finish():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def picked(sampler, logits, choices):
+    host = torch.empty(tuple(logits.shape))
+    sampler.queue(logits, choices, host)
+    finish()
+    return sampler.tokens(logits, choices, host)
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +82,34 @@ def test_the_same_seed_gives_the_same_answer_on_both_devices(tmp_path):
 @pytest.mark.parametrize("vocab", [7, 1500, 5000])
 def test_a_nucleus_beyond_what_is_kept_is_left_to_the_host(vocab):
     """Flat logits: the 1024 largest hold less than top_p, unless they are all there is."""
-    counting = DeviceArena(torch.device(DEVICE))
-    DeviceSampler(counting, "test", vocab)
-    sampler = DeviceSampler(DeviceArena(torch.device(DEVICE), counting.used), "test", vocab)
+    sampler = sampler_of(vocab)
     logits = torch.zeros(1, vocab, device=DEVICE)
-    sampler.draw(logits, SamplingSettings(temperature=1, top_k=0, top_p=0.95), 0.5)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    assert sampler.token == (3 if vocab == 7 else -1)
+    assert picked(sampler, logits, [At(0.5, temperature=1, top_k=0, top_p=0.95)]) == [3 if vocab == 7 else -1]
     logits[0, 5] = float("nan")
-    sampler.draw(logits, SamplingSettings(temperature=1, top_k=3, top_p=1), 0.5)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    assert sampler.token == -1
+    assert picked(sampler, logits, [At(0.5, temperature=1, top_k=3, top_p=1)]) == [-1]
+
+
+def test_each_row_is_chosen_in_its_own_way():
+    """The largest, draws from few and from a nucleus, all of it by the host: each as alone, in the order of rows."""
+    vocab = 3000
+    logits = 2 * random_input(6, vocab)
+    given = [
+        {"temperature": 0}, {"temperature": 1.5, "top_k": 5}, {"temperature": 0.3, "top_k": 0, "top_p": 0.6},
+        {"temperature": 1, "top_k": 0, "top_p": 1}, {"temperature": 0.9, "top_k": 9, "min_p": 0.1}, {"temperature": 0},
+    ]  # fmt: skip
+    settings, host = [SamplingSettings(seed=3, **change) for change in given], torch.empty(6, vocab)
+
+    def chosen(rows):
+        choices = [Sampler(settings[row]) for row in rows]
+        sampler = sampler_of(vocab, len(rows))
+        sampler.queue(logits[list(rows)], choices, host)
+        finish()
+        return sampler.tokens(logits[list(rows)], choices, host)
+
+    together = chosen(range(6))
+    assert together == [chosen([row])[0] for row in range(6)]
+    assert together == [Sampler(s).pick(row.clone()) for s, row in zip(settings, logits.cpu(), strict=True)]
+    assert chosen([5, 0]) == [together[5], together[0]]
+    logits[5, 7] = float("nan")
+    with pytest.raises(RuntimeError, match="not numbers"):
+        chosen(range(6))

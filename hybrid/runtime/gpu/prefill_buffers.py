@@ -1,0 +1,73 @@
+"""`PrefillBuffers`: the scratch of prefill on the GPU, all of it out of the arena."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hybrid.model.kv_cache import KVCache
+from hybrid.model.transformer import Transformer
+from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.gemm import scratch_floats
+from placement.workspace import PREFILL_ROWS
+
+PART = "workspace: prefill"
+_LEAST_QUERIES = 8  # whose scores fit the scratch
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillBuffers:
+    """Scratch of all layers; f32 unless their name says otherwise; x to added for the tokens of a chunk, the rest for
+    those at once.
+
+    rotations: cosines, then sines [capacity, head_dim / 2] of a RoPE that depends on how long the text is.
+    keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
+    """
+
+    x: torch.Tensor
+    normed: torch.Tensor
+    ahead: torch.Tensor
+    added: torch.Tensor
+    rotations: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    first: torch.Tensor
+    second: torch.Tensor
+    keys_values: torch.Tensor
+    scratch: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+
+    @classmethod
+    def take(
+        cls, arena: DeviceArena, model: Transformer, cache: KVCache, chunk: int, wide: int, neurons: int
+    ) -> PrefillBuffers:
+        """chunk: tokens that go through the layers at once; wide: of those, for which what is wide is computed at once;
+        neurons: whose hidden values are."""
+        spec = model.spec
+        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+        blocks = len(cache.table)
+        widest = max(spec.d_model, queries, neurons)
+        rows = min(PREFILL_ROWS, max(neurons, queries + both))
+        scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
+
+        def floats(*shape: int) -> torch.Tensor:
+            return arena.empty(PART, shape)
+
+        normed, following = floats(chunk, spec.d_model), any(rope.follows_length for rope in model.ropes)
+        return cls(
+            x=floats(chunk, spec.d_model),
+            normed=normed,
+            ahead=floats(chunk, spec.d_model) if spec.parallel else normed,
+            added=floats(chunk if spec.norms != "before" else 0, spec.d_model),
+            rotations=floats(2 * cache.capacity * following, spec.head_dim // 2),
+            qkv=floats(wide, queries + both),
+            attended=floats(wide, queries),
+            first=floats(wide * neurons),
+            second=floats(wide * neurons if spec.gated else 0),
+            keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
+            scratch=floats(max(scratch_floats(wide, widest, rows), scores)),
+            positions=arena.empty(PART, (chunk,), torch.int32),
+            table=arena.empty(PART, (blocks,), torch.int32),
+        )
