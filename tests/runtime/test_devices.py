@@ -23,6 +23,7 @@ from hybrid.runtime.devices import (
 from placement import VramPlan
 from placement.placement import Placement
 from placement.plan import UNLIMITED
+from placement.workspace import SERVER_ROWS
 from profiler.common.artifact import ArtifactHeader
 from profiler.common.hardware import HardwareProfile
 from profiler.profile import NeuronProfile
@@ -160,9 +161,9 @@ def test_another_budget_or_context_is_solved_anew_and_fits(bundle):
 def test_a_pool_of_more_tokens_is_solved_anew_and_fits(bundle):
     store(bundle, GIB)
     tokens = 200_000
-    small = VramPlan(SPEC, CONTEXT, (0, 0)).workspace_bytes + SPEC.kv_bytes_per_layer(tokens) + 60_000
+    plan = VramPlan(SPEC, CONTEXT, (0, 0), batch=SERVER_ROWS, kv_tokens=tokens)
+    small = plan.workspace_bytes + plan.kv_bytes + 60_000
     found, _ = choose(bundle, small, kv_tokens=tokens)
-    plan = VramPlan(SPEC, CONTEXT, (0, 0), kv_tokens=tokens)
     assert 0 < plan.total_bytes(found.choice) <= small and found.made_from["kv_tokens"] == tokens
     assert found.layer_on_gpu.sum() == 1 and choose(bundle, small)[0].layer_on_gpu.sum() == 2
     found.save(bundle.placement)
