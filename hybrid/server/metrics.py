@@ -34,7 +34,7 @@ _GAUGES = (
     ("hybrid:active_share", "Share of FFN neurons that were computed.", "active_share"),
     (
         "hybrid:longest_pause_seconds",
-        "Longest time that reading a prompt held up others' tokens.",
+        "Longest that reading a prompt held up others.",
         "longest_pause_seconds",
     ),
 )
