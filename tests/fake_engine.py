@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hybrid.errors import ContextError
 from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.formats.text import StreamDecoder, TextCodec
 from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
+from hybrid.serving.figures import EngineFigures
 from hybrid.serving.request import EngineStoppedError, QueueFullError, Request, ServedStep, TokenLogprob
 
 END = 1
@@ -81,12 +83,10 @@ class FakeEngine:
     async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
         return [self._logprob(token, top, at) for at, token in enumerate(prompt)]
 
-    def figures(self) -> Any:
-        names = "kv_blocks kv_blocks_used prompt_tokens_total prompt_seconds_total generated_seconds_total steps_total"
-        names += " rows_total cancelled_total preempted_total cpu_wait_seconds_total longest_pause_seconds waiting"
-        zeros = dict.fromkeys(names.split(), 0)
+    def figures(self) -> EngineFigures:
+        zeros = {each.name: 0 for each in fields(EngineFigures)} | {"hot_share": 0.75, "active_share": None}
         known = {"running": self.open, "requests_total": len(self.requests), "prefix_hit_tokens_total": 7}
-        return SimpleNamespace(**zeros, **known, generated_tokens_total=42, hot_share=0.75, active_share=None)
+        return EngineFigures(**zeros | known | {"generated_tokens_total": 42})
 
     def _logprob(self, token: int, top: int, at: int = 1) -> TokenLogprob:
         likeliest = tuple((other, -0.5 - n) for n, other in enumerate(range(100, 100 + top)))

@@ -18,8 +18,8 @@ from hybrid.errors import InputError
 
 ROOT = Path(cli.__file__).parents[1]
 COMMANDS = cli.cli.commands
-WORKFLOW = ["demo", "prepare", "profile", "train", "place", "pack", "export", "chat", "generate", "eval", "bench"]
-WORKFLOW += ["inspect", "hardware"]
+WORKFLOW = ["demo", "prepare", "profile", "train", "place", "pack", "export", "chat", "serve", "generate", "eval"]
+WORKFLOW += ["bench", "inspect", "hardware"]
 HEAVY = ["torch", "numba", "scipy", "numpy", "tokenizers", "tqdm"]
 
 # Mistakes that options alone give away, and what is said of each.
@@ -28,6 +28,10 @@ MISTAKES = {
     ("chat", "--threads", "0"): "'--threads': 0 is not in the range x>=1",
     ("chat", "--context", "0"): "'--context': 0 is not in the range x>=1",
     ("chat", "--top-p", "2"): "'--top-p': top_p is 2.0, expected a number above 0",
+    ("chat", str(ROOT / "hybrid/embedded/model"), "--url", "a"): "give either a model or --url",
+    ("serve", "--port", "65536"): "'--port': 65536 is not in the range 0<=x<=65535",
+    ("serve", "--max-pause", "0"): "'--max-pause': 0.0 is not in the range x>0",
+    ("serve", "--grace", "-1"): "'--grace': -1.0 is not in the range x>=0",
     ("generate", "-p", "a", "--max-new-tokens", "x"): "'--max-new-tokens': max_new_tokens is 'x', expected an integer",
     ("generate",): "give either --prompt or --prompt-file",
     ("generate", "--prompt-file", "/nowhere"): "'--prompt-file': /nowhere does not exist",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from hybrid.serving.figures import EngineFigures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Name, what it is, and the figure that it shows.
@@ -27,10 +28,15 @@ _GAUGES = (
     ("llamacpp:requests_processing", "Requests processing.", "running"),
     ("llamacpp:requests_deferred", "Requests waiting.", "waiting"),
     ("hybrid:kv_blocks", "Blocks of the KV pool.", "kv_blocks"),
-    ("hybrid:kv_blocks_used", "Blocks that sequences or prefixes hold.", "kv_blocks_used"),
+    ("hybrid:kv_blocks_used", "Blocks that answers hold.", "kv_blocks_used"),
+    ("hybrid:kv_blocks_cached", "Blocks that are kept as known prefixes.", "kv_blocks_cached"),
     ("hybrid:hot_share", "Share of firings that hot neurons served.", "hot_share"),
     ("hybrid:active_share", "Share of FFN neurons that were computed.", "active_share"),
-    ("hybrid:longest_pause_seconds", "Longest time between two tokens of an answer.", "longest_pause_seconds"),
+    (
+        "hybrid:longest_pause_seconds",
+        "Longest that reading a prompt held up others.",
+        "longest_pause_seconds",
+    ),
 )
 # Name, what it is, and the two figures whose quotient it shows.
 _RATES = (
@@ -40,7 +46,7 @@ _RATES = (
 )
 
 
-def exposition(figures: Any) -> bytes:
+def exposition(figures: EngineFigures) -> bytes:
     """The text of all metrics; figures that are None, as shares before the first token are, are left out."""
     registry = CollectorRegistry()
     registry.register(_Collector(figures))
@@ -48,7 +54,7 @@ def exposition(figures: Any) -> bytes:
 
 
 class _Collector:
-    def __init__(self, figures: Any) -> None:
+    def __init__(self, figures: EngineFigures) -> None:
         self._figures = figures
 
     def collect(self) -> Iterator[Metric]:

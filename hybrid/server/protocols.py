@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from hybrid.formats.text import TextCodec
 from hybrid.generation import SamplingSettings
 from hybrid.runtime.plan import RunPlan
+from hybrid.serving.figures import EngineFigures
 from hybrid.serving.request import Constraint, Request, ServedStep, TokenLogprob
 
 
@@ -54,7 +55,7 @@ class ServingEngine(Protocol):
     async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
         """The log-probability of each token of `prompt`, and the `top` likeliest in its place."""
 
-    def figures(self) -> Any:
+    def figures(self) -> EngineFigures:
         """Counters and gauges so far."""
 
     def on_failure(self, call: Callable[[BaseException], None]) -> None:

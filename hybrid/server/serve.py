@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import threading
@@ -29,6 +30,7 @@ from hybrid.server.wire import dump
 
 _FLUSH_SECONDS = 2  # that answers which are complete may take to be read, once the server ends
 _BACKLOG = 2048
+_OTHER_FILES = 256  # open beside connections, and those that are told that they are too many
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -37,8 +39,22 @@ def serve(load: Callable[[], ServingEngine], settings: ServerSettings, say: Call
 
     Raises `InputError` where the address cannot be had, what `load` raises, and `HybridError` when the engine fails.
     """
+    allow_files(settings.max_connections + _OTHER_FILES)
     with listen(settings) as listener:
         asyncio.run(_Life(load, settings, say, listener).run())
+
+
+def allow_files(count: int) -> None:
+    """Let this process have `count` files open: each connection is one, and 1024 are what is usual.
+
+    Raises `InputError` where it may not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        if hard != resource.RLIM_INFINITY and hard < count:
+            problem = f"{count} open files are needed, the system allows {hard} (ulimit -n)"
+            raise InputError(f"{problem}; allow fewer connections", setting="max_connections")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 def listen(settings: ServerSettings) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cached_property
 
 from hybrid.formats.text import TextCodec
 
@@ -11,13 +12,19 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenTexts:
-    """Of one tokenizer."""
+    """Of one tokenizer, of which nothing is read before the first token."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._tokenizer = codec.tokenizer
+
+    @cached_property
+    def _by_bytes(self) -> bool:
         decoder = self._tokenizer.decoder
-        self._by_bytes = decoder is not None and "ByteLevel" in _kinds(json.loads(decoder.__getstate__()))
-        self._special = {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return decoder is not None and "ByteLevel" in _kinds(json.loads(decoder.__getstate__()))
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {number: token.content for number, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def bytes_of(self, token: int) -> bytes:
         """What `token` stands for in UTF-8; a special token for its name."""

@@ -1,5 +1,6 @@
 """The chat over a server's model: the answers, the counters, and one line for each thing that can go wrong."""
 
+import io
 import socket
 import threading
 
@@ -8,6 +9,7 @@ from fake_chat import ScriptedTerminal
 from fake_engine import FakeEngine
 from server_cases import HELLO, running, service_of
 
+from hybrid import cli
 from hybrid.chat.remote import RemoteModel
 from hybrid.chat.repl import run_repl
 from hybrid.errors import ContextError, HybridError, InputError
@@ -130,3 +132,28 @@ def test_another_server(answer, message):
 def test_what_is_no_url(url):
     with pytest.raises(InputError, match="is no server's URL"):
         RemoteModel(url)
+
+
+def test_the_command_answers_piped_lines(engine, url, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    monkeypatch.setenv("HYBRID_API_KEY", "secret")
+    assert cli.run(["chat", "--url", url, "--temperature", "0.5", "--system", "be brief"]) == 0
+    assert capfd.readouterr().out == "one two three\n"
+    (request,) = engine.requests
+    assert (request.settings.temperature, request.settings.top_k) == (0.5, 40)
+    asked = [{"role": "system", "content": "be brief"}, *HELLO]
+    assert request.prompt == tuple(engine.codec.encode_chat(asked))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--url", "127.0.0.1:1"], 1, "hybrid: no server answers at http://127.0.0.1:1: Connection refused"),
+        (["--url", "nonsense:x"], 2, "is no server's URL, expected one such as http://127.0.0.1:8080 (--url)"),
+        (["--url", "127.0.0.1:1", "--threads", "1"], 2, "--threads is for a model that runs here"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_line(options, code, message, capfd):
+    assert cli.run(["chat", *options]) == code
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line

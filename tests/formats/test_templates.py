@@ -275,3 +275,11 @@ def test_named_templates(tmp_path):
 def test_a_template_that_is_no_text(tmp_path):
     with pytest.raises(ModelError, match="is of type int, expected text"):
         read(tmp_path, chat_template=5)
+
+
+def test_tools_are_given_to_a_template_that_knows_them():
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    template = ChatTemplate("{% if tools %}{{ tools[0] | tojson }}{% else %}none{% endif %}", "here")
+    assert template.knows_tools and not ChatTemplate("{{ messages[0].content }}{# toolset #}", "here").knows_tools
+    assert template.render(HI, SPECIAL, True, tools) == json.dumps(tools[0])
+    assert template.render(HI, SPECIAL, True) == template.render(HI, SPECIAL, True, []) == "none"

@@ -184,6 +184,19 @@ def test_a_model_that_cannot_be_loaded():
         serve(lambda url, said: None, load)
 
 
+def test_files_are_allowed_as_far_as_the_system_does(monkeypatch):
+    limits = [100, 200]
+    monkeypatch.setattr(serving.resource, "getrlimit", lambda which: tuple(limits))
+    monkeypatch.setattr(serving.resource, "setrlimit", lambda which, given: limits.__setitem__(slice(None), given))
+    serving.allow_files(150)
+    assert limits == [150, 200]
+    serving.allow_files(50)
+    assert limits == [150, 200]
+    with pytest.raises(InputError, match="201 open files are needed, the system allows 200") as error:
+        serving.allow_files(201)
+    assert error.value.setting == "max_connections"
+
+
 def test_an_address_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="already in use") as error:
         serving.listen(ServerSettings(port=taken.getsockname()[1]))
