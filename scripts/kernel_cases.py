@@ -176,7 +176,7 @@ class SparseLayers:
         """All layers of a pass in one call."""
         s, code = self._scratch, activation_word("relu")
         given = (self.views[0].weights, self.table, code, self.x, next(self.rows), self.starts, s.ones, s.parts)
-        own = (s.inputs, s.hidden, s.places, s.owns(1), *s.sums(s.parts))
+        own = (s.inputs, s.hidden, s.places, s.owns, *s.sums(s.parts))
         pool.run(_many_layers, pool.threads, pool.barrier, *given, *own, self.out, s.fired)
 
     def in_torch(self) -> Callable[[], object] | None:

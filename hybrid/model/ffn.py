@@ -36,13 +36,13 @@ class FFNCounters:
 
     neurons: int = 0
     computed: int = 0
-    union: int = 0
     fired: int = 0
     fired_hot: int = 0  # of `fired`; counted in decode only
     predictor_seconds: float = 0.0
     attention_seconds: float = 0.0
     ffn_seconds: float = 0.0
     head_seconds: float = 0.0
+    union: int = 0
     wait_seconds: float = 0.0  # of the GPU, for the CPU's neurons
 
 
