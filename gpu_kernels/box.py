@@ -12,9 +12,10 @@ from cpu_kernels.contract import FLAG_WORDS, MAX_BATCH, REQUEST_WORDS
 
 class State(IntEnum):
     """Words of the state, on the device: the last request's number, whether an answer is due, the number of a request
-    that failed, or 0, the number of the input posted last, and that of the last request for which the wait is over."""
+    that failed, or 0, the number of the input posted last, that of the last request for which the wait is over, and
+    nanoseconds waited for the host in all."""
 
-    NUMBER, DUE, FAILED, POSTED, ENDED = 0, 1, 2, 3, 4
+    NUMBER, DUE, FAILED, POSTED, ENDED, WAITED = 0, 1, 2, 3, 4, 5
 
 
 class Tally(IntEnum):

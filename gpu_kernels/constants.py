@@ -16,5 +16,7 @@ OP_FFN, ALL_COLD = tl.constexpr(int(Op.FFN)), tl.constexpr(contract.ALL_COLD)
 WORD_OP, WORD_LAYER, WORD_COUNT, WORD_TOKENS, WORD_POSITION = (
     tl.constexpr(int(word)) for word in (Word.OP, Word.LAYER, Word.COUNT, Word.TOKENS, Word.POSITION)
 )
-STATE_NUMBER, STATE_DUE, STATE_FAILED, STATE_POSTED, STATE_ENDED = (tl.constexpr(int(word)) for word in State)
+STATE_NUMBER, STATE_DUE, STATE_FAILED, STATE_POSTED, STATE_ENDED, STATE_WAITED = (
+    tl.constexpr(int(word)) for word in State
+)
 TALLY_SENT, TALLY_ZERO_COPY = tl.constexpr(int(Tally.SENT)), tl.constexpr(int(Tally.ZERO_COPY))

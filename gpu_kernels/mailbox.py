@@ -31,6 +31,7 @@ from gpu_kernels.constants import (
     STATE_FAILED,
     STATE_NUMBER,
     STATE_POSTED,
+    STATE_WAITED,
     TALLY_SENT,
     TALLY_ZERO_COPY,
     WORD_COUNT,
@@ -158,6 +159,7 @@ def _answered(flags, state, timeout, SEVERAL: tl.constexpr, NATIVE: tl.constexpr
         while (done < number) & (now - begun < timeout):
             done = acquire(flags, NATIVE)
             now = nanoseconds(now, NATIVE)
+        tl.store(state + STATE_WAITED, tl.load(state + STATE_WAITED) + now - begun)
         if done < number:
             tl.store(state + STATE_FAILED, number)
         if SEVERAL:

@@ -71,7 +71,7 @@ class ColdWorkers:
         self._box = Box(*(m.request.numpy(), m.flags.numpy(), m.x.numpy(), m.ids.numpy(), masks, m.out.numpy()))
         self._service: _Service | None = None
         weakref.finalize(self, stop, self._box)  # also at exit: polling threads must not outlive the memory
-        self._sent = [0] * len(Tally)
+        self._sent, self._waited = [0] * len(Tally), 0
 
     def start(self, strategy: Strategy) -> None:
         """Make the workers ready for `strategy`; nothing to do where they are. The GPU must be idle."""
@@ -82,7 +82,7 @@ class ColdWorkers:
         if self.report.is_cuda:
             torch.cuda.synchronize(self.report.device)
         self._box.request[:], self._box.flags[:] = 0, 0
-        self._sent = [0] * len(Tally)
+        self._sent, self._waited = [0] * len(Tally), 0
         self._service = service = _Service(strategy)
         threading.Thread(target=self._serve, args=(service,), name="hybrid-mailbox", daemon=True).start()
         # The GPU waits for seconds only, and the workers may have to be compiled first.
@@ -119,6 +119,12 @@ class ColdWorkers:
         hot, sent, zero_copy = (after - before for after, before in zip(now, self._sent, strict=True))
         self._sent = now
         return hot, sent + zero_copy
+
+    def waited(self, report: torch.Tensor) -> float:
+        """Seconds that the GPU waited for the workers since the last call, by a copy of `report`."""
+        now = int(report[State.WAITED])
+        before, self._waited = self._waited, now
+        return (now - before) / 1e9
 
     @property
     def logits(self) -> np.ndarray:

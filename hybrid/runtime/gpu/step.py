@@ -366,6 +366,7 @@ class GpuStep:
         hot, cold = self._workers.sent(self._report)
         counters.neurons += spec.n_layers * spec.d_ff * rows
         counters.ffn_seconds += seconds
+        counters.wait_seconds += self._workers.waited(self._report)
         if strategy != "learned":
             counters.computed += spec.n_layers * spec.d_ff * rows
             counters.union += spec.n_layers * spec.d_ff
