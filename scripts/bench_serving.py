@@ -2,11 +2,13 @@
 
     python scripts/bench_serving.py batches [--sequences 1,2,4,8,16,32] [--tokens 64]
     python scripts/bench_serving.py load [--share 0.8] [--seconds 600] [--tokens 64]
+    python scripts/bench_serving.py prefix [--tokens 1000]
 
 `batches`: so many answers begin together; tokens/s of all of them from the last one's first token on, best of three.
 `load`: capacity is what as many callers as may run get who ask again at once; then requests arrive by chance (Poisson)
 at a share of it. For each, the time to its first token (TTFT), mean time per token after it (TPOT) and its longest gap
-between two tokens; goodput is the share that met both limits. The last line is JSON.
+between two tokens; goodput is the share that met both limits. `prefix`: TTFT of a long prompt, of the same chat's next
+turn, and of the prompt asked again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -201,6 +203,43 @@ def run_batches(engine: AsyncEngine, sequences: str, tokens: int) -> None:
 def run_load(engine: AsyncEngine, share: float, seconds: float, tokens: int, seed: int) -> None:
     async def measure() -> None:
         found = await load(engine, share, seconds, tokens, seed)
+        for name, value in found.items():
+            click.echo(f"{name:22} {value}")
+        click.echo(json.dumps(found))
+        await engine.close()
+
+    asyncio.run(measure())
+
+
+async def prefix(engine: AsyncEngine, tokens: int) -> dict[str, Any]:
+    """A prompt of so many tokens with an answer of 16, the chat's next turn of 24 more, and the first prompt again."""
+    rng, settings = np.random.default_rng(0), SamplingSettings(temperature=0, max_new_tokens=16)
+
+    def some(count: int) -> tuple[int, ...]:
+        return tuple(rng.integers(6, engine.plan.spec.vocab_size, count).tolist())
+
+    async def answer(prompt: tuple[int, ...]) -> tuple[tuple[int, ...], int, float]:
+        steps = [served.step async for served in engine.generate(Request(prompt, settings))]
+        stats = steps[-1].stats
+        return tuple(step.token for step in steps), stats.cached_tokens, stats.ttft_seconds
+
+    await answer(some(64))
+    prompt = some(tokens)
+    first, _, seconds = await answer(prompt)
+    found: dict[str, Any] = {"prompt_tokens": tokens, "ttft_ms": round(1000 * seconds, 1)}
+    for name, text in (("next_turn", prompt + first + some(24)), ("again", prompt)):
+        _, cached, took = await answer(text)
+        found |= {f"{name}_cached": cached, f"{name}_ttft_ms": round(1000 * took, 1)}
+        found[f"{name}_share"] = round(took / seconds, 4)
+    return found
+
+
+@main.command("prefix")
+@click.option("--tokens", default=1000)
+@click.pass_obj
+def run_prefix(engine: AsyncEngine, tokens: int) -> None:
+    async def measure() -> None:
+        found = await prefix(engine, tokens)
         for name, value in found.items():
             click.echo(f"{name:22} {value}")
         click.echo(json.dumps(found))

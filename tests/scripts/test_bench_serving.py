@@ -46,6 +46,7 @@ def test_arrivals_come_as_often_as_asked(bench):
     [
         (["batches", "--sequences", "1,2", "--tokens", "4"], "tokens_per_second"),
         (["load", "--seconds", "0.3", "--tokens", "2", "--share", "0.2"], "longest_gap_ms"),
+        (["prefix", "--tokens", "80"], "next_turn_share"),
     ],
 )
 def test_it_runs(bench, arguments, name):
