@@ -2,7 +2,7 @@
 
     out[t, n] (= or +=) act(sum over k of  weight[n, k] * x[t, k]  + bias[n])
 
-A program computes `ROWS` rows whole, and reads their weights once for a group of up to 8 tokens. A token's sums are the
+A program computes `ROWS` rows whole, and reads their weights once for a group of up to 4 tokens. A token's sums are the
 same bit for bit however many tokens there are.
 """
 
@@ -76,7 +76,8 @@ def gemv(
     activation: str | None = None,
     tiling: Tiling | None = None,
 ) -> None:
-    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 8, 16, 24 or 32 tokens.
+    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 4 tokens, or a multiple
+    of 4 up to 32.
 
     matrix: [n, d]; x: [t, d] f32, its rows contiguous; bias: [n] f32 or None; out: [t, n] f32, contiguous;
     activation: a name that `contract.py` knows, None for none; tiling: for trials, None for the one measured best.

@@ -207,11 +207,11 @@ def sparse_ffn(
 ) -> None:
     """Write the sums of the active rows of down, each times its hidden value, in parts; see the module's formula.
 
-    x: [t, d] f32, t of 1 to 8, or 16, 24 or 32, its rows contiguous; ids: int32 [capacity], of which the first count[0]
-    are row numbers below hot (not checked); count: int32 [1]; masks: int32 [capacity], bit t of masks[k] where row
-    ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32 [s, t,
-    d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly all are.
-    tiling: for trials, None for the one measured best.
+    x: [t, d] f32, t of 1 to 4, or a multiple of 4 up to 32, its rows contiguous; ids: int32 [capacity], of which the
+    first count[0] are row numbers below hot (not checked); count: int32 [1]; masks: int32 [capacity], bit t of masks[k]
+    where row ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32
+    [s, t, d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly
+    all are. tiling: for trials, None for the one measured best.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
     together, groups = token_groups("sparse_ffn", x.shape[0])
@@ -226,10 +226,8 @@ def sparse_ffn(
         KIND=kind, K=d, T=together, R=first.rows, C=first.columns(kind, d),
         ACTIVATION=activation_word(ffn.activation), SKIP=skip, EAGER=eager, **options(first.warps),
     )  # fmt: skip
-    # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
+    # Registers hold the sums of all tokens of a program.
     depth = max(2, chosen.depth // triton.next_power_of_2(together))
-    together = min(together, 4) if kind == "int4" else together
-    groups = triton.cdiv(tokens, together)
     columns = min(chosen.columns, max(GROUP, triton.next_power_of_2(d)))
     wide = max(1, 32 * chosen.warps * VECTOR[kind] // columns)  # rows that all threads load at once
     _down[(triton.cdiv(d, columns), pieces * groups)](
