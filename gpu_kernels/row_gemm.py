@@ -60,15 +60,19 @@ def _terms_kernel(x, x_stride, terms, scales, K: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def term_dots(  # type: ignore[no-untyped-def]
-    sums, wide, terms, at, K: tl.constexpr, T: tl.constexpr, NATIVE: tl.constexpr
+    sums, wide, terms, step, stride, at, stop, T: tl.constexpr, NATIVE: tl.constexpr
 ):  # fmt: skip
-    """sums [R, T] + wide [R, C] times columns `at` of all terms, the smallest first.
+    """sums [R, T] + wide [R, C] times columns `at`, below `stop` if there is one, of all terms, the smallest first.
 
-    Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all are widened first.
+    terms: `step` apart, their rows `stride`. Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all
+    are widened first.
     """
-    token = tl.arange(0, T)
+    place = terms + tl.arange(0, T)[None, :] * stride + at[:, None]
     for i in tl.static_range(2, -1, -1):
-        term = tl.load(terms + (i * T + token)[None, :] * K + at[:, None], mask=at[:, None] < K, other=0.0)
+        if stop is None:
+            term = tl.load(place + i * step)
+        else:
+            term = tl.load(place + i * step, mask=at[:, None] < stop, other=0.0)
         sums = tl.dot(wide, term, sums) if NATIVE else tl.dot(wide.to(tl.float32), term.to(tl.float32), sums)
     return sums
 
@@ -100,7 +104,7 @@ def _gemm_kernel(  # type: ignore[no-untyped-def]
     for c in range(part * WIDTH, tl.minimum((part + 1) * WIDTH, K), C):
         at = c + tl.arange(0, C)
         wide = tl.load(rows[:, None] + at[None, :], mask=inside[:, None] & (at < K)[None, :], other=0.0)
-        found = term_dots(found, wide, terms, at, K, T, NATIVE)
+        found = term_dots(found, wide, terms, T * K, K, at, K, T, NATIVE)
     place, mask = token[None, :] * n + row[:, None], inside[:, None]
     if PARTS > 1:
         tl.store(sums + part * T * n + place, found, mask=mask)

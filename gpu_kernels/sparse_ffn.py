@@ -11,7 +11,7 @@ where hidden is not 0 for some token.
 
 Every sum has a fixed order. That of a token's hidden values is its own; that of its parts depends on the rows that all
 tokens of the batch list, and on how many tokens there are: the one place of a step where a token's rounding may differ
-with those beside it.
+with those beside it. From 8 tokens on there is another way, through tensor cores (`gpu_kernels/row_ffn.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gpu_kernels.activations import activate, activate_ref, activate_up, activat
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.row_ffn import row_ffn, takes_ffn
 from gpu_kernels.tiles import (
     VECTOR,
     add_rows,
@@ -204,6 +205,7 @@ def sparse_ffn(
     skip: bool = True,
     eager: bool = False,
     tiling: FFNTiling | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """Write the sums of the active rows of down, each times its hidden value, in parts; see the module's formula.
 
@@ -212,12 +214,18 @@ def sparse_ffn(
     where row ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32
     [s, t, d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly
     all are. tiling: for trials, None for the one measured best.
+    scratch: f32 of `row_ffn.ffn_floats` elements, destroyed: then 8 tokens and more with bf16 weights go through tensor
+    cores, without skipping (`gpu_kernels/row_ffn.py`); None for no such way.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
     together, groups = token_groups("sparse_ffn", x.shape[0])
     _check(ffn, x, ids, count, masks, hidden, parts)
     tokens, d = x.shape
     kind, capacity, pieces = ffn.up.kind, ids.shape[0], parts.shape[0]
+    if scratch is not None and takes_ffn(kind, tokens):
+        biases, word = (ffn.gate_bias, ffn.up_bias), activation_word(ffn.activation)
+        row_ffn(ffn.gate, ffn.up, ffn.down, biases, word, x, (ids, count, masks), hidden, parts, scratch)
+        return
     chosen = tiling or TILINGS[kind]
     first = chosen.first
     gate = None if ffn.gate is None else ffn.gate.rows
@@ -271,6 +279,7 @@ def sparse_ffn_ref(
     parts: torch.Tensor,
     skip: bool = True,
     eager: bool = False,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """`sparse_ffn` in torch, in f64; part 0 gets the whole sum, the others 0."""
     rows = ids[: int(count)].long()

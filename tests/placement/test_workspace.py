@@ -7,7 +7,7 @@ import torch
 from placement_cases import small_spec
 
 from cpu_kernels.contract import LAYOUTS
-from gpu_kernels import attention, low_rank, row_gemm, sampling, sparse_ffn
+from gpu_kernels import attention, low_rank, row_ffn, row_gemm, sampling, sparse_ffn
 from hybrid.model.kv_cache import BLOCK_SIZE, SHARED_BLOCK_SIZE, KVCache, KVPool
 from placement.workspace import (
     BATCHES,
@@ -21,6 +21,7 @@ from placement.workspace import (
     attention_splits,
     cached_tokens,
     down_parts,
+    ffn_floats,
     gemm_floats,
     layer_bytes,
     neurons_bytes,
@@ -91,16 +92,19 @@ def test_there_is_room_for_the_parts_of_the_sparse_ffn(d):
 def test_there_is_room_for_products_of_many_rows(n):
     for rows in (8, 16, 32):
         assert gemm_floats(rows, n, 300) == row_gemm.gemm_floats(rows, n, 300)
+        for gated in (True, False):
+            assert ffn_floats(rows, n, 300, gated) == row_ffn.ffn_floats(rows, n, 300, gated)
 
 
 def test_room_for_products_of_many_rows_is_that_of_the_largest():
     def floats(rows=8, **changes):
         return Workspace(replace(SEVEN, **changes), 4096, 0, 1, rows).gemm_floats
 
-    qkv = 8 + 3 * 8 * 4096 // 2 + 8 * 4 * (4096 + 2048)  # scales, terms of 16 bits, and sums in 4 parts
-    assert floats(dtype="bf16") == floats(dtype="f16") == qkv and floats(32, dtype="bf16") == 4 * qkv
-    assert floats(dtype="f32") == floats(4, dtype="bf16") == 0
-    assert floats(dtype="int4", embedding_dtype="f16") == 8 + 3 * 8 * 4096 // 2
+    terms = 8 + 3 * 8 * 4096 // 2  # scales of 8 rows, and terms of 16 bits
+    assert floats(dtype="f16") == terms + 8 * 4 * (4096 + 2048)  # sums of QKV in 4 parts
+    assert floats(dtype="bf16") == terms + 3 * 8 * 11008 // 2 + 8 * 4 * 2 * 11008  # and of gate and up
+    assert floats(dtype="f32") == floats(4, dtype="bf16") == 0 and floats(32, dtype="bf16") == 4 * floats(dtype="bf16")
+    assert floats(dtype="int4", embedding_dtype="f16") == terms
 
 
 @pytest.mark.parametrize("vocab", [1, 10, 300, 3000, 32000, 152_000])

@@ -319,7 +319,9 @@ class GpuStep:
             # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
             eager = strategy == "learned" and listed.ffn is layer.ffn
             given = listed.ffn, normed, listed.ids, listed.number, listed.masks
-            sparse_ffn(*given, hidden, its_parts, strategy != "dense", eager)
+            # Rows read over PCIe are worth a look at which are needed.
+            scratch = b.gemm if listed.ffn is layer.ffn else None
+            sparse_ffn(*given, hidden, its_parts, strategy != "dense", eager, scratch=scratch)
         sums, post = parts.flatten(0, 1) if ways else None, layer.ffn_post
         if post is None:
             out = b.normed[:count]
