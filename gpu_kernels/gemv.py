@@ -2,8 +2,9 @@
 
     out[t, n] (= or +=) act(sum over k of  weight[n, k] * x[t, k]  + bias[n])
 
-A program computes `ROWS` rows whole, and reads their weights once for a group of up to 8 tokens. A token's sums are the
-same bit for bit however many tokens there are.
+A program computes `ROWS` rows whole, and reads their weights once for a group of up to 4 tokens. A token's sums are the
+same bit for bit however many tokens there are. With scratch, 8 tokens and more go through tensor cores where there is
+a way for the kind (`gpu_kernels/row_gemm.py`): their sums then are in another order, the same for 8, 16 and 32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cpu_kernels.contract import GROUP, activation_word
 from gpu_kernels.activations import NO_ACTIVATION, activate, activate_ref
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.row_gemm import row_gemm, takes_rows
 from gpu_kernels.tiles import VECTOR, load_step, program_in_group, row_dots, token_groups
 
 
@@ -75,17 +77,23 @@ def gemv(
     add: bool = False,
     activation: str | None = None,
     tiling: Tiling | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
-    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 8, 16, 24 or 32 tokens.
+    """Write act(weight[n] . x[t] + bias[n]) to out[t, n], or with `add` add it there, for 1 to 4 tokens, or a multiple
+    of 4 up to 32.
 
     matrix: [n, d]; x: [t, d] f32, its rows contiguous; bias: [n] f32 or None; out: [t, n] f32, contiguous;
     activation: a name that `contract.py` knows, None for none; tiling: for trials, None for the one measured best.
+    scratch: f32 of `row_gemm.gemm_floats` elements, destroyed, or None for no tensor cores.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
     together, groups = token_groups("gemv", x.shape[0])
     _check(matrix, x, bias, out, activation)
     n, d = matrix.shape
     code = NO_ACTIVATION if activation is None else activation_word(activation)
+    if scratch is not None and takes_rows(matrix.kind, x.shape[0]):
+        row_gemm(matrix, x, bias, out, add, code, scratch)
+        return
     chosen = tiling or TILINGS[matrix.kind]
     _gemv[(triton.cdiv(n, chosen.rows) * groups,)](
         matrix.rows, x, bias, out, n, x.stride(0), groups,
@@ -118,6 +126,7 @@ def gemv_ref(
     out: torch.Tensor,
     add: bool = False,
     activation: str | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """`gemv` in torch, accumulated in f64."""
     value = x.double() @ matrix.widen().double().T

@@ -138,8 +138,8 @@ def predict(
 ) -> None:
     """Write which neurons are predicted to fire: bit t of masks[i] is set where neuron i fires for token t.
 
-    x: f32 [t, d] of 1 to 8 tokens, or 16, 24 or 32, the FFN's input; hidden: f32 [t, r] scratch; masks: int32 [f]; all
-    contiguous.
+    x: f32 [t, d] of 1 to 4 tokens, or a multiple of 4 up to 32, the FFN's input; hidden: f32 [t, r] scratch; masks:
+    int32 [f]; all contiguous.
     tiling: for trials. Raises `ValueError` when shapes or types do not fit.
     """
     r, f = len(view.b1), len(view.b2)

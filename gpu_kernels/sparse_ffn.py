@@ -11,7 +11,7 @@ where hidden is not 0 for some token.
 
 Every sum has a fixed order. That of a token's hidden values is its own; that of its parts depends on the rows that all
 tokens of the batch list, and on how many tokens there are: the one place of a step where a token's rounding may differ
-with those beside it.
+with those beside it. From 8 tokens on there is another way, through tensor cores (`gpu_kernels/row_ffn.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from gpu_kernels.activations import activate, activate_ref, activate_up, activat
 from gpu_kernels.gemv import Tiling
 from gpu_kernels.launch import begin, options
 from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.row_ffn import row_ffn, takes_ffn
 from gpu_kernels.tiles import (
     VECTOR,
     add_rows,
@@ -204,20 +205,27 @@ def sparse_ffn(
     skip: bool = True,
     eager: bool = False,
     tiling: FFNTiling | None = None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """Write the sums of the active rows of down, each times its hidden value, in parts; see the module's formula.
 
-    x: [t, d] f32, t of 1 to 8, or 16, 24 or 32, its rows contiguous; ids: int32 [capacity], of which the first count[0]
-    are row numbers below hot (not checked); count: int32 [1]; masks: int32 [capacity], bit t of masks[k] where row
-    ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32 [s, t,
-    d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly all are.
-    tiling: for trials, None for the one measured best.
+    x: [t, d] f32, t of 1 to 4, or a multiple of 4 up to 32, its rows contiguous; ids: int32 [capacity], of which the
+    first count[0] are row numbers below hot (not checked); count: int32 [1]; masks: int32 [capacity], bit t of masks[k]
+    where row ids[k] is token t's, or None where all rows are everyone's; hidden: f32 [t, capacity], written; parts: f32
+    [s, t, d], written whole. eager: rows of up are on their way before it is known which are needed, for where nearly
+    all are. tiling: for trials, None for the one measured best.
+    scratch: f32 of `row_ffn.ffn_floats` elements, destroyed: then 8 tokens and more with bf16 weights go through tensor
+    cores, without skipping (`gpu_kernels/row_ffn.py`); None for no such way.
     Raises `ValueError` when shapes, strides or types do not fit.
     """
     together, groups = token_groups("sparse_ffn", x.shape[0])
     _check(ffn, x, ids, count, masks, hidden, parts)
     tokens, d = x.shape
     kind, capacity, pieces = ffn.up.kind, ids.shape[0], parts.shape[0]
+    if scratch is not None and takes_ffn(kind, tokens):
+        biases, word = (ffn.gate_bias, ffn.up_bias), activation_word(ffn.activation)
+        row_ffn(ffn.gate, ffn.up, ffn.down, biases, word, x, (ids, count, masks), hidden, parts, scratch)
+        return
     chosen = tiling or TILINGS[kind]
     first = chosen.first
     gate = None if ffn.gate is None else ffn.gate.rows
@@ -226,10 +234,8 @@ def sparse_ffn(
         KIND=kind, K=d, T=together, R=first.rows, C=first.columns(kind, d),
         ACTIVATION=activation_word(ffn.activation), SKIP=skip, EAGER=eager, **options(first.warps),
     )  # fmt: skip
-    # Registers hold the sums of all tokens of a program: eight of int4 do not fit.
+    # Registers hold the sums of all tokens of a program.
     depth = max(2, chosen.depth // triton.next_power_of_2(together))
-    together = min(together, 4) if kind == "int4" else together
-    groups = triton.cdiv(tokens, together)
     columns = min(chosen.columns, max(GROUP, triton.next_power_of_2(d)))
     wide = max(1, 32 * chosen.warps * VECTOR[kind] // columns)  # rows that all threads load at once
     _down[(triton.cdiv(d, columns), pieces * groups)](
@@ -273,6 +279,7 @@ def sparse_ffn_ref(
     parts: torch.Tensor,
     skip: bool = True,
     eager: bool = False,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """`sparse_ffn` in torch, in f64; part 0 gets the whole sum, the others 0."""
     rows = ids[: int(count)].long()

@@ -21,7 +21,9 @@ from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET, SCA
 
 # Weights of a group. "codes" are int8 without scales, as predictors have them: rows of bytes, padded to whole 128.
 VECTOR = {"f32": 4, "bf16": 8, "f16": 8, "int8": 16, "codes": 16, "int4": 32}
-TOGETHER = 8  # tokens whose sums a program holds in registers
+# Tokens whose sums a program holds in registers. Of 8 it would read four times as much of x as of the weights, which
+# takes longer than two groups of 4.
+TOGETHER = 4
 
 
 def token_groups(name: str, tokens: int) -> tuple[int, int]:

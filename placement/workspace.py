@@ -29,10 +29,12 @@ PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
 _PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
 _TERMS, _TERM_COLUMNS = 3, 1024  # in which f32 inputs are split for bf16 products, and columns of these at a time
 
-# Of `gpu_kernels.attention`, `sparse_ffn` and `sampling`, which need triton, as a plan must not.
+# Of `gpu_kernels.attention`, `sparse_ffn`, `sampling`, `row_gemm` and `row_ffn`, which need triton, as a plan must not.
 _SPLIT_PROGRAMS, _SPLIT_KEYS, _MOST_SPLITS = 528, 64, 128
 _DOWN_PROGRAMS, _DOWN_COLUMNS, _MOST_PARTS = 264, 64, 64
 _SAMPLED, _SAMPLING_BLOCK = 1024, 2048
+_GEMM_KINDS, _GEMM_ROWS, _GEMM_TILE, _GEMM_PROGRAMS, _MOST_GEMM_PARTS = ("bf16", "f16"), 8, 64, 400, 4
+_FFN_PARTS = 4
 
 Bytes = TypeVar("Bytes", int, np.ndarray)
 
@@ -55,6 +57,18 @@ def attention_splits(kv_heads: int, capacity: int) -> int:
 def down_parts(d: int) -> int:
     """As `gpu_kernels.sparse_ffn.down_parts`."""
     return max(1, min(_MOST_PARTS, _DOWN_PROGRAMS // -(-d // _DOWN_COLUMNS)))
+
+
+def gemm_floats(rows: int, n: int, d: int) -> int:
+    """As `gpu_kernels.row_gemm.gemm_floats`."""
+    parts = max(1, min(_MOST_GEMM_PARTS, _GEMM_PROGRAMS // -(-n // _GEMM_TILE)))
+    return rows + _TERMS * rows * d // 2 + rows * n * parts * (parts > 1)
+
+
+def ffn_floats(rows: int, capacity: int, d: int, gated: bool) -> int:
+    """As `gpu_kernels.row_ffn.ffn_floats`."""
+    width = -(-capacity // _GEMM_TILE) * _GEMM_TILE
+    return rows + _TERMS * rows * (d + width) // 2 + _FFN_PARTS * (1 + gated) * rows * width
 
 
 def cached_tokens(context: int, block: int = KV_BLOCK) -> int:
@@ -102,6 +116,7 @@ class Workspace:
             "masks": 4 * aligned(4 * spec.d_ff),
             "ids": 3 * aligned(4 * spec.d_ff),  # of both kinds predicted, and of all
             "sampling": self._sampling,
+            "row gemm": aligned(4 * self.gemm_floats),
             # Positions and block tables, counts by layer; tokens, settings of the sampler, the mailbox's state.
             "control": aligned(4 * (MAX_BATCH + rows * self.blocks)) + aligned(4 * spec.n_layers) + 16 * ALIGNMENT,
         }
@@ -110,6 +125,19 @@ class Workspace:
     def blocks(self) -> int:
         """Entries of a sequence's block table."""
         return -(-self.context // self.block)
+
+    @property
+    def gemm_floats(self) -> int:
+        """f32 elements of scratch for products of many rows with QKV, output, FFN and head; 0 where there are none."""
+        spec, rows = self.spec, self.batch
+        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
+        layers, head = spec.dtype in _GEMM_KINDS, (spec.embedding_dtype or spec.dtype) in _GEMM_KINDS
+        shapes = [(queries + both, spec.d_model), (spec.d_model, queries)] * layers
+        shapes += [(spec.vocab_size, spec.d_model)] * head
+        if rows < _GEMM_ROWS or not shapes:
+            return 0
+        ffn = ffn_floats(rows, spec.d_ff, spec.d_model, spec.gated) if spec.dtype == "bf16" else 0
+        return max(ffn, *(gemm_floats(rows, n, d) for n, d in shapes))
 
     @property
     def _sampling(self) -> int:

@@ -90,7 +90,7 @@ def test_nothing_is_written_beyond_the_output(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (9, 64)}, "1 to 8 tokens, or a multiple of 8 up to 32, got 9"),
+        ({"x": (9, 64)}, "1 to 4 tokens, or a multiple of 4 up to 32, got 9"),
         ({"x": (2, 63)}, "do not fit"),
         ({"out": (2, 5)}, "do not fit"),
         ({"bias": (5,)}, "do not fit"),

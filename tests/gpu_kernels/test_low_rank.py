@@ -142,8 +142,8 @@ def test_view_refuses_codes_that_are_not_padded():
 def test_refuses_wrong_shapes_and_types():
     view = DevicePredictorView.of(*_parts(17, 5, 33), 0.0, DEVICE)
     hidden, masks = _outputs(view, 2)
-    with pytest.raises(ValueError, match="1 to 8 tokens, or a multiple of 8 up to 32, got 12"):
-        predict(view, random_input(12, 17), *_outputs(view, 12))
+    with pytest.raises(ValueError, match="1 to 4 tokens, or a multiple of 4 up to 32, got 10"):
+        predict(view, random_input(10, 17), *_outputs(view, 10))
     with pytest.raises(ValueError, match=r"x \(2, 17\)"):
         predict(view, random_input(2, 18), hidden, masks)
     with pytest.raises(ValueError, match="hidden"):

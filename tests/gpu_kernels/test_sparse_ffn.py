@@ -72,7 +72,7 @@ def test_groups_of_tokens(kind, tokens):
 
 
 def test_rows_of_another_group_are_not_read():
-    """Of 16 tokens, each group of 8 wants rows of its own."""
+    """Of 16 tokens, each half wants rows of its own."""
     ffn, x = random_ffn("f32", f=4), random_input(16, 129)
     ids, count = torch.arange(4, dtype=torch.int32, device=DEVICE), torch.tensor([4], dtype=torch.int32, device=DEVICE)
     masks = torch.tensor([1 << 3, 1 << 11, 0xFF00, 0x00FF], dtype=torch.int32, device=DEVICE)
@@ -149,7 +149,7 @@ def test_a_view_refuses_misfits():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(9, 129)}, "1 to 8 tokens, or a multiple of 8 up to 32, got 9"),
+        ({"x": torch.zeros(9, 129)}, "1 to 4 tokens, or a multiple of 4 up to 32, got 9"),
         ({"x": torch.zeros(2, 128)}, "wants x"),
         ({"ids": torch.zeros(30, dtype=torch.int64)}, "wants ids"),
         ({"count": torch.zeros(2, dtype=torch.int32)}, "wants count"),

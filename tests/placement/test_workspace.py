@@ -1,11 +1,13 @@
 """Scratch on the GPU: sizes by hand, and that they are those that kernels and weights ask for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from placement_cases import small_spec
 
 from cpu_kernels.contract import LAYOUTS
-from gpu_kernels import attention, low_rank, sampling, sparse_ffn
+from gpu_kernels import attention, low_rank, row_ffn, row_gemm, sampling, sparse_ffn
 from hybrid.model.kv_cache import BLOCK_SIZE, SHARED_BLOCK_SIZE, KVCache, KVPool
 from placement.workspace import (
     BATCHES,
@@ -19,6 +21,8 @@ from placement.workspace import (
     attention_splits,
     cached_tokens,
     down_parts,
+    ffn_floats,
+    gemm_floats,
     layer_bytes,
     neurons_bytes,
     predictor_bytes,
@@ -47,6 +51,7 @@ def test_decode_by_hand():
         "masks": 4 * 4096,
         "ids": 3 * 4096,
         "sampling": 2 * 512 + 2 * 2560 + 19456,  # 8, 2400 and 19200
+        "row gemm": 0,
         "control": 18 * 512,
     }
 
@@ -81,6 +86,25 @@ def test_there_is_room_for_the_splits_of_attention(kv_heads, capacity):
 @pytest.mark.parametrize("d", [1, 256, 257, 4096, 5120, 100_000])
 def test_there_is_room_for_the_parts_of_the_sparse_ffn(d):
     assert down_parts(d) == sparse_ffn.down_parts(d)
+
+
+@pytest.mark.parametrize("n", [1, 64, 4096, 4097, 12288, 32000])
+def test_there_is_room_for_products_of_many_rows(n):
+    for rows in (8, 16, 32):
+        assert gemm_floats(rows, n, 300) == row_gemm.gemm_floats(rows, n, 300)
+        for gated in (True, False):
+            assert ffn_floats(rows, n, 300, gated) == row_ffn.ffn_floats(rows, n, 300, gated)
+
+
+def test_room_for_products_of_many_rows_is_that_of_the_largest():
+    def floats(rows=8, **changes):
+        return Workspace(replace(SEVEN, **changes), 4096, 0, 1, rows).gemm_floats
+
+    terms = 8 + 3 * 8 * 4096 // 2  # scales of 8 rows, and terms of 16 bits
+    assert floats(dtype="f16") == terms + 8 * 4 * (4096 + 2048)  # sums of QKV in 4 parts
+    assert floats(dtype="bf16") == terms + 3 * 8 * 11008 // 2 + 8 * 4 * 2 * 11008  # and of gate and up
+    assert floats(dtype="f32") == floats(4, dtype="bf16") == 0 and floats(32, dtype="bf16") == 4 * floats(dtype="bf16")
+    assert floats(dtype="int4", embedding_dtype="f16") == terms
 
 
 @pytest.mark.parametrize("vocab", [1, 10, 300, 3000, 32000, 152_000])

@@ -12,6 +12,7 @@ from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.rows import places_of, places_size
+from placement.workspace import Workspace
 
 WORKSPACE, ROPE = "workspace: decode", "workspace: RoPE tables"
 
@@ -22,7 +23,8 @@ class StepBuffers:
     otherwise.
 
     ahead: the FFN's input where it is that of attention, else `normed`; added: [2, t, d], what a norm follows before it
-    joins the residual, of no size where none does; places: of `places_of`; rotations: of each RoPE cosines and sines.
+    joins the residual, of no size where none does; gemm: for products of 8 rows and more; places: of `places_of`;
+    rotations: of each RoPE cosines and sines.
     """
 
     x: torch.Tensor
@@ -49,6 +51,7 @@ class StepBuffers:
     blocks: int
     rotations: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     splits: AttentionScratch
+    gemm: torch.Tensor
 
     def where(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions int32 [size] and tables int32 [size, blocks] of a step."""
@@ -105,4 +108,5 @@ class StepBuffers:
             blocks=len(cache.table),
             rotations=rotations,
             splits=AttentionScratch(*(floats(*t.shape) for t in (shaped.sums, shaped.maxima, shaped.totals))),
+            gemm=floats(Workspace(spec, cache.capacity, 0, 1, rows).gemm_floats),
         )

@@ -243,7 +243,7 @@ class GpuStep:
         """x += attention of `normed`."""
         b, spec, count = self._buffers, self._model.spec, x.shape[0]
         qkv, attended = b.qkv[:count], b.attended[:count]
-        gemv(layer.qkv, normed, layer.qkv_bias, qkv)
+        gemv(layer.qkv, normed, layer.qkv_bias, qkv, scratch=b.gemm)
         cos, sin = b.rotations[layer.rope] if b.rotations else (None, None)
         norms = normed_heads(qkv, layer, spec, eps)
         rope(
@@ -254,10 +254,10 @@ class GpuStep:
         decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention(count))
         post = layer.attention_post
         if post is None:
-            gemv(layer.out, attended, layer.out_bias, x, add=True)
+            gemv(layer.out, attended, layer.out_bias, x, add=True, scratch=b.gemm)
             return
         added = b.added[:, :count]
-        gemv(layer.out, attended, layer.out_bias, added[0])
+        gemv(layer.out, attended, layer.out_bias, added[0], scratch=b.gemm)
         residual_norm(added[0], post.weight, post.bias, eps, added[1])
         residual_norm(x, None, None, eps, None, added[1:])
 
@@ -319,7 +319,9 @@ class GpuStep:
             # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
             eager = strategy == "learned" and listed.ffn is layer.ffn
             given = listed.ffn, normed, listed.ids, listed.number, listed.masks
-            sparse_ffn(*given, hidden, its_parts, strategy != "dense", eager)
+            # Rows read over PCIe are worth a look at which are needed.
+            scratch = b.gemm if listed.ffn is layer.ffn else None
+            sparse_ffn(*given, hidden, its_parts, strategy != "dense", eager, scratch=scratch)
         sums, post = parts.flatten(0, 1) if ways else None, layer.ffn_post
         if post is None:
             out = b.normed[:count]
@@ -339,7 +341,7 @@ class GpuStep:
         """Logits of the final norm's output; a head on the CPU leaves them there."""
         b, count, norm = self._buffers, x.shape[0], self.weights.norms[-1]
         if self.weights.head is not None:
-            gemv(self.weights.head, normed, None, b.logits[:count])
+            gemv(self.weights.head, normed, None, b.logits[:count], scratch=b.gemm)
             self._model.capped(b.logits[:count])
             return
         box, ends = self._workers.mailbox, len(self.weights.layers)
