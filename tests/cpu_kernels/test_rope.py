@@ -160,3 +160,10 @@ def test_codes_are_those_that_a_prompt_gets():
     assert cache[0, 0, 1, 0, :6].tolist() == [127, 0, 2, -2, 126, -127] and scales[0, 0, 1, 0] == 1
     assert (cache[0, 0, 0] == 0).all() and scales[0, 0, 0, 0] == 0
     assert (np.abs(cache[0, 0, 3:, 0] * scales[0, 0, 3:] - rows[3:]) <= 0.5001 * scales[0, 0, 3:]).all()
+
+
+def test_a_broken_value_shows_in_its_scale():
+    *args, scales = make_int8(1, 1, 10, rotated=False)
+    args[0][2, 4] = np.nan
+    rope(*args, 0, WorkerPool(1), scales)
+    assert np.isfinite(scales[3, 0, 0, 0]) and np.isnan(scales[3, 1, 0, 0])

@@ -162,3 +162,11 @@ def test_codes_are_those_of_the_cpu():
     assert torch.equal(args[8][block, :, :, 0].flatten(0, 1).cpu(), codes)
     assert torch.equal(args[12][block, :, :, 0].flatten().cpu(), scales)
     assert codes[0, :6].tolist() == [127, 0, 2, -2, 126, -127]
+
+
+def test_a_broken_value_shows_in_its_scale():
+    args = make_int8(1, 1, 1, 24, rotated=False)
+    args[0][0, -3] = torch.nan
+    rope(*args)
+    scales = args[12][args[7][0, 0], :, 0, 0]
+    assert scales[0].isfinite() and scales[1].isnan()
