@@ -37,6 +37,22 @@ def array_at(typing_context: Any, address: Any, shape: Any, dtype: Any) -> Any:
 
 
 @intrinsic
+def scales_at(typing_context: Any, address: Any, shape: Any, like: Any) -> Any:
+    """The f32 array of a tuple of sizes at `address`, where `like` is of int8, whose codes have scales; else None."""
+    if not isinstance(like, types.Array) or not isinstance(shape, types.BaseTuple):
+        return None
+    sizes = types.UniTuple(types.int64, len(shape))
+    kind = types.Array(types.float32, len(shape), "C") if like.dtype == types.int8 else types.none
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if kind == types.none:
+            return context.get_dummy_value()
+        return _array(context, builder, kind, args[0], cgutils.unpack_tuple(builder, args[1]))
+
+    return kind(types.int64, sizes, like), generate
+
+
+@intrinsic
 def floats(typing_context: Any, address: Any, n: Any) -> Any:
     """The f32 vector of n elements at `address`, or an empty one for address 0."""
     kind = types.Array(types.float32, 1, "C")

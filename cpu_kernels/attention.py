@@ -3,7 +3,8 @@
     out[h] = sum over i of  p[i] * V[i],     p = softmax over i of  q[h] . K[i] / sqrt(head_dim)
 
 for the positions i in [first, length), with the keys K and values V of KV head h // (n_heads // n_kv_heads). One pass
-(online softmax, arXiv 1805.02867): a block at a time, the sums so far rescaled when the largest score grows.
+(online softmax, arXiv 1805.02867): a block at a time, the sums so far rescaled when the largest score grows. Of keys
+and values in int8 the codes are read as they are: a score is multiplied with its key's scale, p with its value's.
 
 Threads: workers take ranges of query heads. Each head goes through its blocks in order and alone, so the answer is the
 same for any number of workers and wherever the blocks lie. Heads of one group at one worker go through the blocks
@@ -14,12 +15,15 @@ for 32 heads took 7.2 ms on one core, 10.7 without.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.lanes import FAST_SUMS, as_f32, fetch, stored_view
+from cpu_kernels.rope import check_scales
 from cpu_kernels.worker_pool import WorkerPool
 
 _LOG2_E = np.float32(math.log2(math.e))
@@ -91,14 +95,18 @@ def _add_values(p, values, out, ahead):  # type: ignore[no-untyped-def]
 
 
 @subroutine(fastmath=FAST_SUMS)
-def _attend_block(q, keys, values, next_keys, next_values, scores, state, out):  # type: ignore[no-untyped-def]
+def _attend_block(q, keys, values, scales, next_keys, next_values, scores, state, out):  # type: ignore[no-untyped-def]
     """Add one block's keys and values [n, head_dim] to a head's sums; state holds its largest score and its sum of p.
 
-    Meanwhile the rows in next_keys and next_values are fetched into L2.
+    scales: of keys and of values, each [n], or None. Meanwhile the rows in next_keys and next_values are fetched into
+    L2.
     """
     n, head_dim = keys.shape
     scale = np.float32(1 / math.sqrt(head_dim))
     _score(q, keys, scores, next_keys)
+    if scales is not None:
+        for i in range(n):
+            scores[i] *= scales[0][i]
     largest = state[0]
     for i in range(n):
         scores[i] *= scale
@@ -110,13 +118,28 @@ def _attend_block(q, keys, values, next_keys, next_values, scores, state, out): 
         scores[i] = _exp(scores[i] - largest)
         total += scores[i]
     state[1] = state[1] * shrink + total
+    if scales is not None:
+        for i in range(n):
+            scores[i] *= scales[1][i]
     for j in range(head_dim):
         out[j] *= shrink
     _add_values(scores, values, out, next_values)
 
 
+def _scales_of(scales: np.ndarray, block: int, g: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales of the keys and of the values of one block of KV head g; None where there are none."""
+    raise NotImplementedError("called from compiled code only")
+
+
+@overload(_scales_of, strict=False, jit_options={"nogil": True, "forceinline": True})
+def _scales_of_type(scales: Any, block: Any, g: Any, start: Any, end: Any) -> Any:
+    if scales == types.none:
+        return lambda scales, block, g, start, end: None
+    return lambda scales, block, g, start, end: (scales[block, 0, g, start:end], scales[block, 1, g, start:end])
+
+
 @subroutine
-def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
+def _attend_group(q, cache, scales, g, next_g, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
     """The heads q [n, head_dim] of KV head g; each fetches its share of the next block, in the end of next_g's."""
     n, block_size = q.shape[0], cache.shape[3]
     out[:] = 0
@@ -126,6 +149,7 @@ def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # t
     for b in range(first // block_size, last + 1):
         start, end = max(first - b * block_size, 0), min(length - b * block_size, block_size)
         keys, values = cache[table[b], 0, g, start:end], cache[table[b], 1, g, start:end]
+        both = _scales_of(scales, table[b], g, start, end)
         following, head = (b + 1, g) if b < last else (first // block_size, next_g)
         begin = max(first - following * block_size, 0)
         count = min(length - following * block_size, block_size) - begin if b < last or next_g != g else 0
@@ -136,14 +160,14 @@ def _attend_group(q, cache, g, next_g, table, first, length, scratch, out):  # t
                 cache[table[following], 1, head, low:high],
             )
             scores, state = scratch[h, :block_size], scratch[h, block_size:]
-            _attend_block(q[h], keys, values, next_keys, next_values, scores, state, out[h])
+            _attend_block(q[h], keys, values, both, next_keys, next_values, scores, state, out[h])
     for h in range(n):
         for j in range(q.shape[1]):  # a division of the whole row would allocate
             out[h, j] /= scratch[h, block_size + 1]
 
 
 @kernel
-def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
+def attend_heads(worker, workers, q, cache, scales, table, first, length, scratch, out):  # type: ignore[no-untyped-def]
     """This worker's heads of `decode_attention` over positions [first, length).
 
     scratch: [n_heads, block_size + 2] f32, of which each head uses its own row.
@@ -153,7 +177,8 @@ def attend_heads(worker, workers, q, cache, table, first, length, scratch, out):
     last = -(-end // group) - 1
     for g in range(start // group, last + 1):
         low, high = max(start, g * group), min(end, (g + 1) * group)
-        _attend_group(q[low:high], cache, g, min(g + 1, last), table, first, length, scratch[low:high], out[low:high])
+        following, mine = min(g + 1, last), scratch[low:high]
+        _attend_group(q[low:high], cache, scales, g, following, table, first, length, mine, out[low:high])
 
 
 def decode_attention(
@@ -164,14 +189,17 @@ def decode_attention(
     window: int | None,
     out: np.ndarray,
     pool: WorkerPool,
+    scales: np.ndarray | None = None,
 ) -> None:
     """Attention of the query at position `length` - 1 over itself and what came before, at most `window` positions.
 
     q, out: [n_heads, head_dim] f32, n_heads a multiple of n_kv_heads. cache: [blocks, 2, n_kv_heads, block_size,
-    head_dim] f32 or f16, keys at 0 and values at 1. table: int32 ids of the sequence's blocks in order. Raises
-    `ValueError` when shapes, types, strides, the length, the window or a block id do not fit.
+    head_dim] f32 or f16, or int8 with `scales` f32 [blocks, 2, n_kv_heads, block_size], keys at 0 and values at 1.
+    table: int32 ids of the sequence's blocks in order. Raises `ValueError` when shapes, types, strides, the length, the
+    window or a block id do not fit.
     """
     _check(q, cache, table, out)
+    check_scales("decode_attention", cache, scales)
     kv_heads, block_size, head_dim = cache.shape[2:]
     if not 1 <= length <= table.size * block_size or (window is not None and window < 1):
         raise ValueError(
@@ -184,7 +212,7 @@ def decode_attention(
         raise ValueError(f"block ids {used.min()} to {used.max()} leave the cache of {cache.shape[0]} blocks")
     workers = min(len(q), pool.workers_for(2 * (length - first) * kv_heads * head_dim * cache.itemsize))
     scratch = np.empty((len(q), block_size + 2), np.float32)
-    pool.run(attend_heads, workers, q, stored_view(cache), table, first, length, scratch, out)
+    pool.run(attend_heads, workers, q, stored_view(cache), scales, table, first, length, scratch, out)
 
 
 def decode_attention_ref(
@@ -195,10 +223,14 @@ def decode_attention_ref(
     window: int | None,
     out: np.ndarray,
     pool: WorkerPool | None,
+    scales: np.ndarray | None = None,
 ) -> None:
     """`decode_attention` in NumPy, in f64, with a plain softmax over all scores."""
     kv_heads, block_size, head_dim = cache.shape[2:]
-    blocks = cache[table[: -(-length // block_size)]].astype(np.float64)
+    used = table[: -(-length // block_size)]
+    blocks = cache[used].astype(np.float64)
+    if scales is not None:
+        blocks *= scales[used][..., None]
     both = blocks.transpose(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)
     keys, values = both[:, :, :length][:, :, 0 if window is None else -window :]
     grouped = q.astype(np.float64).reshape(kv_heads, -1, head_dim)
@@ -214,9 +246,13 @@ def _check(q: np.ndarray, cache: np.ndarray, table: np.ndarray, out: np.ndarray)
             f"decode_attention shapes do not fit: "
             f"q {q.shape}, out {out.shape}, cache {cache.shape}, table {table.shape}"
         )
-    typed = q.dtype == out.dtype == np.float32 and cache.dtype in (np.float32, np.float16) and table.dtype == np.int32
+    typed = (
+        q.dtype == out.dtype == np.float32
+        and cache.dtype in (np.float32, np.float16, np.int8)
+        and table.dtype == np.int32
+    )
     if not typed or not all(a.flags.c_contiguous for a in (q, cache, out)):
         raise ValueError(
-            f"decode_attention wants C-contiguous f32 q and out, f32 or f16 cache and an int32 table, "
+            f"decode_attention wants C-contiguous f32 q and out, f32, f16 or int8 cache and an int32 table, "
             f"got {q.dtype}, {cache.dtype}, {out.dtype}, {table.dtype}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_kernels import barrier
-from cpu_kernels.addresses import array_at, floats
+from cpu_kernels.addresses import array_at, floats, scales_at
 from cpu_kernels.attention import attend_heads
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.decode_buffers import Column
@@ -30,14 +30,15 @@ def attention(worker, workers, state, likes, row, rows, shape, eps, rotation, sh
         return False
     sizes = shape.blocks, 2, shape.kv_heads, shape.block_size, head_dim
     cache = array_at(row[Column.KV], sizes, likes[4].dtype)
-    if not _write_kv(worker, workers, state, row, rows, shape, eps, rotation, cache, shared):
+    scales = scales_at(row[Column.KV_SCALES], sizes[:4], likes[4])
+    if not _write_kv(worker, workers, state, row, rows, shape, eps, rotation, cache, scales, shared):
         return False
     each = heads + 2 * shape.kv_heads
     for t in range(rows):
         end, q = shared.positions[t] + 1, shared.qkv_heads[t * each : t * each + heads]
         first = max(0, end - row[Column.WINDOW]) if row[Column.WINDOW] else 0
         out = shared.attended[t * heads : (t + 1) * heads]
-        attend_heads(worker, workers, q, cache, shared.tables[t], first, end, shared.scores, out)
+        attend_heads(worker, workers, q, cache, scales, shared.tables[t], first, end, shared.scores, out)
     if not barrier.wait(state, workers):
         return False
     width = heads * head_dim
@@ -57,7 +58,7 @@ def attention(worker, workers, state, likes, row, rows, shape, eps, rotation, sh
 
 
 @subroutine
-def _write_kv(worker, workers, state, row, rows, shape, eps, rotation, cache, shared):  # type: ignore[no-untyped-def]
+def _write_kv(worker, workers, state, row, rows, shape, eps, rotation, cache, scales, shared):  # type: ignore[no-untyped-def]
     """Queries and keys normed and rotated, keys and values in their places in the cache. False when aborted."""
     each = shape.head_dim
     if shape.all_heads_normed:
@@ -77,7 +78,7 @@ def _write_kv(worker, workers, state, row, rows, shape, eps, rotation, cache, sh
         at = row[Column.ROTATION] + position
         turn = rotation[0][at], rotation[1][at]
         qkv = shared.qkv_heads[t * heads : (t + 1) * heads]
-        rope_heads(worker, workers, qkv, turn, norms, cache, shared.tables[t], position)
+        rope_heads(worker, workers, qkv, turn, norms, cache, scales, shared.tables[t], position)
     return barrier.wait(state, workers)
 
 

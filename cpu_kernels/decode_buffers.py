@@ -24,7 +24,7 @@ DENSE, EXACT, LEARNED = 0, 1, 2
 class Column(IntEnum):
     """Columns of the table: addresses, 0 where a layer has no such part, and numbers; biases, norms, scales: f32.
 
-    ROTATION: the first row of the layer's RoPE in the table of cosines and sines.
+    KV_SCALES: of int8 keys and values; ROTATION: the first row of the layer's RoPE in the table of cosines and sines.
     """
 
     QKV, QKV_BIAS, OUT, OUT_BIAS = 0, 1, 2, 3
@@ -32,7 +32,7 @@ class Column(IntEnum):
     GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS = 10, 11, 12, 13, 14, 15
     KV, WINDOW, HOT = 16, 17, 18
     FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
-    ATTENTION_POST_NORM, FFN_POST_NORM, Q_NORM_BIAS, K_NORM_BIAS, ROTATION = 27, 28, 29, 30, 31
+    ATTENTION_POST_NORM, FFN_POST_NORM, Q_NORM_BIAS, K_NORM_BIAS, ROTATION, KV_SCALES = 27, 28, 29, 30, 31, 32
 
 
 class Ends(IntEnum):

@@ -86,7 +86,7 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     to their place in the KV cache.
 
     state: the pool's barrier. likes: types of attention, FFN, head, embedding, and of keys and values. table: int64
-    [layers + 1, 32]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
+    [layers + 1, 33]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
     `read_shared` and `read_own` make; rotation: cosines and sines f32 [n, head_dim / 2], `capacity` rows for each
     RoPE of the model, or [capacity, 0]. The rows' tokens, positions and block tables are in the shared buffers.
     """

@@ -331,12 +331,14 @@ def weight_at(typing_context: Any, like: Any, address: Any) -> Any:
 
 @intrinsic
 def as_f32(typing_context: Any, value: Any) -> Any:
-    """A stored f32, or f16 as int16, as f32."""
+    """A stored f32, or f16 as int16, or a code of int8, as f32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if value == types.int8:
+            return builder.sitofp(args[0], F32)
         return _widen(builder, args[0], value, None, "f16c" in target_features(context))
 
-    return (types.float32(value), generate) if value in (types.float32, types.int16) else None
+    return (types.float32(value), generate) if value in (types.float32, types.int16, types.int8) else None
 
 
 @intrinsic

@@ -10,7 +10,8 @@ there are depends on heads and capacity alone, so that a token's sums are the sa
 where they begin is computed from the token's position, read on the device.
 A program takes all heads of a group, at most 8, so that a key is read once. It goes through its positions KEYS at a
 time, and each of the KEYS places keeps an online softmax of its own (arXiv 1805.02867): threads meet for the sum over
-head_dim, and across keys only once, at the end. Meanwhile the next KEYS are under way.
+head_dim, and across keys only once, at the end. Meanwhile the next KEYS are under way. In int8 the codes are read as
+they are: a score is multiplied with its key's scale, p with its value's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import triton.language as tl
 
 from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.launch import begin, options
-from gpu_kernels.rope import CACHE_TYPES, check_places
+from gpu_kernels.rope import CACHE_TYPES, check_places, check_scales
 
 MOST_SPLITS = 128  # a program of the second kernel holds all splits of a head in registers
 SPLIT_KEYS = 64  # least positions of a split at full context
@@ -90,8 +91,18 @@ def _load_rows(  # type: ignore[no-untyped-def]
     row = (block * (2 * KV_HEADS) + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
     here = cache + row * HEAD_DIM + column
     mask = inside & (column < HEAD_DIM)
-    key = tl.load(here, mask=mask, other=0.0)
-    return key, tl.load(here + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0)
+    key = tl.load(here, mask=mask, other=0)
+    return key, tl.load(here + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=mask, other=0)
+
+
+@triton.jit
+def _load_scales(scales, table, at, since, end, kv_head, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of the rows that `_load_rows` gives."""
+    inside = (at >= since) & (at < end)
+    block = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    here = scales + (block * (2 * KV_HEADS) + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE
+    key = tl.load(here, mask=inside, other=0.0)
+    return key, tl.load(here + KV_HEADS * BLOCK_SIZE, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -99,6 +110,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     q,
     q_stride,
     cache,
+    scales,
     table,
     table_stride,
     positions,
@@ -111,6 +123,7 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
+    SCALED: tl.constexpr,
     GROUPED: tl.constexpr,
     KEYS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -141,6 +154,10 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     old_key, old_value = _load_rows(
         cache, table, start + place, 0, tl.minimum(end, known), kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM
     )
+    if SCALED:
+        old_key_scale, old_value_scale = _load_scales(
+            scales, table, start + place, 0, tl.minimum(end, known), kv_head, KV_HEADS, BLOCK_SIZE
+        )
     begin(PDL)
     query = tl.load(q + t * q_stride + head * HEAD_DIM + column, mask=in_group & in_head, other=0.0)
     query = query * (LOG2_E / tl.sqrt(HEAD_DIM * 1.0))
@@ -149,15 +166,24 @@ def _split_kernel(  # type: ignore[no-untyped-def]
     maximum = tl.full([GROUPED, KEYS, 1], float("-inf"), tl.float32)
     key, value = _load_rows(cache, table, start + place, known, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     key, value = key + old_key, value + old_value  # one of the two is 0
+    if SCALED:
+        key_scale, value_scale = _load_scales(scales, table, start + place, known, end, kv_head, KV_HEADS, BLOCK_SIZE)
+        key_scale, value_scale = key_scale + old_key_scale, value_scale + old_value_scale
     while start < end:
         score = tl.sum(query * key.to(tl.float32), axis=2, keep_dims=True)
+        if SCALED:
+            score, value_of = score * key_scale, value_scale
         score = tl.where(start + place < end, score, float("-inf"))
         here = value.to(tl.float32)
         start += KEYS
         key, value = _load_rows(cache, table, start + place, 0, end, kv_head, column, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
+        if SCALED:
+            key_scale, value_scale = _load_scales(scales, table, start + place, 0, end, kv_head, KV_HEADS, BLOCK_SIZE)
         larger = tl.maximum(maximum, score)
         shrink, p = tl.exp2(maximum - _finite(larger)), tl.exp2(score - _finite(larger))
         total = total * shrink + p
+        if SCALED:
+            p = p * value_of
         out = out * shrink + p * here
         maximum = larger
 
@@ -205,15 +231,18 @@ def decode_attention(
     window: int | None,
     out: torch.Tensor,
     scratch: AttentionScratch,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Attention of each token's query over its own position and those before it, at most `window` in all.
 
     q: [t, n_heads, head_dim] f32, which may be a view inside qkv: heads contiguous, the token's stride free. cache:
-    [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, keys at 0 and values at 1. table: [t, max_blocks]
-    int32 ids of a token's blocks in order; the row stride may be 0. positions: [t] int32, each within `table` (not
-    checked: it is device memory). out: [t, n_heads * head_dim] f32. scratch: of `attention_scratch` for these shapes.
-    Raises `ValueError` when shapes, types, strides or the window do not fit.
+    [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, or int8 with `scales` f32 [blocks, 2, n_kv_heads,
+    block_size], keys at 0 and values at 1. table: [t, max_blocks] int32 ids of a token's blocks in order; the row
+    stride may be 0. positions: [t] int32, each within `table` (not checked: it is device memory). out: [t, n_heads *
+    head_dim] f32. scratch: of `attention_scratch` for these shapes. Raises `ValueError` when shapes, types, strides or
+    the window do not fit.
     """
+    check_scales("decode_attention", cache, scales)
     _check(q, cache, table, positions, window, out, scratch)
     (tokens, heads, head_dim), (kv_heads, block_size) = q.shape, cache.shape[2:4]
     padded, splits = triton.next_power_of_2(head_dim), scratch.splits
@@ -223,6 +252,7 @@ def decode_attention(
         q,
         q.stride(0),
         cache,
+        scales,
         table,
         table.stride(0),
         positions,
@@ -235,6 +265,7 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         SPLITS=splits,
+        SCALED=scales is not None,
         GROUPED=grouped,
         KEYS=max(1, min(KEY_BYTES // cache.itemsize, TILE // (grouped * padded))),
         PADDED=padded,
@@ -262,12 +293,14 @@ def decode_attention_ref(
     window: int | None,
     out: torch.Tensor,
     scratch: AttentionScratch | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """`decode_attention` in torch, in f64, with a plain softmax over all scores."""
     kv_heads, head_dim = cache.shape[2], cache.shape[4]
     for t, position in enumerate(positions.tolist()):
-        blocks = cache[table[t].long()].double().permute(1, 2, 0, 3, 4)
-        both = blocks.reshape(2, kv_heads, -1, head_dim)[:, :, : position + 1]
+        blocks = cache[table[t].long()].double()
+        blocks = blocks if scales is None else blocks * scales[table[t].long()][..., None]
+        both = blocks.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, head_dim)[:, :, : position + 1]
         keys, values = both if window is None else both[:, :, -window:]
         grouped = q[t].double().reshape(kv_heads, -1, head_dim)
         p = (grouped @ keys.transpose(1, 2) / math.sqrt(head_dim)).softmax(-1)
@@ -290,7 +323,7 @@ def _check(
         raise ValueError(f"decode_attention shapes do not fit: q, cache, out, scratch are {shapes}")
     if q.dtype != torch.float32 or q.stride()[1:] != (q.shape[2], 1) or cache.dtype not in CACHE_TYPES:
         raise ValueError(
-            f"decode_attention wants f32 q with contiguous heads and a f32, f16 or bf16 cache, "
+            f"decode_attention wants f32 q with contiguous heads and a f32, f16, bf16 or int8 cache, "
             f"got {q.dtype} with strides {q.stride()}, {cache.dtype}"
         )
     if out.dtype != torch.float32 or not out.is_contiguous() or not cache.is_contiguous():

@@ -20,6 +20,7 @@ from cpu_kernels.contract import SCALE_BYTES, activation_word
 from gpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET
 from gpu_kernels.matrix import DeviceMatrix
+from gpu_kernels.rope import check_scales
 
 TERMS = 3
 _BLOCK = 1024
@@ -179,7 +180,18 @@ def activate_product_ref(first: torch.Tensor, second: torch.Tensor | None, activ
 
 
 @triton.jit
-def _gather_kernel(cache, table, out, stride, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    cache,
+    scales,
+    table,
+    out,
+    stride,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """SIZE values of one block, of the keys or the values of one head."""
     number, row = tl.program_id(0), tl.program_id(1)
     block = tl.load(table + number).to(tl.int64)
@@ -187,16 +199,21 @@ def _gather_kernel(cache, table, out, stride, HEADS: tl.constexpr, SIZE: tl.cons
     target = out + row.to(tl.int64) * stride + number.to(tl.int64) * SIZE
     for first in range(0, SIZE, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        tl.store(target + at, tl.load(source + at, mask=at < SIZE, other=0.0).to(tl.float32), mask=at < SIZE)
+        value = tl.load(source + at, mask=at < SIZE, other=0).to(tl.float32)
+        if SCALED:
+            of = scales + (block * (2 * HEADS) + row) * (SIZE // HEAD_DIM)
+            value *= tl.load(of + at // HEAD_DIM, mask=at < SIZE, other=0.0)
+        tl.store(target + at, value, mask=at < SIZE)
 
 
-def gather(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+def gather(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None = None) -> None:
     """Copy the keys and values of a sequence's blocks to `out` in order.
 
-    cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16; table: int32 [n] ids of the blocks; out: f32
-    [2, n_kv_heads, n * block_size, head_dim], which may be the first positions of a longer one. Raises `ValueError` for
-    a misfit.
+    cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16, or int8 with `scales` f32 [blocks, 2, n_kv_heads,
+    block_size]; table: int32 [n] ids of the blocks; out: f32 [2, n_kv_heads, n * block_size, head_dim], which may be
+    the first positions of a longer one. Raises `ValueError` for a misfit.
     """
+    check_scales("gather", cache, scales)
     _, _, heads, size, head_dim = cache.shape
     fits = table.ndim == 1 and table.dtype == torch.int32 and out.shape == (2, heads, len(table) * size, head_dim)
     dense = out.stride() == (heads * out.stride(1), out.stride(1), head_dim, 1) and cache.is_contiguous()
@@ -208,10 +225,13 @@ def gather(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
     values = size * head_dim
     block = min(4 * _BLOCK, triton.next_power_of_2(values))
     _gather_kernel[(len(table), 2 * heads)](
-        cache, table, out, out.stride(1), HEADS=heads, SIZE=values, BLOCK=block
+        cache, scales, table, out, out.stride(1),
+        HEADS=heads, SIZE=values, HEAD_DIM=head_dim, SCALED=scales is not None, BLOCK=block,
     )  # fmt: skip
 
 
-def gather_ref(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None:
+def gather_ref(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None = None) -> None:
     """`gather` in torch."""
-    out.copy_(cache[table.long()].permute(1, 2, 0, 3, 4).flatten(2, 3))
+    blocks = cache[table.long()].float()
+    blocks = blocks if scales is None else blocks * scales[table.long()][..., None]
+    out.copy_(blocks.permute(1, 2, 0, 3, 4).flatten(2, 3))

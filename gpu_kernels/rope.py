@@ -4,7 +4,8 @@ With a, b the first and second half of a head and c, s the cosines and sines of 
 
     [a * c - b * s,  b * c + a * s]                                      (rotate-half, arXiv 2104.09864)
 
-A head of a token is one program's.
+A head of a token is one program's. In int8 the codes of its key or value are round(x / scale), scale = max |x| / 127:
+see `cpu_kernels.rope`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton.language as tl
 
 from gpu_kernels.launch import begin, options
 
-CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_ROUND = tl.constexpr(1.5 * 2**23)  # added and taken off, it leaves the nearest whole number, of halves the even one
 
 
 @triton.jit
@@ -41,6 +43,13 @@ def _kept(x, cache):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _codes(x, scale):  # type: ignore[no-untyped-def]
+    """x / scale as int8; beyond 127 it is where the scale is too small to be exact."""
+    code = x / tl.where(scale > 0.0, scale, 1.0)
+    return (tl.minimum(tl.maximum(code, -127.0), 127.0) + _ROUND - _ROUND).to(tl.int8)
+
+
+@triton.jit
 def _rope_kernel(  # type: ignore[no-untyped-def]
     qkv,
     cos,
@@ -54,6 +63,7 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     table,
     table_stride,
     cache,
+    scales,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -61,6 +71,7 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     ROTATED: tl.constexpr,
     NORMED: tl.constexpr,
     LAYER: tl.constexpr,
+    SCALED: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -98,8 +109,17 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     tl.store(x + HALF + j, b, mask=in_b & is_query)
     row = (block * (2 * KV_HEADS) + (h - HEADS)) * BLOCK_SIZE + position % BLOCK_SIZE
     place = cache + row * HEAD_DIM
-    tl.store(place + j, _kept(a, cache), mask=in_a & (is_key | is_value))
-    tl.store(place + HALF + j, _kept(b, cache), mask=in_b & (is_key | is_value))
+    if SCALED:
+        scale = tl.maximum(tl.max(tl.abs(a), axis=0), tl.max(tl.abs(b), axis=0)) / 127.0
+        scale += tl.sum(a * 0.0, axis=0) + tl.sum(
+            b * 0.0, axis=0
+        )  # not a number where one of them is not: max skips it
+        tl.store(scales + row, scale, mask=h >= HEADS)
+        a, b = _codes(a, scale), _codes(b, scale)
+    else:
+        a, b = _kept(a, cache), _kept(b, cache)
+    tl.store(place + j, a, mask=in_a & (is_key | is_value))
+    tl.store(place + HALF + j, b, mask=in_b & (is_key | is_value))
 
 
 def rope(
@@ -115,6 +135,7 @@ def rope(
     n_heads: int,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Rotate the queries in `qkv` in place, and write rotated keys and plain values of each token to the cache.
 
@@ -122,9 +143,11 @@ def rope(
     sin: [capacity, head_dim / 2] f32, or None for a model without RoPE. q_norm, k_norm: weights [head_dim] f32 of an
     RMSNorm before it with `eps`, or None; q_bias, k_bias: [head_dim] f32 where that is a LayerNorm. positions: [t]
     int32, each within `table` (not checked: it is device memory). table: [t, max_blocks] int32 ids of a token's blocks
-    in order; the row stride may be 0. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, keys at 0
-    and values at 1. Raises `ValueError` when shapes, types or strides do not fit.
+    in order; the row stride may be 0. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, or int8
+    with `scales` f32 [blocks, 2, n_kv_heads, block_size], keys at 0 and values at 1. Raises `ValueError` when shapes,
+    types or strides do not fit.
     """
+    check_scales("rope", cache, scales)
     _check(qkv, cos, sin, (q_norm, k_norm, q_bias, k_bias), positions, table, cache, n_heads)
     kv_heads, block_size, head_dim = cache.shape[2:]
     _rope_kernel[(qkv.shape[0], n_heads + 2 * kv_heads)](
@@ -140,6 +163,7 @@ def rope(
         table,
         table.stride(0),
         cache,
+        scales,
         HEADS=n_heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -147,6 +171,7 @@ def rope(
         ROTATED=cos is not None,
         NORMED=q_norm is not None,
         LAYER=q_bias is not None,
+        SCALED=scales is not None,
         PADDED_HALF=triton.next_power_of_2(-(-head_dim // 2)),
         **options(1),
     )
@@ -165,6 +190,7 @@ def rope_ref(
     n_heads: int,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """`rope` in torch, in f64."""
     kv_heads, block_size, head_dim = cache.shape[2:]
@@ -181,7 +207,12 @@ def rope_ref(
             q, k = (_rotated(x, cos[position].double(), sin[position].double()) for x in (q, k))
         qkv[t, : n_heads * head_dim] = q.flatten()
         block, slot = int(table[t, position // block_size]), position % block_size
-        cache[block, 0, :, slot], cache[block, 1, :, slot] = k.to(cache.dtype), v.to(cache.dtype)
+        kept = torch.stack((k, v))
+        if scales is not None:
+            of = kept.abs().amax(-1) / 127
+            scales[block, :, :, slot] = of.float()
+            kept = (kept / torch.where(of > 0, of, 1.0)[..., None]).round()
+        cache[block, :, :, slot] = kept.to(cache.dtype)
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -204,7 +235,7 @@ def _check(
         raise ValueError(f"rope wants contiguous f32 tensors, got {', '.join(str(a.dtype) for a in floats)}")
     if cache.ndim != 5 or cache.shape[1] != 2 or cache.dtype not in CACHE_TYPES or not cache.is_contiguous():
         raise ValueError(
-            f"rope wants a contiguous f32, f16 or bf16 cache [blocks, 2, n_kv_heads, block_size, head_dim], "
+            f"rope wants a contiguous f32, f16, bf16 or int8 cache [blocks, 2, n_kv_heads, block_size, head_dim], "
             f"got {cache.dtype} {tuple(cache.shape)}"
         )
     tokens, head_dim = qkv.shape[0], cache.shape[4]
@@ -218,6 +249,19 @@ def _check(
         shapes = ", ".join(str(None if a is None else tuple(a.shape)) for a in (qkv, cos, sin, *norms, cache))
         raise ValueError(f"rope shapes do not fit {n_heads} heads: qkv, cos, sin, norms of q, k, cache are {shapes}")
     check_places("rope", tokens, positions, table)
+
+
+def check_scales(name: str, cache: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Raises `ValueError` when kernel `name` gets an int8 cache without its scales, or scales of another."""
+    if scales is None and cache.dtype != torch.int8:
+        return
+    fits = scales is not None and cache.dtype == torch.int8 and scales.shape == cache.shape[:4]
+    if scales is None or not fits or scales.dtype != torch.float32 or not scales.is_contiguous():
+        found = "none" if scales is None else f"{scales.dtype} {tuple(scales.shape)}"
+        raise ValueError(
+            f"{name} wants contiguous f32 scales {tuple(cache.shape[:4])} beside an int8 cache alone, "
+            f"got {found} beside {cache.dtype}"
+        )
 
 
 def check_places(name: str, tokens: int, positions: torch.Tensor, table: torch.Tensor) -> None:

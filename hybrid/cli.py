@@ -243,6 +243,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 @options.WINDOW
 @options.WINDOW_AS_CONTEXT
 @click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
+@options.KV
 @options.THREADS
 @options.BUNDLE
 def evaluate(model: Path | None, **given: Any) -> None:
@@ -269,6 +270,7 @@ def evaluate(model: Path | None, **given: Any) -> None:
 @click.option("--ablation", is_flag=True, help="Whole layers, random and solved placements at the same --vram-budget.")
 @options.RUN_BUDGET
 @options.CONTEXT
+@options.KV
 @options.SEED
 @options.THREADS
 @options.BUNDLE

@@ -226,10 +226,10 @@ def evaluate(model: Path | None, options: Options) -> None:
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
     with progress("eval", windows.tokens.size * len(strategies)) as advance:
-        found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance)
+        found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance, options["kv"])
     click.echo(quality_report(found))
     if options["curve"] and bank and bank.report:
-        click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity))
+        click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
 
 
 def _change(value: float, base: float) -> str:
@@ -238,14 +238,15 @@ def _change(value: float, base: float) -> str:
 
 
 def _curve(
-    project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float
+    project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float, kv: Any
 ) -> str:
     """Perplexity along the report's curve; recall and precision are those of the report's validation text."""
     rows = []
     with progress("curve", windows.tokens.size * len(points)) as advance:
         for point in points:
             project.use_predictors(bank.with_thresholds(point.thresholds))
-            (quality,) = evaluate_strategies(project.model, project.runtime, ["learned"], windows, advance)
+            of = project.model, project.runtime
+            quality = evaluate_strategies(*of, ["learned"], windows, advance, kv)[-1]
             rows.append(
                 [
                     percent(quality.computed_share),
@@ -266,7 +267,7 @@ def quality_report(found: list[StrategyQuality]) -> str:
     dense = found[0].perplexity
     rows = [
         [
-            q.strategy,
+            q.strategy if q.kv is None else f"{q.strategy}, KV {q.kv}",
             f"{q.perplexity:.4f}",
             _change(q.perplexity, dense),
             f"{q.kl:.5f}",
@@ -368,7 +369,7 @@ def open_model(model: Path | None, options: Options) -> ModelFolder:
 
 def engine_config(options: Options) -> EngineConfig:
     """How the command line says that a model is run."""
-    names = ("sparsity", "context", "threads", "bundle", "vram_budget")
+    names = ("sparsity", "context", "threads", "bundle", "vram_budget", "kv")
     return EngineConfig(**{name: options[name] for name in names})
 
 

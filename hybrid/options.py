@@ -139,6 +139,13 @@ SPARSITY = click.option(
     show_default=True,
     help="auto: learned once prepared, until then exact; dense where nothing fires sparsely.",
 )
+KV = click.option(
+    "--kv",
+    type=click.Choice(["auto", "int8"]),
+    default="auto",
+    show_default=True,
+    help="How keys and values are kept: auto is f16, or f32 where that does not hold them.",
+)
 MLOCK = click.option("--mlock", is_flag=True, help="Read a packed model at once and keep it in memory.")
 CONTEXT = click.option("--context", type=COUNT, help="Tokens of the KV cache  [default: the model's]")
 HARDWARE = click.option(
@@ -214,7 +221,7 @@ def chosen_sampling(defaults: SamplingSettings, given: Mapping[str, Any]) -> Sam
 
 def run_options(command: Command) -> Command:
     """How a model is run."""
-    for option in reversed((SPARSITY, RUN_BUDGET, CONTEXT, THREADS, MLOCK, BUNDLE)):
+    for option in reversed((SPARSITY, RUN_BUDGET, CONTEXT, KV, THREADS, MLOCK, BUNDLE)):
         command = option(command)
     return command
 

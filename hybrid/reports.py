@@ -64,7 +64,6 @@ def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> Non
 
 def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     attention = f"{spec.n_heads} heads, {spec.n_kv_heads} for keys and values, {spec.head_dim} wide"
-    kv = "f32" if spec.kv_element_bytes == 4 else "f16"
     ffn = f"{spec.d_ff:,} neurons per layer, {spec.activation}, {'gated' if spec.gated else 'not gated'}"
     return [
         ("family", spec.family),
@@ -78,7 +77,10 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
         ("context", f"{spec.max_context:,} tokens"),
         ("weights", f"{spec.dtype}, {size(spec.model_bytes)}"),
         ("of which FFN", size(spec.n_layers * spec.layer_ffn_bytes)),
-        ("KV cache at full context", f"{size(spec.n_layers * spec.kv_bytes_per_layer(spec.max_context))} in {kv}"),
+        (
+            "KV cache at full context",
+            f"{size(spec.n_layers * spec.kv_bytes_per_layer(spec.max_context))} in {spec.kv_dtype}",
+        ),
     ]
 
 

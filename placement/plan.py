@@ -95,7 +95,10 @@ class VramPlan:
     def kv_bytes(self) -> int:
         """Bytes of the KV cache of one layer, in whole blocks of tokens."""
         tokens = self.context if self.kv_tokens is None else self.kv_tokens
-        return aligned(self.spec.kv_bytes_per_layer(cached_tokens(tokens, self.workspace.block)))
+        rows = 2 * self.spec.n_kv_heads * cached_tokens(tokens, self.workspace.block)
+        return aligned(rows * self.spec.head_dim * self.spec.kv_element_bytes) + aligned(
+            rows * self.spec.kv_scale_bytes
+        )
 
     @cached_property
     def layer_bytes(self) -> np.ndarray:

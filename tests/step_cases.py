@@ -32,7 +32,7 @@ from hybrid.runtime.gpu.step import GpuStep
 from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
-from profiler.common.spec import Strategy
+from profiler.common.spec import KVChoice, Strategy
 
 VOCAB, CAPACITY = 131, 24
 GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
@@ -74,7 +74,7 @@ class StepCase:
 
     share: of the neurons that are hot, in the layers that are not `on_cpu`. head: whether the head is on the GPU.
     zero_copy: cold neurons that the GPU reads in host memory. rows: the most of a step, and where they are more than 8,
-    `cache` is of a pool that `sequences` share, too.
+    `cache` is of a pool that `sequences` share, too. kv: how keys and values are kept.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class StepCase:
         predictors: bool = False,
         zero_copy: int = 0,
         rows: int = 8,
+        kv: KVChoice = "auto",
     ) -> None:
-        opened = ModelFolder.open(folder)
+        opened = ModelFolder.open(folder).with_kv(kv)
         spec = opened.spec
         self.placement = replace(Placement.all_hot(spec), head_on_gpu=head)
         self.placement.hot[:] = round(share * spec.d_ff)

@@ -33,6 +33,7 @@ MISTAKES = {
     ("serve", "--max-pause", "0"): "'--max-pause': 0.0 is not in the range x>0",
     ("serve", "--grace", "-1"): "'--grace': -1.0 is not in the range x>=0",
     ("generate", "-p", "a", "--max-new-tokens", "x"): "'--max-new-tokens': max_new_tokens is 'x', expected an integer",
+    ("generate", "-p", "a", "--kv", "f16"): "'--kv': 'f16' is not one of 'auto', 'int8'",
     ("generate",): "give either --prompt or --prompt-file",
     ("generate", "--prompt-file", "/nowhere"): "'--prompt-file': /nowhere does not exist",
     ("generate", "-p", "a", "--vram-budget", "8"): "'--vram-budget': size 8 has no unit",

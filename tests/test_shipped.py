@@ -153,3 +153,13 @@ def test_counts_of_the_profile_are_plausible(project):
     assert 0.06 < found.share_firing().mean() < 0.1
     assert found.coverage(0.2) > 0.35
     assert np.isfinite(found.inputs).all()
+
+
+def test_keys_and_values_in_int8_cost_next_to_nothing(project):
+    heldout = project.windows(ProfileRequest((CORPUS / "heldout.jsonl",), tokens=4096))
+    given = project.model, project.runtime, ["dense"], heldout, lambda count: None
+    plain, dense = evaluate(*given, kv="int8")
+    assert (plain.strategy, plain.kv, dense.strategy, dense.kv) == ("dense", None, "dense", "int8")
+    assert plain == evaluate(*given)[0]
+    assert 0 < dense.kl < 1e-3 and dense.top1_agreement > 0.99
+    assert dense.perplexity == pytest.approx(plain.perplexity, rel=1e-3)

@@ -215,7 +215,7 @@ def ablation(model: Path | None, options: Mapping[str, Any]) -> None:
     budget = ablation_budget(options)
     config = BenchConfig((), *(options[name] for name in ("prompt_tokens", "tokens", "runs", "seed")))
     settings, path = engine_settings("learned", options), model or EMBEDDED_MODEL
-    folder = ModelFolder.open(path)
+    folder = ModelFolder.open(path).with_kv(settings.kv)
     require_free_order(folder)
     bank = Bundle.of(folder.path, folder.spec, settings.bundle).load_predictors(folder.spec)
     facts = cast("GpuFacts", facts_of(path, settings))

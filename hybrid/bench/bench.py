@@ -191,7 +191,8 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
 
 def engine_settings(sparsity: str, options: Mapping[str, Any]) -> EngineConfig:
     """How the command's options ask to load an engine."""
-    return EngineConfig(sparsity, *(options[name] for name in ("context", "threads", "bundle", "vram_budget")))
+    names = ("context", "threads", "bundle", "vram_budget", "kv")
+    return EngineConfig(sparsity, **{name: options[name] for name in names})
 
 
 def facts_of(model: Path, settings: EngineConfig) -> GpuFacts | None:

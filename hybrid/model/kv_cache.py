@@ -18,6 +18,7 @@ from profiler.common.spec import ModelSpec
 
 BLOCK_SIZE = KV_BLOCK  # tokens, where one sequence has the pool to itself
 SHARED_BLOCK_SIZE = SHARED_KV_BLOCK  # where several share it
+_TYPES = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 
 
 def check_context(spec: ModelSpec, tokens: int | None) -> int:
@@ -33,8 +34,9 @@ class KVPool:
     """Blocks of keys and values: `data` [n_layers, blocks, 2, n_kv_heads, block, head_dim], each counted as often as
     something refers to it. Used from one thread at a time.
 
-    f32 or f16 as the spec says (`kv_element_bytes`); in f16 they are clamped to what it can hold. All is reserved at
-    once, but the system commits a page only when a token is written to it.
+    f32, f16 or int8 as the spec says (`kv_dtype`); in f16 they are clamped to what it can hold, int8 has `scales` f32
+    [n_layers, blocks, 2, n_kv_heads, block], else None. All is reserved at once, but the system commits a page only
+    when a token is written to it.
     """
 
     def __init__(self, spec: ModelSpec, tokens: int, block_size: int = SHARED_BLOCK_SIZE) -> None:
@@ -42,7 +44,8 @@ class KVPool:
         blocks = -(-tokens // block_size)
         try:
             shape = spec.n_layers, blocks, 2, spec.n_kv_heads, block_size, spec.head_dim
-            self.data = np.empty(shape, np.float32 if spec.kv_element_bytes == 4 else np.float16)
+            self.data = np.empty(shape, _TYPES[spec.kv_dtype])
+            self.scales = np.empty(shape[:-1], np.float32) if spec.kv_dtype == "int8" else None
         except (MemoryError, ValueError) as error:  # NumPy raises the second beyond its own limits
             size = spec.n_layers * spec.kv_bytes_per_layer(tokens)
             raise ContextError(
@@ -111,6 +114,11 @@ class KVCache:
         return self.pool.data
 
     @property
+    def scales(self) -> np.ndarray | None:
+        """The pool's scales of int8."""
+        return self.pool.scales
+
+    @property
     def blocks(self) -> tuple[int, ...]:
         """Blocks that this sequence refers to, in order."""
         return tuple(self._blocks)
@@ -154,25 +162,40 @@ class KVCache:
         self._blocks, self.length = [], 0
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [t, n_kv_heads, head_dim] after `length`; return all up to them, f32, heads first.
+        """Write keys and values [t, n_kv_heads, head_dim] after `length`; return all up to them as they are stored, in
+        f32, heads first.
 
         `length` moves in `advance`, once every layer has appended. Raises `ContextError` when they do not fit.
         """
         end = self.length + keys.shape[0]
         self.reserve_or_raise(end)
-        cache = torch.from_numpy(self.data[layer])
-        if cache.dtype == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            keys, values = keys.clamp(-largest, largest), values.clamp(-largest, largest)
-        at = self.length
+        cache, new = torch.from_numpy(self.data[layer]), torch.stack((keys, values))
+        if self.scales is None:
+            if cache.dtype == torch.float16:
+                largest = torch.finfo(torch.float16).max
+                new = new.clamp(-largest, largest)
+            self._put(cache, new)
+            return self._up_to(cache, end)
+        codes, of = _rounded(new)
+        scales = torch.from_numpy(self.scales[layer])
+        self._put(cache, codes)
+        self._put(scales, of)
+        (keys, values), (k, v) = self._up_to(cache, end), self._up_to(scales, end)
+        return keys.mul_(k[..., None]), values.mul_(v[..., None])
+
+    def _put(self, cache: torch.Tensor, new: torch.Tensor) -> None:
+        """Write `new` [2, t, n_kv_heads, ...] after `length` to a layer's [blocks, 2, n_kv_heads, block, ...]."""
+        at, end = self.length, self.length + new.shape[1]
         while at < end:
             number, first = divmod(at, self.block_size)
             count = min(end - at, self.block_size - first)
-            new = slice(at - self.length, at - self.length + count)
-            for side, source in enumerate((keys, values)):
-                cache[self._blocks[number], side, :, first : first + count] = source[new].transpose(0, 1)
+            some = new[:, at - self.length : at - self.length + count]
+            cache[self._blocks[number], :, :, first : first + count] = some.transpose(1, 2)
             at += count
-        used = self._in_order(cache, -(-end // self.block_size)).transpose(0, 2)  # [heads, 2, blocks, block, head_dim]
+
+    def _up_to(self, cache: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """f32 of the keys and of the values of the first `end` tokens, each [n_kv_heads, end, ...]."""
+        used = self._in_order(cache, -(-end // self.block_size)).transpose(0, 2)  # [heads, 2, blocks, block, ...]
         return used[:, 0].flatten(1, 2)[:, :end].float(), used[:, 1].flatten(1, 2)[:, :end].float()
 
     def _in_order(self, cache: torch.Tensor, count: int) -> torch.Tensor:
@@ -188,6 +211,13 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on; their blocks stay reserved."""
         self.length = min(self.length, max(0, length))
+
+
+def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 and scales f32 [...] of x [..., head_dim], to the bit those of `cpu_kernels.rope`."""
+    scales = x.abs().amax(-1) / 127
+    divisors = torch.where(scales > 0, scales, 1.0)
+    return (x / divisors[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 class Row(NamedTuple):

@@ -29,7 +29,7 @@ from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, Pack
 from hybrid.model.transformer import Attention, Block, LayerNorms, Linear, Transformer
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from profiler.common.spec import DType, ModelSpec
+from profiler.common.spec import DType, KVChoice, ModelSpec
 
 _DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 
@@ -67,6 +67,12 @@ class ModelFolder:
             spec = packed_spec(spec, checkpoint.blocks) if checkpoint.blocks else spec
             notices += checkpoint.notices(spec.model_bytes)
         return cls(path, spec, checkpoint, (*notices, *_kv_notice(spec)))
+
+    def with_kv(self, kv: KVChoice) -> ModelFolder:
+        """The same, to be run with keys and values kept so."""
+        notices = tuple(notice for notice in self.notices if notice not in _kv_notice(self.spec))
+        spec = replace(self.spec, kv=kv)
+        return replace(self, spec=spec, notices=(*notices, *_kv_notice(spec)))
 
     @cached_property
     def codec(self) -> TextCodec:
@@ -184,6 +190,6 @@ def _is_tied(spec: ModelSpec, checkpoint: Checkpoint, notices: list[str]) -> boo
 
 
 def _kv_notice(spec: ModelSpec) -> tuple[str, ...]:
-    if not spec.wide_kv or spec.dtype == "f32":
+    if not spec.wide_kv or spec.dtype == "f32" or spec.kv == "int8":
         return ()
     return ("f16 does not hold this model's keys and values: they are kept in f32, in twice the memory",)

@@ -1,21 +1,23 @@
 """Quality of each strategy held against dense: perplexity, KL divergence and top-1 agreement.
 
-Every token of a window is treated as in decode, through the kernels that decode uses, whatever the strategy.
+Every token of a window is treated as in decode, through the kernels that decode uses, whatever the strategy. Keys and
+values stay in f32, unless what keeping them in another type costs is to be seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 
 import torch
 
 from hybrid.model.ffn import FFNCounters, FFNRuntime
+from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from profiler.common.openmp import torch_threads
-from profiler.common.spec import Strategy
+from profiler.common.spec import KVChoice, Strategy
 from profiler.corpus import TokenWindows
 
 _LOGIT_ROWS = 256  # logits held at a time: 256 x 32000 x 4 bytes are 33 MB
@@ -25,7 +27,8 @@ _LOGIT_ROWS = 256  # logits held at a time: 256 x 32000 x 4 bytes are 33 MB
 class StrategyQuality:
     """One strategy over a corpus; `kl` is in nats per token, dense first; shares are of all FFN neurons.
 
-    `fired_share` is None for dense, which does not count.
+    `fired_share` is None for dense, which does not count. `kv`: what keys and values were kept in,
+    None for f32, as computed.
     """
 
     strategy: Strategy
@@ -35,6 +38,7 @@ class StrategyQuality:
     top1_agreement: float
     computed_share: float
     fired_share: float | None
+    kv: str | None = None
 
 
 @contextmanager
@@ -67,20 +71,33 @@ def evaluate(
     strategies: Sequence[Strategy],
     windows: TokenWindows,
     progress: Callable[[int], None],
+    kv: KVChoice = "auto",
 ) -> list[StrategyQuality]:
-    """Hold `strategies` against dense over `windows`; `progress` is called with tokens done since its last call."""
-    sums = {strategy: _Sums() for strategy in strategies}
+    """Hold `strategies` against dense over `windows`; `progress` is called with tokens done since its last call.
+
+    kv: other than `auto`, all strategies read keys and values that are kept so; first is then dense with them in f32.
+    """
+    sums, plain = {strategy: _Sums() for strategy in strategies}, _Sums()
+    spec = replace(model.spec, kv=kv)
+    cache = None if kv == "auto" else KVCache(spec, windows.tokens.shape[1])
     with torch_threads(runtime.pool.threads):
         for window in torch.from_numpy(windows.tokens):
             with as_decode(runtime, "dense"):
                 truth = model(window)
+            if cache is not None:
+                plain.add(model, truth, truth, window)
             for strategy in strategies:
                 runtime.counters = FFNCounters()
                 with as_decode(runtime, strategy):
-                    sums[strategy].add(model, truth, truth if strategy == "dense" else model(window), window)
+                    if cache is not None:
+                        cache.truncate(0)
+                    is_truth = strategy == "dense" and cache is None
+                    sums[strategy].add(model, truth, truth if is_truth else model(window, cache), window)
                 sums[strategy].count(runtime.counters)
                 progress(len(window))
-    return [sums[strategy].result(strategy) for strategy in strategies]
+    if cache is None:
+        return [sums[strategy].result(strategy) for strategy in strategies]
+    return [plain.result("dense"), *(sums[strategy].result(strategy, spec.kv_dtype) for strategy in strategies)]
 
 
 @dataclass
@@ -113,7 +130,7 @@ class _Sums:
         self.computed += counters.computed
         self.fired += counters.fired
 
-    def result(self, strategy: Strategy) -> StrategyQuality:
+    def result(self, strategy: Strategy, kv: str | None = None) -> StrategyQuality:
         n, neurons = max(1, self.tokens), max(1, self.neurons)
         return StrategyQuality(
             strategy,
@@ -123,4 +140,5 @@ class _Sums:
             self.agreed / n,
             self.computed / neurons if self.neurons else 1.0,
             self.fired / neurons if self.neurons else None,
+            kv,
         )

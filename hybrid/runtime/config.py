@@ -9,7 +9,7 @@ from pathlib import Path
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import BudgetError, ContextError, InputError
 from placement.plan import UNLIMITED, parse_size
-from profiler.common.spec import STRATEGIES
+from profiler.common.spec import KV_CHOICES, STRATEGIES, KVChoice
 
 MOST_THREADS = 1024
 MOST_KV_TOKENS = 2**32
@@ -24,7 +24,8 @@ class EngineConfig:
     threads: CPU threads, by default all available, beside a GPU all but one in eight. bundle: the folder of the
     artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
     as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
-    sequences which share a KV pool have together, by default as many as the context has.
+    sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
+    kept, int8 or `auto`, in f16 or, where that does not hold them, f32.
     """
 
     sparsity: str = "auto"
@@ -33,6 +34,7 @@ class EngineConfig:
     bundle: Path | None = None
     vram_budget: int | None = None
     kv_tokens: int | None = None
+    kv: KVChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
@@ -47,6 +49,8 @@ class EngineConfig:
         if self.kv_tokens is not None and not (_is_whole(self.kv_tokens) and 1 <= self.kv_tokens <= MOST_KV_TOKENS):
             expected = f"expected a whole number of tokens, 1 to {MOST_KV_TOKENS}"
             raise InputError(f"kv_tokens is {self.kv_tokens!r}, {expected}", setting="kv_tokens")
+        if self.kv not in KV_CHOICES:
+            raise InputError(f"unknown kv {self.kv!r}, expected {' or '.join(KV_CHOICES)}", setting="kv")
         object.__setattr__(self, "bundle", _path(self.bundle))
         object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
 

@@ -190,6 +190,8 @@ class CpuStep:
         ):
             row[column] = self._vector(vector)
         row[Column.KV] = self._cache.data[number].ctypes.data
+        if self._cache.scales is not None:
+            row[Column.KV_SCALES] = self._cache.scales[number].ctypes.data
         row[Column.WINDOW] = attention.window or 0
         row[Column.HOT] = ffn.hot
         row[Column.ROTATION] = attention.rope * self._cache.capacity

@@ -77,7 +77,8 @@ def placement_for(
     wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
     now = {"vram_budget": wanted, "context": context, "hardware_profile": hardware_of(bundle).to_json()}
     now |= {"kv_tokens": kv_tokens}
-    if stored is not None and wanted <= most and all(made.get(name) == value for name, value in now.items()):
+    fits = folder.spec.kv == "auto" and wanted <= most  # a stored one is for keys and values as they are by default
+    if stored is not None and fits and all(made.get(name) == value for name, value in now.items()):
         return stored
     return solve_within(bundle, folder, strategy, context, min(wanted, most), kv_tokens)
 

@@ -76,7 +76,9 @@ def plan_run(
     device: where the placement's GPU part goes, by default the first GPU, if there is one. Raises an `InputError` of
     some kind when an artefact or the configuration cannot be used.
     """
-    config, spec = config or EngineConfig(), folder.spec
+    config = config or EngineConfig()
+    folder = folder.with_kv(config.kv)
+    spec = folder.spec
     context = check_context(spec, config.context)
     bundle = Bundle.of(folder.path, spec, config.bundle)
     notices = [*folder.notices, *import_artefacts(folder, bundle)]

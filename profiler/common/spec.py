@@ -8,6 +8,9 @@ from typing import Literal, get_args
 from cpu_kernels.contract import LAYOUTS, DType, split_activation
 
 QKNorm = Literal["head", "all", "head layer"]
+# How keys and values are kept: `auto` is f16, or f32 where the weights are or f16 does not hold them.
+KVChoice = Literal["auto", "int8"]
+KV_CHOICES: tuple[KVChoice, ...] = get_args(KVChoice)
 # Which neurons of an FFN are computed in decode: `hybrid.model.ffn` says what each does.
 Strategy = Literal["dense", "exact", "learned"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -61,7 +64,7 @@ class ModelSpec:
     logits z c tanh(z / c).
     `activation` is a name that `cpu_kernels.contract` knows. `dtype` is that of the matrices, but for
     `embedding_dtype` of embedding, positions and head where it is given; norms and biases have it too, or are f32
-    beside int8 and int4 blocks. `wide_kv`: f16 does not hold keys and values.
+    beside int8 and int4 blocks. `wide_kv`: f16 does not hold keys and values; `kv`: how a run keeps them.
     `fingerprint` identifies the weights; artefacts carry it and are refused against any other model.
     """
 
@@ -98,6 +101,7 @@ class ModelSpec:
     sliding_layers: tuple[bool, ...] = ()
     embedding_dtype: DType | None = None
     wide_kv: bool = False
+    kv: KVChoice = "auto"
 
     @property
     def fires_sparsely(self) -> bool:
@@ -120,9 +124,21 @@ class ModelSpec:
         return 4 if layout.in_blocks else layout.bits // 8
 
     @property
+    def kv_dtype(self) -> Literal["f32", "f16", "int8"]:
+        """How keys and values are kept: int8; or f32 beside f32 weights and where f16 does not hold them; or f16."""
+        if self.kv == "int8":
+            return "int8"
+        return "f32" if self.dtype == "f32" or self.wide_kv else "f16"
+
+    @property
     def kv_element_bytes(self) -> int:
-        """Bytes of a key's or value's element: f32 beside f32 weights and where f16 does not hold them, else f16."""
-        return 4 if self.dtype == "f32" or self.wide_kv else 2
+        """Bytes of a key's or value's element."""
+        return {"f32": 4, "f16": 2, "int8": 1}[self.kv_dtype]
+
+    @property
+    def kv_scale_bytes(self) -> int:
+        """Bytes of the f32 scale that int8 has for each token's keys of a head, and one for its values; else 0."""
+        return 4 if self.kv_dtype == "int8" else 0
 
     @property
     def rows_per_neuron(self) -> int:
@@ -179,4 +195,4 @@ class ModelSpec:
 
     def kv_bytes_per_layer(self, context: int) -> int:
         """Bytes of keys and values of one layer for `context` tokens."""
-        return 2 * context * self.n_kv_heads * self.head_dim * self.kv_element_bytes
+        return 2 * context * self.n_kv_heads * (self.head_dim * self.kv_element_bytes + self.kv_scale_bytes)

@@ -85,7 +85,7 @@ def test_same_bits_for_any_number_of_workers_and_order_of_blocks(heads, kv_heads
         for blocks, ids in ((cache, table), (cache[table], np.arange(len(table), dtype=np.int32))):
             scratch = np.full((heads, 18), np.nan, np.float32)
             answers.append(np.full_like(q, np.nan))
-            pool.run(attend_heads, workers, q, blocks, ids, 3, 100, scratch, answers[-1])
+            pool.run(attend_heads, workers, q, blocks, None, ids, 3, 100, scratch, answers[-1])
     pool.close()
     assert np.isfinite(answers[0]).all()
     for answer in answers[1:]:
@@ -98,7 +98,7 @@ def test_every_head_is_one_workers(workers):
     written = np.zeros(8, int)
     for worker in range(workers):
         out = np.full_like(q, np.nan)
-        attend_heads(worker, workers, q, cache, table, 0, 20, np.empty((8, 18), np.float32), out)
+        attend_heads(worker, workers, q, cache, None, table, 0, 20, np.empty((8, 18), np.float32), out)
         written += np.isfinite(out).all(1)
     assert (written == 1).all()
 
@@ -123,7 +123,7 @@ def test_misfits_are_refused():
     for bad in ((q[:3], cache, table, out[:3]), (q, cache, table, out[:3]), (q, cache[0], table, out)):
         with pytest.raises(ValueError, match="shapes do not fit"):
             decode_attention(*bad[:3], 20, None, bad[3], pool)
-    with pytest.raises(ValueError, match="f32 or f16 cache"):
+    with pytest.raises(ValueError, match="f32, f16 or int8 cache"):
         decode_attention(q, cache.astype(np.float64), table, 20, None, out, pool)
     with pytest.raises(ValueError, match="int32 table"):
         decode_attention(q, cache, table.astype(np.int64), 20, None, out, pool)
@@ -135,3 +135,42 @@ def test_misfits_are_refused():
     for ids in (table - np.int32(5), table + np.int32(4)):
         with pytest.raises(ValueError, match="leave the cache of 4 blocks"):
             decode_attention(q, cache, ids, 20, None, out, pool)
+
+
+def make_int8(heads, kv_heads, head_dim, length):
+    """As `make`, with codes, and scales whose places beyond the sequence hold NaN."""
+    q, wide, table = make(heads, kv_heads, head_dim, length)
+    scales = np.abs(wide).max(-1) / np.float32(127)
+    codes = np.nan_to_num(np.rint(wide / scales[..., None]), nan=99).astype(np.int8)
+    return (q, codes, table), scales.astype(np.float32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 10), (8, 2, 64), (17, 1, 128)])
+@pytest.mark.parametrize("length", [1, 17, 1000])
+def test_int8_matches_reference(heads, kv_heads, head_dim, length):
+    args, scales = make_int8(heads, kv_heads, head_dim, length)
+    ours, truth, plain = (np.full_like(args[0], np.nan) for _ in range(3))
+    for window in (None, 16):
+        decode_attention(*args, length, window, ours, WorkerPool(1), scales)
+        decode_attention_ref(*args, length, window, truth, None, scales)
+        np.testing.assert_allclose(ours, truth, rtol=2e-5, atol=2e-6)
+    decode_attention_ref(*make(heads, kv_heads, head_dim, length), length, 16, plain, None)
+    assert 1e-4 < np.abs(ours - plain).max() < 0.05  # what the rounding costs
+
+
+def test_int8_has_the_same_bits_for_any_number_of_workers():
+    (q, codes, table), scales = make_int8(8, 2, 64, 100)
+    pool, answers = WorkerPool(3), [np.full_like(q, np.nan) for _ in range(3)]
+    for workers, answer in enumerate(answers, 1):
+        scratch = np.full((8, 18), np.nan, np.float32)
+        pool.run(attend_heads, workers, q, codes, scales, table, 3, 100, scratch, answer)
+    pool.close()
+    assert np.isfinite(answers[0]).all() and all((answer == answers[0]).all() for answer in answers)
+
+
+def test_scales_belong_to_int8_alone():
+    (q, codes, table), scales = make_int8(4, 2, 10, 20)
+    wide, out = make(4, 2, 10, 20)[1], np.empty_like(q)
+    for cache, given in ((codes, None), (wide, scales), (codes, scales[:1]), (codes, scales.astype(np.float64))):
+        with pytest.raises(ValueError, match=r"scales .* beside an int8 cache alone"):
+            decode_attention(q, cache, table, 20, None, out, WorkerPool(1), given)

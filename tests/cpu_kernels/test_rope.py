@@ -6,6 +6,7 @@ import torch
 
 from cpu_kernels.rope import QKNorm, rope, rope_heads, rope_ref
 from cpu_kernels.worker_pool import WorkerPool
+from hybrid.model.kv_cache import _rounded
 from hybrid.model.transformer import Norm, _rotate
 
 EPS, BLOCK_SIZE = 1e-6, 4
@@ -91,7 +92,7 @@ def test_same_bits_for_any_number_of_workers():
     pool, answers = WorkerPool(7), []
     for workers in (1, 2, 3, 7):
         args = make(5, 1, 64, normed=True)
-        pool.run(rope_heads, workers, *args[:2], tuple(args[2]), *args[3:], 5)
+        pool.run(rope_heads, workers, *args[:2], tuple(args[2]), args[3], None, args[4], 5)
         answers.append(np.concatenate([args[0].ravel(), args[3].ravel()]))
     pool.close()
     for answer in answers[1:]:
@@ -121,3 +122,48 @@ def test_misfits_are_refused():
     for position, ids in ((-1, table), (12, table), (0, table + np.int32(2)), (0, table - np.int32(4))):
         with pytest.raises(ValueError, match=f"position {position} has no place"):
             rope(qkv, rotation, norm, cache, ids, position, pool)
+
+
+def make_int8(heads, kv_heads, head_dim, **options):
+    """As `make`, and scales."""
+    *args, _, table = make(heads, kv_heads, head_dim, **options)
+    cache = np.full((5, 2, kv_heads, BLOCK_SIZE, head_dim), 99, np.int8)
+    return *args, cache, table, np.full((5, 2, kv_heads, BLOCK_SIZE), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 2), (4, 2, 10), (17, 1, 64)])
+def test_int8_matches_reference(heads, kv_heads, head_dim):
+    ours, truth = (make_int8(heads, kv_heads, head_dim, normed=True) for _ in range(2))
+    for position in (0, 3, 4, 11):
+        rope(*ours[:-1], position, WorkerPool(1), ours[-1])
+        rope_ref(*truth[:-1], position, None, truth[-1])
+        np.testing.assert_allclose(ours[5], truth[5], rtol=1e-5)
+        assert np.abs(ours[3].astype(int) - truth[3]).max() <= 1  # where f64 and f32 round a half apart
+        assert (ours[3] != truth[3]).mean() < 0.01
+    assert np.isfinite(ours[5]).sum() == 4 * 2 * kv_heads
+
+
+def test_codes_are_those_that_a_prompt_gets():
+    """Halves, zeros, numbers too small for a normal scale, and one that is none."""
+    rows = np.random.default_rng(1).standard_normal((12, 64)).astype(np.float32)
+    rows[0], rows[1, 0], rows[2] = 0, 127, rows[2] * np.float32(1e-42)
+    rows[1, 1:6] = 0.5, 1.5, -2.5, 126.5, -127
+    rows[3] *= np.float32(1e30)
+    cache, scales = np.zeros((1, 2, 12, 1, 64), np.int8), np.zeros((1, 2, 12, 1), np.float32)
+    norm, table = QKNorm(NONE, NONE, EPS), np.zeros(1, np.int32)
+    qkv = np.concatenate([rows[:1], rows, rows])
+    rope(qkv, (NONE, NONE), norm, cache, table, 0, WorkerPool(1), scales)
+    codes, of = _rounded(torch.from_numpy(rows))
+    for side in range(2):
+        np.testing.assert_array_equal(cache[0, side, :, 0], codes)
+        np.testing.assert_array_equal(scales[0, side, :, 0], of)
+    assert cache[0, 0, 1, 0, :6].tolist() == [127, 0, 2, -2, 126, -127] and scales[0, 0, 1, 0] == 1
+    assert (cache[0, 0, 0] == 0).all() and scales[0, 0, 0, 0] == 0
+    assert (np.abs(cache[0, 0, 3:, 0] * scales[0, 0, 3:] - rows[3:]) <= 0.5001 * scales[0, 0, 3:]).all()
+
+
+def test_a_broken_value_shows_in_its_scale():
+    *args, scales = make_int8(1, 1, 10, rotated=False)
+    args[0][2, 4] = np.nan
+    rope(*args, 0, WorkerPool(1), scales)
+    assert np.isfinite(scales[3, 0, 0, 0]) and np.isnan(scales[3, 1, 0, 0])

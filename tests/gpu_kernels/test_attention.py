@@ -155,3 +155,32 @@ def test_more_tokens_than_a_batch_are_refused():
             torch.zeros(33, 2, 8), torch.zeros(1, 2, 2, 16, 8), torch.zeros(33, 1, dtype=torch.int32),
             torch.zeros(33, dtype=torch.int32), None, torch.zeros(33, 16), attention_scratch(33, 2, 8, 1, "cpu"),
         )  # fmt: skip
+
+
+def make_int8(**case):
+    """As `make`, with codes and their scales, which are NaN where no position reaches."""
+    q, cache, *rest = make(**case)
+    scales = cache.abs().amax(-1) / 127
+    return (q, (cache / scales[..., None]).nan_to_num(99).round().to(torch.int8), *rest), scales
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 24), (6, 2, 64)])
+@pytest.mark.parametrize("window", [None, 17])
+def test_int8(heads, kv_heads, head_dim, window):
+    case = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "positions": [0, 16, 129], "capacity": 200}
+    args, scales = make_int8(**case, block_size=100)
+    (q, codes, table, positions, out, _), expected, exact = args, torch.empty_like(args[4]), torch.empty_like(args[4])
+    decode_attention_ref(q, codes, table, positions, window, expected, None, scales.nan_to_num())
+    decode_attention(*args[:4], window, out, args[5], scales)
+    assert_close(out, expected)
+    plain = make(**case, block_size=100)[1].nan_to_num()
+    decode_attention_ref(q, plain, table, positions, window, exact)
+    assert 1e-4 < float((out - exact).abs().max()) < 0.05  # what the rounding costs
+
+
+def test_scales_belong_to_int8_alone():
+    args, scales = make_int8(heads=2, kv_heads=1, head_dim=16, positions=[5])
+    wide = scales.new_zeros(args[1].shape)
+    for cache, given in ((args[1], None), (wide, scales), (args[1], scales[:0]), (args[1], scales.double())):
+        with pytest.raises(ValueError, match="f32 scales"):
+            decode_attention(args[0], cache, *args[2:4], None, *args[4:], given)

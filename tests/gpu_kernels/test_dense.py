@@ -107,3 +107,19 @@ def test_blocks_are_gathered_in_the_tables_order(dtype, size, head_dim):
     for bad in ((cache, table.long(), found), (cache, table, found), (cache.transpose(0, 1), table, found)):
         with pytest.raises(ValueError, match="gather wants"):
             gather(*bad)
+
+
+@pytest.mark.parametrize(("size", "head_dim"), [(1, 1), (32, 129)])
+def test_codes_are_gathered_with_their_scales(size, head_dim):
+    cache = (
+        (50 * random_input(7, 2 * 3 * size * head_dim)).view(7, 2, 3, size, head_dim).clamp(-127, 127).to(torch.int8)
+    )
+    scales = random_input(7, 2 * 3 * size, seed=2).view(7, 2, 3, size)
+    table = torch.tensor([5, 0, 6, 1], dtype=torch.int32, device=DEVICE)
+    found, expected = (torch.full((2, 3, 4 * size, head_dim), 7.0, device=DEVICE) for _ in range(2))
+    gather(cache, table, found, scales)
+    gather_ref(cache, table, expected, scales)
+    assert torch.equal(found, expected)
+    assert torch.equal(found[1, 2, size : 2 * size], cache[0, 1, 2] * scales[0, 1, 2][:, None])
+    with pytest.raises(ValueError, match="f32 scales"):
+        gather(cache, table, found)

@@ -10,6 +10,7 @@ from gpu_cases import DEVICE, TYPES, assert_close, random_input
 from cpu_kernels.rope import QKNorm
 from cpu_kernels.rope import rope_ref as cpu_rope_ref
 from gpu_kernels.rope import rope, rope_ref
+from hybrid.model.kv_cache import _rounded
 
 EPS, BLOCK_SIZE = 1e-6, 4
 TOLERANCE = {"f32": 1e-5, "f16": 1e-3, "bf16": 8e-3}
@@ -127,3 +128,45 @@ def test_rejects_what_does_not_fit():
         args[place] = wrong
         with pytest.raises(ValueError, match="rope"):
             rope(*args)
+
+
+def make_int8(*args, **options):
+    """As `make`, with codes, and scales of NaN."""
+    given = make(*args, **options)
+    scales = torch.full(given[8].shape[:4], torch.nan, device=DEVICE)
+    given[8] = torch.full(given[8].shape, 99, dtype=torch.int8, device=DEVICE)
+    return [*given, *(None,) * (12 - len(given)), scales]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 17), (4, 2, 64)])
+def test_int8(heads, kv_heads, head_dim):
+    options = {"rotated": head_dim % 2 == 0, "normed": True}
+    found, truth = (make_int8(4, heads, kv_heads, head_dim, **options) for _ in range(2))
+    rope(*found)
+    rope_ref(*truth)
+    assert_same_cache(found[12], truth[12], TOLERANCE["f32"])
+    off = (found[8].int() - truth[8].int()).abs()
+    assert off.max() <= 1 and off.float().mean() < 0.01  # where f64 and f32 round a half apart
+
+
+def test_codes_are_those_of_the_cpu():
+    """Halves, zeros, and numbers too small for a normal scale."""
+    rows = random_input(6, 24)
+    rows[0, 0], rows[1], rows[2] = 127, 0, rows[2] * 1e-42
+    rows[0, 1:6] = torch.tensor([0.5, 1.5, -2.5, 126.5, -127])
+    args = make_int8(1, 1, 3, 24, rotated=False)
+    args[0] = torch.cat((rows[:1], rows)).view(1, -1)
+    rope(*args)
+    codes, scales = _rounded(rows.cpu())
+    block = int(args[7][0, 0])
+    assert torch.equal(args[8][block, :, :, 0].flatten(0, 1).cpu(), codes)
+    assert torch.equal(args[12][block, :, :, 0].flatten().cpu(), scales)
+    assert codes[0, :6].tolist() == [127, 0, 2, -2, 126, -127]
+
+
+def test_a_broken_value_shows_in_its_scale():
+    args = make_int8(1, 1, 1, 24, rotated=False)
+    args[0][0, -3] = torch.nan
+    rope(*args)
+    scales = args[12][args[7][0, 0], :, 0, 0]
+    assert scales[0].isfinite() and scales[1].isnan()

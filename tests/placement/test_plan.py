@@ -43,6 +43,13 @@ def test_keys_and_values_are_f16_but_of_f32_weights(dtype, expected):
     assert VramPlan(spec, context=7, predictor_bytes=(0,)).kv_bytes == expected
 
 
+def test_int8_has_a_scale_for_each_token_and_head():
+    spec = small_spec(n_layers=1, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, kv="int8")
+    assert (spec.kv_dtype, spec.kv_bytes_per_layer(7)) == ("int8", 2 * 7 * 4 * (8 + 4))
+    assert VramPlan(spec, context=7, predictor_bytes=(0,)).kv_bytes == 2 * 512  # two tensors of their own
+    assert VramPlan(spec, context=64, predictor_bytes=(0,)).kv_bytes == 2 * 64 * 4 * (8 + 4)
+
+
 def test_a_pool_that_sequences_share_takes_what_it_has_room_for():
     plan = VramPlan(small_spec(d_model=32, n_heads=4, n_kv_heads=4, head_dim=8), 7, (0,), kv_tokens=1000)
     assert plan.kv_bytes == 1024 * 2 * 4 * 8 * 4  # blocks of 32 tokens, keys and values, f32

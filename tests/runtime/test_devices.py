@@ -170,6 +170,14 @@ def test_a_pool_of_more_tokens_is_solved_anew_and_fits(bundle):
     assert same(choose(bundle, small, kv_tokens=tokens)[0], found)
 
 
+@pytest.mark.usefixtures("free")
+def test_the_stored_placement_is_for_keys_and_values_as_they_are_by_default(bundle):
+    stored, spec = store(bundle, GIB), replace(SPEC, kv="int8")
+    assert same(choose(bundle)[0], stored)
+    found, _ = choose(bundle, spec=spec)
+    assert not same(found, stored) and 0 < planned(found, spec) <= GIB
+
+
 def test_what_is_stored_is_cut_to_what_is_free(bundle, free):
     """A placement for 2 GiB, of which less is free: it is solved anew rather than refused."""
     store(bundle, 2 * GIB)

@@ -211,7 +211,7 @@ class GpuPrefill:
         norms = normed_heads(qkv, layer, spec, self._eps)
         rope(
             qkv, cos, sin, norms.q, norms.k, self._eps, b.positions[part], b.table.expand(count, -1), layer.cache,
-            spec.n_heads, norms.q_bias, norms.k_bias,
+            spec.n_heads, norms.q_bias, norms.k_bias, layer.scales,
         )  # fmt: skip
         self._attend(qkv, layer, start + part.start, attended)
         self._gemm.project(attended, Projection(layer.out, layer.out_bias, normed))
@@ -229,7 +229,7 @@ class GpuPrefill:
         Queries that share a key-value head are rows of one matrix, query by query.
         """
         spec, count = self._model.spec, qkv.shape[0]
-        keys, values = self._gather(layer.cache, start + count)
+        keys, values = self._gather(layer, start + count)
         heads, dim = spec.n_kv_heads, spec.head_dim
         group = spec.n_heads // heads
         most = self._buffers.scratch.numel() // (spec.n_heads * (start + count + 2 * dim))
@@ -245,12 +245,12 @@ class GpuPrefill:
             torch.bmm(scores, values[:, seen], out=y)
             _by_kv_head(out[some].unflatten(1, (-1, dim)), heads).copy_(y.view(heads, -1, group, dim))
 
-    def _gather(self, cache: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, layer: GpuLayer, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [kv_heads, end, head_dim] of a layer in order, wherever the sequence's blocks lie."""
-        size = cache.shape[3]
+        size = layer.cache.shape[3]
         blocks = -(-end // size)
         target = self._buffers.keys_values[:, :, : blocks * size]
-        gather(cache, self._buffers.table[:blocks], target)
+        gather(layer.cache, self._buffers.table[:blocks], target, layer.scales)
         return target[0, :, :end], target[1, :, :end]
 
     def _cut(self, *shapes: tuple[int, ...]) -> list[torch.Tensor]:

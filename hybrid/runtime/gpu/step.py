@@ -248,10 +248,11 @@ class GpuStep:
         norms = normed_heads(qkv, layer, spec, eps)
         rope(
             qkv, cos, sin, norms.q, norms.k, eps, positions, table, layer.cache, spec.n_heads, norms.q_bias,
-            norms.k_bias,
+            norms.k_bias, layer.scales,
         )  # fmt: skip
         q = qkv.view(count, -1, spec.head_dim)[:, : spec.n_heads]
-        decode_attention(q, layer.cache, table, positions, layer.window, attended, b.attention(count))
+        scratch = b.attention(count)
+        decode_attention(q, layer.cache, table, positions, layer.window, attended, scratch, layer.scales)
         post = layer.attention_post
         if post is None:
             gemv(layer.out, attended, layer.out_bias, x, add=True, scratch=b.gemm)

@@ -47,9 +47,10 @@ class HeadNorms(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class GpuLayer:
-    """A layer's parts on the GPU. cache: f16 or f32 [blocks, 2, kv_heads, block, head_dim]; ffn: its hot neurons, if
-    any; zero_copy: those after them, whose rows kernels read in host memory; rope: which of the model's RoPEs;
-    attention_post, ffn_post: norms of what is added to the residual, if any."""
+    """A layer's parts on the GPU. cache: f16, f32 or int8 [blocks, 2, kv_heads, block, head_dim]; scales: of int8, f32
+    [blocks, 2, kv_heads, block]; ffn: its hot neurons, if any; zero_copy: those after them, whose rows kernels read in
+    host memory; rope: which of the model's RoPEs; attention_post, ffn_post: norms of what is added to the residual, if
+    any."""
 
     qkv: DeviceMatrix
     qkv_bias: torch.Tensor | None
@@ -65,6 +66,7 @@ class GpuLayer:
     down_bias: torch.Tensor | None
     predictor: DevicePredictorView | None
     cache: torch.Tensor
+    scales: torch.Tensor | None
     window: int | None
     rope: int
 
@@ -118,6 +120,7 @@ def _layer(
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:]), torch.from_numpy(cache.data).dtype),
+        scales=None if cache.scales is None else arena.empty(KV, tuple(cache.scales.shape[1:])),
         window=attention.window,
         rope=attention.rope,
     )

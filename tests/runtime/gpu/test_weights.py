@@ -1,5 +1,6 @@
 """What goes to the GPU: byte for byte the CPU's, where the placement says, and in the bytes that the plan has."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,6 +131,17 @@ def test_bytes_are_those_of_the_plan(models, name, dtype, share, on_cpu, head):
     assert arena.spent[HEAD] == planned["head"] + final
     assert arena.spent[DENSE] == planned["dense weights"] + norms - final
     assert arena.used == aligned(arena.used)
+    case.close()
+
+
+def test_scales_of_int8_are_in_the_plan(models):
+    case = StepCase(tiny_model("llama-relu", models), kv="int8")
+    weights, arena = take(case)
+    layer, spec = weights.layers[0], case.model.spec
+    assert layer.cache.dtype == torch.int8 and layer.scales.shape == layer.cache.shape[:4]
+    plan = VramPlan(spec, CAPACITY, (0,) * spec.n_layers)
+    assert arena.spent[KV] == dict(plan.rows(case.placement.choice))["KV cache"]
+    assert arena.spent[KV] < VramPlan(replace(spec, kv="auto"), CAPACITY, (0,) * spec.n_layers).kv_bytes * spec.n_layers
     case.close()
 
 
