@@ -64,17 +64,19 @@ def term_dots(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """sums [R, T] + wide [R, C] times columns `at`, below `stop` if there is one, of all terms, the smallest first.
 
-    terms: `step` apart, their rows `stride`. Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all
-    are widened first.
+    terms: `step` apart, their rows `stride`. Tensor cores cut off what they add up, some 1e-5 of a long sum, so a step's
+    sum begins at 0 there and is added in f32; the product with a 1 that the compiler cannot know keeps it from giving
+    the whole sum to them. Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all are widened first.
     """
     place = terms + tl.arange(0, T)[None, :] * stride + at[:, None]
+    found = tl.zeros_like(sums)
     for i in tl.static_range(2, -1, -1):
         if stop is None:
             term = tl.load(place + i * step)
         else:
             term = tl.load(place + i * step, mask=at[:, None] < stop, other=0.0)
-        sums = tl.dot(wide, term, sums) if NATIVE else tl.dot(wide.to(tl.float32), term.to(tl.float32), sums)
-    return sums
+        found = tl.dot(wide, term, found) if NATIVE else tl.dot(wide.to(tl.float32), term.to(tl.float32), found)
+    return sums + found * tl.num_programs(2).to(tl.float32)
 
 
 @triton.jit
