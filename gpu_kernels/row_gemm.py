@@ -64,9 +64,10 @@ def term_dots(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """sums [R, T] + wide [R, C] times columns `at`, below `stop` if there is one, of all terms, the smallest first.
 
-    terms: `step` apart, their rows `stride`. Tensor cores cut off what they add up, some 1e-5 of a long sum, so a step's
-    sum begins at 0 there and is added in f32; the product with a 1 that the compiler cannot know keeps it from giving
-    the whole sum to them. Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all are widened first.
+    terms: `step` apart, their rows `stride`. Tensor cores cut off what they add up, some 1e-5 of a long sum, so the sum
+    of a step begins at 0 there and is added in f32; the product with a 1 that the compiler cannot know keeps it from
+    giving the whole sum to them. Triton's interpreter (not `NATIVE`) multiplies the bits of bf16: there all are
+    widened first.
     """
     place = terms + tl.arange(0, T)[None, :] * stride + at[:, None]
     found = tl.zeros_like(sums)

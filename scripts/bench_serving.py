@@ -14,6 +14,7 @@ turn, and of the prompt asked again. The last line is JSON.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -173,6 +174,8 @@ def main(
 ) -> None:
     config = EngineConfig(sparsity, threads=threads, vram_budget=vram_budget)
     context.obj = AsyncEngine.load(model, config, ServingConfig(kv_tokens, max_pause, max_running, 4096, not no_reuse))
+    gc.collect()
+    gc.freeze()  # as `hybrid serve` does
     click.echo(f"{context.obj.name}: {context.obj.plan.summary()}")
 
 

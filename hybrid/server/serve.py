@@ -8,6 +8,7 @@ process at once. An engine that fails ends it too, once those who wait have been
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -160,6 +161,8 @@ class _Life:
         except BaseException as error:  # noqa: BLE001 - raised on the main thread
             self._call(self._fail, error)
         else:
+            gc.collect()
+            gc.freeze()  # what was loaded stays: to go through it again held up answers for 80 ms now and then
             engine.on_failure(lambda error: self._call(self._on_failure, error))
             self._call(self._on_loaded, engine)
 

@@ -1,10 +1,10 @@
 """`Scheduler`: which tokens a step computes, of which requests, in which KV blocks. Plain and deterministic: it has no
 thread and reads time from the clock that it is given.
 
-A round decodes one token of every running answer, as many rows a step as the runner takes, then reads one piece of one
-waiting prompt (Orca, OSDI '22: requests join and leave between steps; Sarathi-Serve, arXiv 2403.02310: prompts in
-pieces). The piece is as long as what a step leaves of `max_pause` allows, by measurement, and at least 8 tokens; where
-nobody decodes it is the runner's chunk.
+A round decodes one token of every running answer, as many rows a step as the runner takes, then reads pieces of the
+waiting prompts, one prompt at a time (Orca, OSDI '22: requests join and leave between steps; Sarathi-Serve, arXiv
+2403.02310: prompts in pieces), for as long as what a step leaves of `max_pause` allows, by measurement, and at least 8
+tokens; where nobody decodes one piece of the runner's chunk.
 
 Who waits how long: first come, first served, and nobody overtakes. Whoever waits does so only for those that came
 before, and each of these ends, with every token that it may have at most, after `max_new_tokens` steps and its prompt's
@@ -140,14 +140,25 @@ class Scheduler:
         return events
 
     def read(self) -> list[Event]:
-        """One piece of the prompt whose turn it is."""
-        self.reading = answer = self.reading or self._admitted()
-        if answer is None:
-            return []
+        """Pieces of the prompts whose turn it is, for as long as those that decode may wait."""
+        events, started, alone = list[Event](), self._clock(), not self.running
+        pause = self._config.max_pause
+        budget = float("inf") if alone else max(pause - self._step_seconds, _PAUSE_SHARE * pause)
+        left, begun = budget, False
+        while not begun or (not alone and self._pieces.fits(left)):
+            self.reading = answer = self.reading or self._admitted()
+            if answer is None:
+                break
+            events += self._piece(answer, left, alone)
+            left, begun = budget - (self._clock() - started), True
+        if begun and not alone:
+            self.tally.longest_pause_seconds = max(self.tally.longest_pause_seconds, self._clock() - started)
+        return events
+
+    def _piece(self, answer: Answer, budget: float, alone: bool) -> list[Event]:
+        """One piece of a prompt, in `budget` seconds where not `alone`."""
         if answer.cache.length == answer.to_read:  # set back, and all of it was still there
             return self._join(answer, None)
-        alone, pause = not self.running, self._config.max_pause
-        budget = float("inf") if alone else max(pause - self._step_seconds, _PAUSE_SHARE * pause)
         most = self._runner.chunk if alone else self._pieces.most(budget)
         at, started = answer.cache.length, self._clock()
         logits = self._read(answer, most)
@@ -157,8 +168,6 @@ class Scheduler:
             self.tally.prompt_tokens + count,
             self.tally.prompt_seconds + seconds,
         )
-        if not alone:
-            self.tally.longest_pause_seconds = max(self.tally.longest_pause_seconds, seconds)
         return self._join(answer, logits) if answer.cache.length == answer.to_read else []
 
     def _read(self, answer: Answer, most: int) -> torch.Tensor | None:

@@ -62,7 +62,7 @@ def test_a_prompt_is_read_in_pieces_that_fit_the_pause():
         gaps.append(served.clock.now - last)
         last = served.clock.now
     assert max(gaps) <= 0.1 and max(map(len, served.runner.pieces)) == 32
-    assert served.scheduler.tally.longest_pause_seconds == pytest.approx(0.032)
+    assert 0.06 < served.scheduler.tally.longest_pause_seconds <= 0.1  # several pieces
     served.run()
     assert served.tokens[long] == answer_alone(long.request)
 
