@@ -36,7 +36,7 @@ def test_one_slow_moment_is_not_remembered_for_ever():
 
 
 def test_what_was_read_while_nobody_waited_counts_too():
-    lengths = PieceLengths(256)
+    lengths = PieceLengths(64)
     for n in (8, 16, 32):
         lengths.note(n, 0.001 * n, float("inf"))
     lengths.note(64, 0.06, float("inf"))
