@@ -103,8 +103,10 @@ def meet(worker, workers, barrier):
     for _ in range(3):
         wait(barrier, workers)
 pool.run(meet, 3, pool.barrier)
+started = threading.Event()  # not while the thread is being started, which Ctrl-C ends too
 def press():
     global done
+    started.wait()
     for n in range(60):
         time.sleep(0.003 + n % 7 * 0.0007)
         os.kill(os.getpid(), signal.SIGINT)
@@ -114,6 +116,7 @@ def press():
 threading.Thread(target=press, daemon=True).start()
 while not done:
     try:
+        started.set()
         while not done:
             pool.run(meet, 3, pool.barrier)
     except KeyboardInterrupt:
