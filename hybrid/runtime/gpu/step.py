@@ -14,8 +14,9 @@ for the end of a replay, `receive` on the GPU for the CPU's workers, those for `
 layer, or the head, on the CPU is a request of its own. Without a GPU, as in tests, the same kernels run one after
 another in Triton's interpreter.
 
-A row's logits are those that it has alone, but for rounding where rows of down are summed in parts of the neurons that
-all rows need (`gpu_kernels/sparse_ffn.py`).
+A row's logits are those that it has alone, but for rounding: rows of down are summed in parts of the neurons that all
+rows need (`gpu_kernels/sparse_ffn.py`), and 8 rows and more go through tensor cores where weights have 16 bits
+(`row_gemm.py`, `row_ffn.py`), in another order than fewer.
 """
 
 from __future__ import annotations
