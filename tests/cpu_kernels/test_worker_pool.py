@@ -48,31 +48,41 @@ def test_an_exception_arrives_after_all_have_ended(pool, failing, error):
     assert len(ended) == 7
 
 
+# The signals come from a thread of the program's own, each only once the program stands where it catches it.
+PRESSED = """
+import os, signal, threading, time
+from cpu_kernels.barrier import wait
+from cpu_kernels.worker_pool import WorkerPool
+ready, pressed = threading.Event(), threading.Event()
+def press(times):
+    for n in range(60):
+        ready.wait()
+        ready.clear()
+        time.sleep(0.003 + n % 7 * 0.0007)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(n % 5 * 0.00003)
+        pressed.set()
+pool, caught = WorkerPool(3), 0
+"""
+
+
 def test_a_real_ctrl_c_at_any_moment_never_hangs():
     """Signals at random moments of many short runs, in a process of its own, which must end by itself each time."""
     program = """
-import os, signal, threading, time
-from cpu_kernels.worker_pool import WorkerPool
-pool, caught, done = WorkerPool(3), 0, False
-def press():
-    global done
-    for n in range(60):
-        time.sleep(0.003 + n % 7 * 0.0007)
-        os.kill(os.getpid(), signal.SIGINT)
-    done = True
-threading.Thread(target=press, daemon=True).start()
-while not done:
+threading.Thread(target=press, args=(1,), daemon=True).start()
+for _ in range(60):
     try:
-        while not done:
+        ready.set()
+        while True:
             pool.run(lambda worker, workers: None, 3)
     except KeyboardInterrupt:
         caught += 1
-signal.signal(signal.SIGINT, signal.SIG_IGN)
 pool.close()
 print(caught)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert int(result.stdout) > 10, result.stderr
+    result = subprocess.run([sys.executable, "-c", PRESSED + program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "60\n", result.stderr
 
 
 def wait_unless_it_fails(worker, workers, barrier, failing, ended):
@@ -95,39 +105,31 @@ def test_a_failing_worker_sends_the_others_home_from_the_barrier(pool, failing):
 def test_ctrl_c_while_workers_wait_for_each_other_never_hangs():
     """Twice in a row each time, so that some hit while the first is dealt with."""
     program = """
-import os, signal, threading, time
-from cpu_kernels.barrier import wait
-from cpu_kernels.worker_pool import WorkerPool
-pool, caught, done = WorkerPool(3), 0, False
 def meet(worker, workers, barrier):
     for _ in range(3):
         wait(barrier, workers)
 pool.run(meet, 3, pool.barrier)
-started = threading.Event()  # not while the thread is being started, which Ctrl-C ends too
-def press():
-    global done
-    started.wait()
-    for n in range(60):
-        time.sleep(0.003 + n % 7 * 0.0007)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(n % 5 * 0.00003)
-        os.kill(os.getpid(), signal.SIGINT)
-    done = True
-threading.Thread(target=press, daemon=True).start()
-while not done:
+threading.Thread(target=press, args=(2,), daemon=True).start()
+for _ in range(60):
     try:
-        started.set()
-        while not done:
-            pool.run(meet, 3, pool.barrier)
+        try:
+            ready.set()
+            while True:
+                pool.run(meet, 3, pool.barrier)
+        except KeyboardInterrupt:
+            pressed.wait()
+            time.sleep(0.001)  # for the second, where it was late
     except KeyboardInterrupt:
-        caught += 1
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pass
+    caught += 1
+    pressed.wait()
+    pressed.clear()
 pool.run(meet, 3, pool.barrier)
 pool.close()
 print(caught)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert int(result.stdout or 0) > 10, result.stderr
+    result = subprocess.run([sys.executable, "-c", PRESSED + program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "60\n", result.stderr
 
 
 def test_what_an_interrupted_run_left_behind_ends_before_the_next(pool):
