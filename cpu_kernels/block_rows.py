@@ -16,7 +16,9 @@ from numba.core import cgutils
 
 from cpu_kernels.contract import BLOCK, GROUP, INT4_OFFSET
 from cpu_kernels.lanes import F32, I8, I16, I32, I64, LANES, Code, constant
-from cpu_kernels.row_type import FourRows, RowType, Sums
+from cpu_kernels.row_type import FourRows, Panel, RowType, Sums
+
+_GROUP_BITS = I64(GROUP.bit_length() - 1)
 
 
 class BlockRows(RowType):
@@ -24,21 +26,34 @@ class BlockRows(RowType):
 
     has_tail = False
 
-    def widen(self, code: Code, row: Any, n: Any, out: Any) -> None:
-        builder, groups = code.builder, code.groups(n)
-        end = builder.add(row, builder.mul(groups, I64(GROUP * self.bits // 8)))
-        with code.each(groups) as loop:
-            scales = code.scales(end, loop.index)
+    def widen(self, code: Code, row: Any, part: tuple[Any, Any], end: Any, out: Any) -> None:
+        builder, wide, scales_at = code.builder, ir.VectorType(I32, BLOCK), code.builder.add(row, end)
+        first = builder.lshr(part[0], _GROUP_BITS)
+        with code.each(builder.sub(code.groups(part[1]), first)) as loop:
+            group = builder.add(first, loop.index)
+            scales = code.scales(scales_at, group)
             base = builder.add(out, builder.mul(loop.index, I64(4 * GROUP)))
             for block in range(GROUP // BLOCK):
-                number = builder.sitofp(self._codes(code, row, loop.index, block), ir.VectorType(F32, BLOCK))
+                codes = builder.sext(self._codes(code, row, group, block), wide)
+                number = builder.sitofp(codes, ir.VectorType(F32, BLOCK))
                 for half in range(BLOCK // LANES):
                     value = builder.fmul(code.slice(number, half * LANES, LANES), code.lane(scales, block))
                     code.store(value, builder.add(base, I64(4 * (BLOCK * block + LANES * half))))
 
+    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
+        builder, group = code.builder, code.builder.lshr(part[0], _GROUP_BITS)
+        scales = [code.scales(builder.add(row, end), group) for row in rows]
+        for block in range(GROUP // BLOCK):
+            pairs = [builder.bitcast(self._codes(code, row, group, block), ir.VectorType(I32, LANES)) for row in rows]
+            at = builder.add(to.weights, builder.mul(to.width, I64(BLOCK // 2 * block)))
+            code.store_columns(code.transposed(pairs), at, to.width)
+            line = builder.add(to.scales, builder.mul(to.width, I64(block)))
+            for number, four in enumerate(scales):
+                code.store(builder.extract_element(four, I32(block)), builder.add(line, I64(4 * number)))
+
     @abstractmethod
     def _codes(self, code: Code, row: Any, group: Any, block: int) -> Any:
-        """The codes of one block of a group, i32 [32]."""
+        """The codes of one block of a group, i16 [32]."""
 
 
 class Int8Rows(BlockRows):
@@ -84,7 +99,7 @@ class Int8Rows(BlockRows):
 
     def _codes(self, code: Code, row: Any, group: Any, block: int) -> Any:
         at = code.builder.add(row, code.builder.mul(group, I64(GROUP)))
-        return code.builder.sext(code.load(at, I8, BLOCK, block * BLOCK), ir.VectorType(I32, BLOCK))
+        return code.builder.sext(code.load(at, I8, BLOCK, block * BLOCK), ir.VectorType(I16, BLOCK))
 
 
 class Int4Rows(BlockRows):
@@ -137,8 +152,7 @@ class Int4Rows(BlockRows):
         builder = code.builder
         words = code.load(builder.add(row, builder.mul(group, I64(GROUP // 2))), I16, BLOCK)
         shifted = builder.lshr(words, constant(I16, 4 * block, BLOCK))
-        low = builder.zext(builder.and_(shifted, constant(I16, 15, BLOCK)), ir.VectorType(I32, BLOCK))
-        return builder.sub(low, constant(I32, INT4_OFFSET, BLOCK))
+        return builder.sub(builder.and_(shifted, constant(I16, 15, BLOCK)), constant(I16, INT4_OFFSET, BLOCK))
 
 
 def _nibbles(code: Code, words: Any, number: int) -> Any:

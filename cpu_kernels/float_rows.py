@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numba.np.numpy_support import from_dtype
 
 from cpu_kernels.contract import BLOCK, RowLayout
 from cpu_kernels.lanes import F32, I64, LANES, Code
-from cpu_kernels.row_type import FourRows, RowType, Sums
+from cpu_kernels.row_type import FourRows, Panel, RowType, Sums
 
 STEP = 32  # elements of one step: two sums of 16 lanes for each of four rows
 
@@ -77,9 +78,20 @@ class FloatRows(RowType):
                     total = code.fused(weights, scale, total)
                 code.store(total, builder.add(at, I64(half * LANES * 4)))
 
-    def widen(self, code: Code, row: Any, n: Any, out: Any) -> None:
+    def widen(self, code: Code, row: Any, part: tuple[Any, Any], end: Any, out: Any) -> None:
+        for column, at in self._vectors(code, part):
+            value = code.widened(code.builder.add(row, column), self._kind, LANES)
+            code.store(value, code.builder.add(out, code.builder.mul(at, I64(4))))
+
+    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
         builder = code.builder
-        end = builder.and_(n, I64(-LANES))
-        with cgutils.for_range_slice(builder, I64(0), end, I64(LANES), intp=I64) as (start, _):
-            value = code.widened(builder.add(row, builder.mul(start, I64(self._size))), self._kind, LANES)
-            code.store(value, builder.add(out, builder.mul(start, I64(4))))
+        for column, at in self._vectors(code, part):
+            wide = [code.widened(builder.add(row, column), self._kind, LANES) for row in rows]
+            code.store_columns(code.transposed(wide), builder.add(to.weights, builder.mul(at, to.width)), to.width)
+
+    def _vectors(self, code: Code, part: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+        """A loop over whole vectors of columns: where each begins in a row, in bytes, and how many came before it."""
+        builder, (first, last) = code.builder, part
+        count = builder.and_(builder.sub(last, first), I64(-LANES))
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), intp=I64) as (at, _):
+            yield builder.mul(builder.add(first, at), I64(self._size)), at

@@ -274,6 +274,19 @@ class Code:
         """Lanes of `a` and `b`, which are numbered one after the other."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
+    def transposed(self, rows: list[Any]) -> list[Any]:
+        """Vector c holds lane c of each of the 16 vectors `rows`."""
+        for step in (1, 2, 4, 8):
+            low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+            high = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+            rows = [self.picked(rows[n & ~step], rows[n | step], high if n & step else low) for n in range(len(rows))]
+        return rows
+
+    def store_columns(self, columns: list[Any], address: Any, width: Any) -> None:
+        """Vectors `width` bytes apart, from `address` on."""
+        for number, column in enumerate(columns):
+            self.store(column, self.builder.add(address, self.builder.mul(width, I64(number))))
+
     def add_up_four(self, rows: list[Any]) -> list[Any]:
         """The sum over the 16 lanes of each of four vectors, in one order on every CPU: halves, then their halves."""
         a, b, c, d = rows

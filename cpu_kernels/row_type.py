@@ -31,6 +31,15 @@ class Sums(NamedTuple):
     tables: list[Any]
 
 
+class Panel(NamedTuple):
+    """Where 16 rows go in a panel, addresses: their weights of the first column, their scales, and bytes from one
+    column, pair of columns or block to the next."""
+
+    weights: Any
+    scales: Any
+    width: Any
+
+
 class RowType(ABC):
     """A type of rows. The methods write LLVM code: they are called when a kernel is compiled.
 
@@ -69,5 +78,10 @@ class RowType(ABC):
         """
 
     @abstractmethod
-    def widen(self, code: Code, row: Any, n: Any, out: Any) -> None:
-        """The row of `n` weights at address `row` as f32 at address `out`."""
+    def widen(self, code: Code, row: Any, part: tuple[Any, Any], end: Any, out: Any) -> None:
+        """Columns [first, last) of the row at address `row`, that `part` says, as f32 at address `out`; first is a
+        multiple of the group. end: bytes of a row before its scales."""
+
+    @abstractmethod
+    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
+        """Columns [first, last) of 16 rows, within one group of 128, side by side, as `tiles.py` multiplies them."""

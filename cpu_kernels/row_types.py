@@ -17,7 +17,7 @@ from cpu_kernels.block_rows import Int4Rows, Int8Rows
 from cpu_kernels.blocks import FORMATS
 from cpu_kernels.contract import LAYOUTS, DType
 from cpu_kernels.float_rows import FloatRows
-from cpu_kernels.lanes import I64
+from cpu_kernels.lanes import F32, I32, I64, Code
 from cpu_kernels.row_type import RowType
 
 INT8 = Int8Rows(LAYOUTS["int8"], FORMATS["int8"].array)
@@ -61,3 +61,19 @@ row_bits = number_of(lambda kind: kind.bits)
 row_group = number_of(lambda kind: kind.group)
 group_bytes = number_of(lambda kind: kind.layout.row_bytes(kind.group))
 has_tail = number_of(lambda kind: kind.has_tail)
+in_blocks = number_of(lambda kind: kind.layout.in_blocks)
+
+
+@intrinsic
+def weight_of(typing_context: Any, like: Any, row: Any, column: Any) -> Any:
+    """The weight at `column` of the row of floats at address `row`, as f32; 0 for rows in blocks."""
+    kind = type_like(like)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if not kind.has_tail:
+            return F32(0.0)
+        at = builder.add(args[1], builder.mul(args[2], I64(kind.array.itemsize)))
+        wide = Code(context, builder).widened(at, like.dtype, 1)
+        return builder.extract_element(wide, I32(0))
+
+    return types.float32(like, types.int64, types.int64), generate

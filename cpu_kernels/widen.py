@@ -1,71 +1,36 @@
-"""Rows of stored weights as f32, for the GEMMs of prefill.
-
-Threads: each worker widens a range of rows.
-"""
+"""Rows of stored weights as f32, for sums of rows by tiles (`gemm.py`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import LANES, Code, weight_at
-from cpu_kernels.matrix import Matrix
-from cpu_kernels.row_types import type_like
-from cpu_kernels.worker_pool import WorkerPool
+from cpu_kernels.compiled import subroutine
+from cpu_kernels.lanes import LANES, Code
+from cpu_kernels.row_types import has_tail, type_like, weight_of
 
 
 @intrinsic
-def _widen_vectors(typing_context: Any, like: Any, row: Any, n: Any, out: Any) -> Any:
-    """The row of `n` weights at address `row`, but for a tail, as f32 at address `out`."""
+def _widen_vectors(typing_context: Any, like: Any, row: Any, first: Any, last: Any, end: Any, out: Any) -> Any:
+    """Columns [first, last) of the row at address `row`, but for a tail, as f32 at address `out`."""
     kind = type_like(like)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind.widen(Code(context, builder), *args[1:])
+        kind.widen(Code(context, builder), args[1], (args[2], args[3]), args[4], args[5])
         return context.get_dummy_value()
 
-    return types.void(like, types.int64, types.int64, types.int64), generate
+    return types.void(like, *(types.int64,) * 5), generate
 
 
-def _widen_row(like: np.ndarray, row: int, d: int, out: np.ndarray) -> None:
-    raise NotImplementedError("called from compiled code only")
+@subroutine
+def widen_columns(like, row, first, last, end, out):  # type: ignore[no-untyped-def]
+    """out[: last - first] = those columns of the row at address `row`; rows in blocks fill whole groups of 128.
 
-
-@overload(_widen_row, strict=False)
-def _widen_row_of(like: Any, row: Any, d: Any, out: Any) -> Any:
-    def whole(like, row, d, out):  # type: ignore[no-untyped-def]
-        _widen_vectors(like, row, d, out.ctypes.data)
-
-    size = type_like(like).array.itemsize
-
-    def with_tail(like, row, d, out):  # type: ignore[no-untyped-def]
-        _widen_vectors(like, row, d, out.ctypes.data)
-        for j in range(d & -LANES, d):
-            out[j] = weight_at(like, row + j * size)
-
-    return with_tail if type_like(like).has_tail else whole
-
-
-@kernel
-def _widen(worker, workers, like, weight, width, d, out):  # type: ignore[no-untyped-def]
-    rows = out.shape[0]
-    for i in range(rows * worker // workers, rows * (worker + 1) // workers):
-        _widen_row(like, weight + i * width, d, out[i])
-
-
-def widen(matrix: Matrix, rows: slice, pool: WorkerPool) -> np.ndarray:
-    """Some rows f32 [k, columns]; for weights in blocks a view on rows padded to whole groups of 128."""
-    chosen, group = matrix.rows[rows], matrix.kind.group
-    out = np.empty((len(chosen), -(-matrix.columns // group) * group), np.float32)
-    pool.run(
-        _widen, pool.workers_for(out.nbytes), matrix.like, chosen.ctypes.data, matrix.row_bytes, matrix.columns, out
-    )
-    return out[:, : matrix.columns]
-
-
-def widen_ref(matrix: Matrix, rows: slice, pool: WorkerPool | None) -> np.ndarray:
-    """`widen` in torch."""
-    return matrix.widen(rows).numpy()
+    first: a multiple of 128. end: bytes of a row before its scales.
+    """
+    _widen_vectors(like, row, first, last, end, out.ctypes.data)
+    if has_tail(like):
+        for j in range(first + ((last - first) & -LANES), last):
+            out[j - first] = weight_of(like, row, j)

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.contract import MAX_BATCH
+from cpu_kernels.dense_ffn import dense_ffn
+from cpu_kernels.gemm import GemmScratch
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
-from hybrid.model.gemm import blocks, widened
 from predictor.low_rank import LowRankPredictor
 from profiler.common.spec import Strategy
 
@@ -51,8 +51,8 @@ class FFNRuntime:
     """What all layers of an engine share: the strategy, the threads, the scratch buffers and the counters.
 
     as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does, all of it.
-    few: up to so many tokens of a prompt at once go through the kernels, which the profiler does not see, rather than
-    GEMMs on widened weights.
+    few: up to so many tokens of a prompt at once go through the kernels of decode, rather than GEMMs.
+    keep_fired: have GEMMs tell `HybridFFN.act` which activations were not 0, for a profiler.
     """
 
     strategy: Strategy
@@ -61,10 +61,12 @@ class FFNRuntime:
     d_ff: int
     as_decode: bool = False
     few: int = 0
+    keep_fired: bool = False
     counters: FFNCounters = field(default_factory=FFNCounters)
 
     def __post_init__(self) -> None:
         self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
+        self.gemm = GemmScratch(self.pool.threads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +82,16 @@ class FFNMatrices:
 
 
 class Activation(nn.Module):
-    """The activation as a module of its own, so that a profiler can hook what comes out of it."""
+    """The activation's name, as a module that a profiler can hook: which neurons fire for which token passes by."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
 
-    def forward(self, z: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
-        """The activation of gate, or of up where there is no gate: 0 where a neuron does not fire. Of dReLU its product
-        with that of `up`, where either may leave it idle."""
-        found = activate_ref(self.name, z)
-        return found if up is None else found * activate_up_ref(self.name, up)
+    def forward(self, fired: torch.Tensor) -> torch.Tensor:
+        """bool [t, neurons]: where the activation of gate, or of up where there is no gate, is not 0; of dReLU its
+        product with that of up."""
+        return fired
 
 
 class HybridFFN(nn.Module):
@@ -162,20 +163,13 @@ class HybridFFN(nn.Module):
         return torch.from_numpy(out)
 
     def _gemm(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The neurons from `first` on for several tokens, in f32 GEMMs over blocks of neurons."""
-        out, m, pool = torch.zeros_like(x), self.matrices, self.runtime.pool
-        for block in blocks(self._all.size, first):
-
-            def project(weight: Matrix, bias: torch.Tensor | None, block: slice = block) -> torch.Tensor:
-                return nn.functional.linear(x, widened(weight, block, pool), None if bias is None else bias[block])
-
-            up = project(m.up, m.up_bias)
-            hidden = up if m.gate is None else project(m.gate, m.gate_bias)
-            if m.gate is not None and self.act.name == "drelu":
-                hidden = self.act(hidden, up)
-            else:
-                hidden = self.act(hidden) if m.gate is None else self.act(hidden) * up
-            out += hidden @ widened(m.down, block, pool)
+        """The neurons from `first` on for several tokens."""
+        out, runtime = torch.empty_like(x, memory_format=torch.contiguous_format), self.runtime
+        fired = torch.empty(x.shape[0], self._all.size, dtype=torch.bool) if runtime.keep_fired else None
+        given = None if fired is None else fired.numpy()
+        dense_ffn(self.view, np.ascontiguousarray(x.numpy()), out.numpy(), runtime.pool, runtime.gemm, first, given)
+        if fired is not None:
+            self.act(fired[:, first:])
         return out
 
     def _biased(self, out: torch.Tensor) -> torch.Tensor:

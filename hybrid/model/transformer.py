@@ -18,7 +18,7 @@ from torch import nn
 
 from cpu_kernels.matrix import Matrix
 from hybrid.model.ffn import FFNRuntime, HybridFFN
-from hybrid.model.gemm import linear, linear_few, widened
+from hybrid.model.gemm import linear, linear_few
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.rope import Rotation, rotation, step_rotation
 from profiler.common.spec import ModelSpec
@@ -35,8 +35,10 @@ class Linear(nn.Module):
         self.bias = None if bias is None else bias.float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product = linear_few if x.shape[0] <= self.runtime.few else linear
-        return product(x, self.matrix, self.bias, self.runtime.pool)
+        runtime = self.runtime
+        if x.shape[0] <= runtime.few:
+            return linear_few(x, self.matrix, self.bias, runtime.pool)
+        return linear(x, self.matrix, self.bias, runtime.pool, runtime.gemm)
 
 
 class Norm(nn.Module):
@@ -198,11 +200,12 @@ class Transformer(nn.Module):
         """Compile what a prompt needs, or read it from its cache, by products with one row of each type of weights."""
         ffn, pool = self.ffns[0], self.ffns[0].runtime.pool
         matrices = {matrix.dtype: matrix for matrix in (self.blocks[0].attention.qkv.matrix, self.head.matrix, ffn.up)}
-        ffn.every(torch.zeros(2, self.spec.d_model), self.spec.d_ff - 1)
+        for tokens in (1, ffn.runtime.few + 1):
+            ffn.every(torch.zeros(tokens, self.spec.d_model), self.spec.d_ff - 1)
         for matrix in matrices.values():
             row = Matrix(matrix.rows[:1], matrix.columns)
-            linear_few(torch.zeros(2, matrix.columns), row, None, pool)
-            widened(row, slice(1), pool)
+            linear_few(torch.zeros(1, matrix.columns), row, None, pool)
+            linear(torch.zeros(1, matrix.columns), row, None, pool, ffn.runtime.gemm)
 
     def rotations(self, positions: torch.Tensor, length: int | None = None) -> tuple[Rotation, ...]:
         """Cosines and sines [t, head_dim / 2] of each of the model's RoPEs, for positions of a text of `length` tokens,

@@ -204,7 +204,7 @@ class Project:
         return found
 
     def _run_dense(self, tokens: torch.Tensor) -> object:
-        self.runtime.as_decode = False
+        self.runtime.as_decode, self.runtime.keep_fired = False, True
         hidden = self.model(tokens)
         if not hidden.isfinite().all():
             raise ModelError(f"{self.folder.path} computes infinite numbers or NaN; its weights may be damaged")

@@ -13,7 +13,7 @@ from llvmlite import binding
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
-PARTS = "blocks matrix row_dot row_sum widen gemv sparse_ffn low_rank norm rope attention top_k"
+PARTS = "blocks matrix row_dot row_sum widen gemv sparse_ffn gemm dense_ffn low_rank norm rope attention top_k"
 # Of those whose answers are held against the reference; the sparse FFN's in parts go through all that it has. What is
 # written for a CPU stands in the products and sums of rows, which are run in every type; what is made of them is run in
 # the two types that need the most of a CPU.

@@ -2,13 +2,16 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matrix_cases import THREADS
 from model_cases import CASES, make_model
 from packed_cases import pack
 
+from cpu_kernels.activations import activate_ref, activate_up_ref
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.model.ffn import FFNCounters, FFNRuntime
 from hybrid.model.kv_cache import KVCache
@@ -159,31 +162,26 @@ def random_predictor(ffn, rank=5):
 @contextmanager
 def watched(model, hot, predictors):
     """Torch computes the neurons that predictors name, all where there are none; yields counts of what fired."""
-    counters, hooks = FFNCounters(), []
+    counters = FFNCounters()
 
-    def watch(ffn, predictor):
-        masks = []
-
-        def before(module, args):
-            named = torch.ones(1, ffn.up.shape[0], dtype=torch.bool) if predictor is None else predictor.mask(args[0])
-            masks.append(named)
-
-        def after(module, args, out):
-            named = masks.pop()
-            fired = (out != 0) & named
-            counters.neurons += named.numel()
-            counters.computed += int(named.sum())
-            counters.fired += int(fired.sum())
-            counters.fired_hot += int(fired[:, :hot].sum())
-            return out * named
-
-        hooks.extend([ffn.register_forward_pre_hook(before), ffn.act.register_forward_hook(after)])
+    def every(x, first=0, *, ffn, predictor):
+        m, name = ffn.matrices, ffn.act.name
+        named = torch.ones(1, ffn.up.shape[0], dtype=torch.bool) if predictor is None else predictor.mask(x)
+        up = F.linear(x, m.up.widen(), m.up_bias)
+        hidden = activate_ref(name, up if m.gate is None else F.linear(x, m.gate.widen(), m.gate_bias))
+        beside = 1 if m.gate is None else activate_up_ref(name, up)
+        fired = ((hidden * beside if name == "drelu" else hidden) != 0) & named
+        counters.neurons += named.numel()
+        counters.computed += int(named.sum())
+        counters.fired += int(fired.sum())
+        counters.fired_hot += int(fired[:, :hot].sum())
+        return (hidden * beside * named) @ m.down.widen()
 
     for ffn, predictor in zip(model.ffns, predictors, strict=True):
-        watch(ffn, predictor)
+        ffn.every = partial(every, ffn=ffn, predictor=predictor)
     yield counters
-    for hook in hooks:
-        hook.remove()
+    for ffn in model.ffns:
+        del ffn.every
 
 
 @pytest.mark.parametrize("name", ["llama-relu", "opt", "bamboo", "prosparse", "falcon"])

@@ -11,8 +11,6 @@ from cpu_kernels.blocks import dequantize, quantize
 from cpu_kernels.contract import LAYOUTS
 from cpu_kernels.lanes import widen_ref
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.widen import widen
-from cpu_kernels.worker_pool import WorkerPool
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +54,6 @@ def test_a_read_only_map_is_widened_without_a_warning(dtype, tmp_path):
         warnings.simplefilter("error")
         assert (mapped.widen() == matrix.widen()).all()
         assert (mapped.widen(np.array([3, 1])) == matrix.widen()[[3, 1]]).all()
-        assert (widen(mapped, slice(1, 4), WorkerPool(1)) == matrix.widen()[1:4].numpy()).all()
     # Read-only arrays are another type, for which kernels would be compiled once more.
     assert mapped.like.flags.writeable and mapped.like.dtype == matrix.rows.dtype
 

@@ -70,7 +70,8 @@ def test_what_fires_is_what_the_activation_says(name, tmp_path):
     truth, tokens, seen = make_model(name, tmp_path), torch.arange(30), []
     model = build(tmp_path)
     for ffn in model.ffns:
-        ffn.act.register_forward_hook(lambda module, args, out: seen.append(out != 0))
+        ffn.runtime.keep_fired = True
+        ffn.act.register_forward_hook(lambda module, args, out: seen.append(out))
     for layer in truth.model.layers:
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0] != 0))
     model(tokens)

@@ -135,7 +135,8 @@ def test_neurons_fire_as_asked_on_other_tokens(make, share, skew):
     project = project_of(folder)
     fired: list[list[torch.Tensor]] = [[], []]
     for layer, ffn in enumerate(project.model.ffns):
-        ffn.act.register_forward_hook(lambda _, __, out, layer=layer: fired[layer].append((out != 0).float()))
+        ffn.act.register_forward_hook(lambda _, __, out, layer=layer: fired[layer].append(out.float()))
+    project.runtime.keep_fired = True
     generator = np.random.default_rng(5)
     for _ in range(16):
         project.model(torch.from_numpy(generator.integers(6, 300, 64)))

@@ -1,0 +1,125 @@
+"""The FFN of many tokens, every neuron of it, by the tiles of `gemm.py`: what prompts, profiling and evaluation take.
+
+Threads: workers meet once the tokens are in form and once the neurons are computed. Before that each takes units of 128
+neurons, whose gate, up and activation stay in its own cache, after it units of 128 columns of the answer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cpu_kernels import barrier
+from cpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
+from cpu_kernels.compiled import kernel, subroutine
+from cpu_kernels.contract import GROUP, activation_word, split_activation
+from cpu_kernels.gemm import UNIT, GemmScratch, pack_tokens, products, row_sums
+from cpu_kernels.matrix import Matrix
+from cpu_kernels.sparse_ffn import FFNView
+from cpu_kernels.tiles import TOKENS
+from cpu_kernels.worker_pool import WorkerPool
+
+
+@subroutine
+def _put_hidden(word, own, gated, gate_bias, up_bias, first, start, count, tokens, hidden, fired):  # type: ignore[no-untyped-def]
+    """The activations of a unit, neurons [first + start, + count), from gate and up in the worker's results."""
+    groups = (tokens + TOKENS - 1) // TOKENS
+    neuron, zero = first + start, np.float32(0)
+    for t in range(tokens):
+        place = (start * groups + t // TOKENS * GROUP) * TOKENS + t % TOKENS
+        for j in range(count):
+            up = own.results[1, t, j] + (up_bias[neuron + j] if up_bias.shape[0] else zero)
+            if gated:
+                gate = own.results[0, t, j] + (gate_bias[neuron + j] if gate_bias.shape[0] else zero)
+                value = activate(word, gate)
+                up = activate_up(word, up)
+                fires = value != 0 and (word != 6 or up != 0)
+                value *= up
+            else:
+                value = activate(word, up)
+                fires = value != 0
+            hidden.floats[place + j * TOKENS] = value
+            if fired.shape[0]:
+                fired[t, neuron + j] = fires
+
+
+@kernel
+def _dense_ffn(  # type: ignore[no-untyped-def]
+    worker, workers, state, word, like, gate, up, down, row_bytes, first, gate_bias, up_bias, neurons, x, packed, 
+    hidden, own, out, fired,
+):  # fmt: skip
+    tokens, d = x.shape
+    pack_tokens(state, like, x, own, packed)
+    if not barrier.wait(state, workers):
+        return
+    start = barrier.take(state) * UNIT
+    while start < neurons:
+        count = min(UNIT, neurons - start)
+        if gate:
+            products(like, gate, row_bytes, first + start, count, d, packed, tokens, own, 0)
+        products(like, up, row_bytes, first + start, count, d, packed, tokens, own, 1)
+        _put_hidden(word, own, gate != 0, gate_bias, up_bias, first, start, count, tokens, hidden, fired)
+        start = barrier.take(state) * UNIT
+    if not barrier.wait(state, workers):
+        return
+    column = barrier.take(state) * UNIT
+    while column < d:
+        count = min(UNIT, d - column)
+        row_sums(like, down + first * row_bytes, row_bytes, neurons, d, column, count, hidden, tokens, own, 0)
+        for t in range(tokens):
+            for j in range(count):
+                out[t, column + j] = own.results[0, t, j]
+        column = barrier.take(state) * UNIT
+
+
+def dense_ffn(
+    ffn: FFNView,
+    x: np.ndarray,
+    out: np.ndarray,
+    pool: WorkerPool,
+    scratch: GemmScratch,
+    first: int = 0,
+    fired: np.ndarray | None = None,
+) -> None:
+    """out[t] = the neurons from `first` on for x[t], without the bias of down; both f32 [t, d], C-contiguous.
+
+    fired: bool [t, f], of which the neurons from `first` on tell afterwards whether their activation is not 0.
+    Raises `ValueError` when shapes or types do not fit.
+    """
+    w = ffn.weights
+    d, neurons = w.d, ffn.up.shape[0]
+    if x.ndim != 2 or x.shape[1] != d or out.shape != x.shape or not 0 <= first <= neurons:
+        raise ValueError(f"dense_ffn shapes do not fit: {neurons} x {d}, from {first}, x {x.shape}, out {out.shape}")
+    if {x.dtype, out.dtype} != {np.dtype(np.float32)} or not (x.flags.c_contiguous and out.flags.c_contiguous):
+        raise ValueError(f"dense_ffn wants contiguous f32 x and out, got {x.dtype}, {out.dtype}")
+    if fired is None:
+        fired = np.empty((0, 0), np.bool_)
+    elif fired.shape != (len(x), neurons) or fired.dtype != np.bool_:
+        raise ValueError(f"fired is bool {(len(x), neurons)}, got {fired.dtype} {fired.shape}")
+    if not len(x):
+        return
+    tokens, computed = len(x), neurons - first
+    rows = w.like, w.gate, w.up, w.down, w.width
+    layer = activation_word(ffn.activation), *rows, first, w.gate_bias, w.up_bias, computed
+    hidden = scratch.packed("hidden", tokens, computed)
+    buffers = scratch.packed("x", tokens, d), hidden, scratch.owns(tokens, d)
+    pool.run(_dense_ffn, pool.threads, pool.barrier, *layer, x, *buffers, out, fired)
+
+
+def dense_ffn_ref(ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0) -> np.ndarray:
+    """`dense_ffn` in torch, in f64; returns which neurons' activations are not 0, bool [t, f - first]."""
+    tokens, rows = torch.from_numpy(x).double(), slice(first, None)
+
+    def project(weight: Matrix, bias: np.ndarray) -> torch.Tensor:
+        z = tokens @ weight.widen(rows).double().T
+        return z + torch.from_numpy(bias[rows]) if bias.size else z
+
+    decides = (ffn.up, ffn.up_bias) if ffn.gate is None else (ffn.gate, ffn.gate_bias)
+    hidden = activate_ref(ffn.activation, project(*decides))
+    fired = hidden != 0
+    if ffn.gate is not None:
+        up = activate_up_ref(ffn.activation, project(ffn.up, ffn.up_bias))
+        fired &= (up != 0) | (split_activation(ffn.activation)[0] != "drelu")
+        hidden = hidden * up
+    out[:] = (hidden @ ffn.down.widen(rows).double()).float().numpy()
+    return fired.numpy()

@@ -1,0 +1,81 @@
+"""The FFN of many tokens against its reference: types, activations, biases, parts of the neurons, and who fires."""
+
+import numpy as np
+import pytest
+import torch
+from matrix_cases import ACTIVATIONS, DTYPES, random_input, random_matrix
+
+from cpu_kernels.dense_ffn import dense_ffn, dense_ffn_ref
+from cpu_kernels.gemm import GemmScratch
+from cpu_kernels.sparse_ffn import FFNView
+from cpu_kernels.worker_pool import WorkerPool
+
+SIZES = [(1, 1), (40, 17), (300, 384), (129, 129)]
+
+
+def make(f, d, dtype="f32", gated=True, biased=True, activation="relu"):
+    gate, up, down = (random_matrix(f, d, dtype, seed, d**-0.5) for seed in range(3))
+    biases = [torch.from_numpy(random_input(1, f, seed)[0]) if biased else None for seed in range(2)]
+    return FFNView.of(gate if gated else None, up, down, biases[0] if gated else None, biases[1], activation)
+
+
+def run(view, x, first=0, threads=1):
+    out, pool = np.full_like(x, np.nan), WorkerPool(threads)
+    fired = np.zeros((len(x), view.up.shape[0]), np.bool_)
+    dense_ffn(view, x, out, pool, GemmScratch(threads), first, fired)
+    pool.close()
+    return out, fired[:, first:]
+
+
+def check(view, tokens, first=0):
+    x, limit = random_input(tokens, view.up.columns), 1e-4 if view.up.dtype in ("int8", "int4") else 1e-6
+    (found, fired), truth = run(view, x, first), np.zeros_like(x)
+    expected = dense_ffn_ref(view, x, truth, first)
+    assert np.linalg.norm(found - truth) <= limit * np.linalg.norm(truth)
+    assert np.mean(fired != expected) < 1e-3  # one that hardly fires may round to 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("f", "d"), SIZES)
+def test_matches_reference(f, d, dtype):
+    for tokens in (1, 7, 40):
+        check(make(f, d, dtype), tokens)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations(activation, gated):
+    if gated or activation != "drelu":  # which is one of both
+        check(make(300, 64, gated=gated, activation=activation), 13)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+@pytest.mark.parametrize("first", [5, 128, 299, 300])
+def test_neurons_from_one_on(dtype, first):
+    view, x = make(300, 128, dtype, biased=False), random_input(9, 128)
+    if first == 300:
+        assert (run(view, x, first)[0] == 0).all()
+    else:
+        check(view, 9, first)
+
+
+def test_same_bits_for_any_threads_and_alone_or_among_others():
+    view, x = make(300, 200, "int8"), random_input(20, 200)
+    truth, fired = run(view, x)
+    assert (run(view, x, threads=3)[0] == truth).all()
+    for some in (slice(0, 1), slice(5, 9)):
+        found = run(view, x[some])
+        assert (found[0] == truth[some]).all() and (found[1] == fired[some]).all()
+
+
+def test_what_does_not_fit_is_refused():
+    view, x, pool, scratch = make(9, 8), random_input(2, 8), WorkerPool(1), GemmScratch(1)
+    for given, said in (
+        ((x[:, :7], x), "do not fit"),
+        ((x, x[:1]), "do not fit"),
+        ((x, x.astype(np.float64)), "contiguous f32"),
+        ((x, x.copy(), pool, scratch, 10), "do not fit"),
+        ((x, x.copy(), pool, scratch, 0, np.zeros((2, 8), np.bool_)), "fired is bool"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dense_ffn(view, *(given if len(given) > 2 else (*given, pool, scratch)))
