@@ -111,7 +111,7 @@ class CpuRunner:
         self._runtime.as_decode = False
         self._expect_scattered_reads(False)
         # A child of fork waits for ever for torch's threads, which stayed with its parent.
-        with torch_threads(self._runtime.pool.threads if self._owner == os.getpid() else 1):
+        with torch_threads(1):
             hidden = self._model(torch.tensor(tokens), cache, length)
             self._expect_scattered_reads(self._runtime.strategy != "dense")
             return self._model.logits(hidden[first:])
