@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.np.numpy_support import from_dtype
 
 from cpu_kernels.contract import BLOCK, RowLayout
-from cpu_kernels.lanes import F32, I64, LANES, Code
+from cpu_kernels.lanes import F32, I32, I64, LANES, Code, constant
 from cpu_kernels.row_type import FourRows, Panel, RowType, Sums
 
 STEP = 32  # elements of one step: two sums of 16 lanes for each of four rows
@@ -26,6 +26,7 @@ class FloatRows(RowType):
         super().__init__(layout, array)
         self._kind: types.Type = from_dtype(array)
         self._size = array.itemsize
+        self.panel_unit = 2 * LANES if layout.name == "bf16" else LANES
 
     def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
         builder, size = code.builder, self._size
@@ -85,13 +86,24 @@ class FloatRows(RowType):
 
     def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
         builder = code.builder
-        for column, at in self._vectors(code, part):
-            wide = [code.widened(builder.add(row, column), self._kind, LANES) for row in rows]
-            code.store_columns(code.transposed(wide), builder.add(to.weights, builder.mul(at, to.width)), to.width)
+        for column, at in self._vectors(code, part, self.panel_unit):
+            line, here = builder.add(to.weights, builder.mul(at, to.width)), [builder.add(row, column) for row in rows]
+            if self.panel_unit == LANES:
+                wide = [code.widened(row, self._kind, LANES) for row in here]
+                code.store_columns(code.transposed(wide), line, to.width)
+                continue
+            # Two bf16 move together and are widened after that, which halves the moves.
+            twice, second = builder.mul(to.width, I64(2)), builder.add(line, to.width)
+            pairs = code.transposed([code.load(row, I32, LANES, 0, 2) for row in here])
+            for start, bits in (
+                (line, [builder.shl(pair, constant(I32, 16, LANES)) for pair in pairs]),
+                (second, [builder.and_(pair, constant(I32, -1 << 16, LANES)) for pair in pairs]),
+            ):
+                code.store_columns(bits, start, twice)
 
-    def _vectors(self, code: Code, part: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
-        """A loop over whole vectors of columns: where each begins in a row, in bytes, and how many came before it."""
+    def _vectors(self, code: Code, part: tuple[Any, Any], unit: int = LANES) -> Iterator[tuple[Any, Any]]:
+        """A loop over whole units of columns: where each begins in a row, in bytes, and how many came before it."""
         builder, (first, last) = code.builder, part
-        count = builder.and_(builder.sub(last, first), I64(-LANES))
-        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), intp=I64) as (at, _):
+        count = builder.and_(builder.sub(last, first), I64(-unit))
+        with cgutils.for_range_slice(builder, I64(0), count, I64(unit), intp=I64) as (at, _):
             yield builder.mul(builder.add(first, at), I64(self._size)), at

@@ -26,7 +26,7 @@ from cpu_kernels.lanes import I64, LANES, Code, new_inputs, one_input, round_inp
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_sum import column_bytes
 from cpu_kernels.row_type import Panel
-from cpu_kernels.row_types import has_tail, in_blocks, type_like, weight_of
+from cpu_kernels.row_types import has_tail, in_blocks, panel_unit, type_like, weight_of
 from cpu_kernels.tiles import (
     TOKENS,
     code_tile,
@@ -178,7 +178,7 @@ def pack_panels(like, row, row_bytes, count, first, last, end, own):  # type: ig
         here = row + r * row_bytes
         _panel_vectors(like, here, row_bytes, some, first, last, end, weights, of, columns * 4)
         if has_tail(like):
-            for j in range(first + ((last - first) & -LANES), last):
+            for j in range(first + ((last - first) & -panel_unit(like)), last):
                 place = (panel * GROUP + j - first) * columns + r % columns
                 for i in range(LANES):
                     own.panels[place + i] = weight_of(like, here + min(i, some - 1) * row_bytes, j)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cpu_kernels.contract import LAYOUTS
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.errors import InputError
 from hybrid.formats.packed import PackedModel
@@ -17,8 +18,9 @@ from hybrid.runtime.plan import RunPlan
 from hybrid.runtime.runner import CpuRunner, Runner
 from placement.workspace import ENGINE_ROWS
 
-# Pieces of a prompt this short go through the kernels, 8 tokens at a time: widening all weights for GEMMs takes longer.
-_FEW_TOKENS = 32
+# Pieces of a prompt this short go through the kernels of decode: bringing all weights into panels takes longer.
+# Codes of blocks are multiplied token by token there, two tokens' products of floats cost little more than one's.
+_FEW_TOKENS, _FEW_OF_BLOCKS = 32, 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,7 @@ def load_model(plan: RunPlan) -> LoadedModel:
     spec, codec = plan.spec, plan.folder.codec
     defaults = plan.folder.defaults
     ends = frozenset((*defaults.end_tokens, *codec.eos_tokens()))
-    runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=_FEW_TOKENS)
+    few = _FEW_OF_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _FEW_TOKENS
+    runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=few)
     model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle)
     return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

@@ -106,7 +106,7 @@ class CpuRunner:
     def _logits(self, tokens: Sequence[int], length: int | None, cache: KVCache, first: int) -> torch.Tensor:
         """Logits after the tokens from `first` on. A few go through the step, for which no weights are widened, but
         where a rotation depends on how long the text is."""
-        if len(tokens) == 1 or (len(tokens) <= self.most_rows and not self._turns_with_length):
+        if len(tokens) == 1 or (len(tokens) <= self._runtime.few and not self._turns_with_length):
             return self._run([Row(cache, token) for token in tokens], self._reading, first)
         self._runtime.as_decode = False
         self._expect_scattered_reads(False)
