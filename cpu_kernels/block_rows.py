@@ -40,12 +40,12 @@ class BlockRows(RowType):
                     value = builder.fmul(code.slice(number, half * LANES, LANES), code.lane(scales, block))
                     code.store(value, builder.add(base, I64(4 * (BLOCK * block + LANES * half))))
 
-    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
-        builder, group = code.builder, code.builder.lshr(part[0], _GROUP_BITS)
+    def panel(self, code: Code, rows: list[Any], group: Any, end: Any, to: Panel) -> None:
+        builder = code.builder
         scales = [code.scales(builder.add(row, end), group) for row in rows]
         for block in range(GROUP // BLOCK):
             pairs = [builder.bitcast(self._codes(code, row, group, block), ir.VectorType(I32, LANES)) for row in rows]
-            at = builder.add(to.weights, builder.mul(to.width, I64(BLOCK // 2 * block)))
+            at = builder.add(to.pairs, builder.mul(to.width, I64(BLOCK // 2 * block)))
             code.store_columns(code.transposed(pairs), at, to.width)
             line = builder.add(to.scales, builder.mul(to.width, I64(block)))
             for number, four in enumerate(scales):

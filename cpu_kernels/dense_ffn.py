@@ -12,60 +12,61 @@ import torch
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.contract import GROUP, activation_word, split_activation
-from cpu_kernels.gemm import UNIT, GemmScratch, pack_tokens, products, row_sums
+from cpu_kernels.contract import activation_word, split_activation
+from cpu_kernels.gemm import GemmScratch, products, row_sums
 from cpu_kernels.matrix import Matrix
+from cpu_kernels.panels import LARGEST, UNIT, pack_columns, pack_tokens
 from cpu_kernels.sparse_ffn import FFNView
-from cpu_kernels.tiles import TOKENS
 from cpu_kernels.worker_pool import WorkerPool
 
 
 @subroutine
-def _put_hidden(word, own, gated, gate_bias, up_bias, first, start, count, tokens, hidden, fired):  # type: ignore[no-untyped-def]
+def _put_hidden(  # type: ignore[no-untyped-def]
+    form, word, own, gated, gate_bias, up_bias, first, start, count, tokens, hidden, fired
+):  # fmt: skip
     """The activations of a unit, neurons [first + start, + count), from gate and up in the worker's results."""
-    groups = (tokens + TOKENS - 1) // TOKENS
     neuron, zero = first + start, np.float32(0)
     for t in range(tokens):
-        place = (start * groups + t // TOKENS * GROUP) * TOKENS + t % TOKENS
+        gates, ups = own.results[0, t], own.results[1, t]
         for j in range(count):
-            up = own.results[1, t, j] + (up_bias[neuron + j] if up_bias.shape[0] else zero)
+            up = ups[j] + (up_bias[neuron + j] if up_bias.shape[0] else zero)
             if gated:
-                gate = own.results[0, t, j] + (gate_bias[neuron + j] if gate_bias.shape[0] else zero)
-                value = activate(word, gate)
+                value = activate(word, gates[j] + (gate_bias[neuron + j] if gate_bias.shape[0] else zero))
                 up = activate_up(word, up)
                 fires = value != 0 and (word != 6 or up != 0)
                 value *= up
             else:
                 value = activate(word, up)
                 fires = value != 0
-            hidden.floats[place + j * TOKENS] = value
+            ups[j] = value
             if fired.shape[0]:
                 fired[t, neuron + j] = fires
+        pack_columns(form, LARGEST, ups, count, start, t, tokens, own.codes, hidden)
 
 
 @kernel
 def _dense_ffn(  # type: ignore[no-untyped-def]
-    worker, workers, state, word, like, gate, up, down, row_bytes, first, gate_bias, up_bias, neurons, x, packed, 
+    worker, workers, state, form, word, like, gate, up, down, row_bytes, first, gate_bias, up_bias, neurons, x, packed, 
     hidden, own, out, fired,
 ):  # fmt: skip
     tokens, d = x.shape
-    pack_tokens(state, like, x, own, packed)
+    pack_tokens(state, form, like, x, own, packed)
     if not barrier.wait(state, workers):
         return
     start = barrier.take(state) * UNIT
     while start < neurons:
         count = min(UNIT, neurons - start)
         if gate:
-            products(like, gate, row_bytes, first + start, count, d, packed, tokens, own, 0)
-        products(like, up, row_bytes, first + start, count, d, packed, tokens, own, 1)
-        _put_hidden(word, own, gate != 0, gate_bias, up_bias, first, start, count, tokens, hidden, fired)
+            products(form, like, gate, row_bytes, first + start, count, d, packed, tokens, own, 0)
+        products(form, like, up, row_bytes, first + start, count, d, packed, tokens, own, 1)
+        _put_hidden(form, word, own, gate != 0, gate_bias, up_bias, first, start, count, tokens, hidden, fired)
         start = barrier.take(state) * UNIT
     if not barrier.wait(state, workers):
         return
     column = barrier.take(state) * UNIT
     while column < d:
         count = min(UNIT, d - column)
-        row_sums(like, down + first * row_bytes, row_bytes, neurons, d, column, count, hidden, tokens, own, 0)
+        row_sums(form, like, down + first * row_bytes, row_bytes, neurons, d, column, count, hidden, tokens, own, 0)
         for t in range(tokens):
             for j in range(count):
                 out[t, column + j] = own.results[0, t, j]
@@ -102,8 +103,8 @@ def dense_ffn(
     rows = w.like, w.gate, w.up, w.down, w.width
     layer = activation_word(ffn.activation), *rows, first, w.gate_bias, w.up_bias, computed
     hidden = scratch.packed("hidden", tokens, computed)
-    buffers = scratch.packed("x", tokens, d), hidden, scratch.owns(tokens, d)
-    pool.run(_dense_ffn, pool.threads, pool.barrier, *layer, x, *buffers, out, fired)
+    buffers = scratch.packed("x", tokens, d), hidden, scratch.owns(tokens)
+    pool.run(_dense_ffn, pool.threads, pool.barrier, scratch.form, *layer, x, *buffers, out, fired)
 
 
 def dense_ffn_ref(ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0) -> np.ndarray:

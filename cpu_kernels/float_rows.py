@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from numba.core import cgutils
 from numba.np.numpy_support import from_dtype
 
 from cpu_kernels.contract import BLOCK, RowLayout
-from cpu_kernels.lanes import F32, I32, I64, LANES, Code, constant
-from cpu_kernels.row_type import FourRows, Panel, RowType, Sums
+from cpu_kernels.lanes import F32, I64, LANES, Code
+from cpu_kernels.row_type import FourRows, RowType, Sums
 
 STEP = 32  # elements of one step: two sums of 16 lanes for each of four rows
 
@@ -26,7 +25,6 @@ class FloatRows(RowType):
         super().__init__(layout, array)
         self._kind: types.Type = from_dtype(array)
         self._size = array.itemsize
-        self.panel_unit = 2 * LANES if layout.name == "bf16" else LANES
 
     def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
         builder, size = code.builder, self._size
@@ -80,30 +78,9 @@ class FloatRows(RowType):
                 code.store(total, builder.add(at, I64(half * LANES * 4)))
 
     def widen(self, code: Code, row: Any, part: tuple[Any, Any], end: Any, out: Any) -> None:
-        for column, at in self._vectors(code, part):
-            value = code.widened(code.builder.add(row, column), self._kind, LANES)
-            code.store(value, code.builder.add(out, code.builder.mul(at, I64(4))))
-
-    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
-        builder = code.builder
-        for column, at in self._vectors(code, part, self.panel_unit):
-            line, here = builder.add(to.weights, builder.mul(at, to.width)), [builder.add(row, column) for row in rows]
-            if self.panel_unit == LANES:
-                wide = [code.widened(row, self._kind, LANES) for row in here]
-                code.store_columns(code.transposed(wide), line, to.width)
-                continue
-            # Two bf16 move together and are widened after that, which halves the moves.
-            twice, second = builder.mul(to.width, I64(2)), builder.add(line, to.width)
-            pairs = code.transposed([code.load(row, I32, LANES, 0, 2) for row in here])
-            for start, bits in (
-                (line, [builder.shl(pair, constant(I32, 16, LANES)) for pair in pairs]),
-                (second, [builder.and_(pair, constant(I32, -1 << 16, LANES)) for pair in pairs]),
-            ):
-                code.store_columns(bits, start, twice)
-
-    def _vectors(self, code: Code, part: tuple[Any, Any], unit: int = LANES) -> Iterator[tuple[Any, Any]]:
-        """A loop over whole units of columns: where each begins in a row, in bytes, and how many came before it."""
         builder, (first, last) = code.builder, part
-        count = builder.and_(builder.sub(last, first), I64(-unit))
-        with cgutils.for_range_slice(builder, I64(0), count, I64(unit), intp=I64) as (at, _):
-            yield builder.mul(builder.add(first, at), I64(self._size)), at
+        count = builder.and_(builder.sub(last, first), I64(-LANES))
+        row = builder.add(row, builder.mul(first, I64(self._size)))
+        with cgutils.for_range_slice(builder, I64(0), count, I64(LANES), intp=I64) as (start, _):
+            value = code.widened(builder.add(row, builder.mul(start, I64(self._size))), self._kind, LANES)
+            code.store(value, builder.add(out, builder.mul(start, I64(4))))

@@ -91,7 +91,7 @@ def one_input(inputs, t):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, forceinline=True)
-def _largest(x, start, stop):  # type: ignore[no-untyped-def]
+def largest(x, start, stop):  # type: ignore[no-untyped-def]
     top = np.float32(0)
     for j in range(start, stop):
         top = max(top, abs(x[j]))
@@ -112,7 +112,7 @@ def round_input(v, d):  # type: ignore[no-untyped-def]
     one = np.float32(1)
     for b in range(padded(d) // BLOCK):
         start, stop = min(BLOCK * b, d), min(BLOCK * b + BLOCK, d)
-        top = _largest(x, start, stop)
+        top = largest(x, start, stop)
         scale = top / _LARGEST
         inverse = _LARGEST / top if top > np.float32(1e-30) else np.float32(0)
         for j in range(start, stop):
@@ -377,3 +377,14 @@ def fetch(typing_context: Any, row: Any, at: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(row, types.intp), generate
+
+
+@intrinsic
+def fetch_at(typing_context: Any, address: Any) -> Any:
+    """Fetch the cache line of `address` into L2; it may lie anywhere, as a fetch never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        Code(context, builder).fetch(args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate

@@ -32,10 +32,10 @@ class Sums(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Where 16 rows go in a panel, addresses: their weights of the first column, their scales, and bytes from one
-    column, pair of columns or block to the next."""
+    """Where 16 rows go in a panel of codes, addresses: their first pairs and their scales; and the bytes from one pair
+    of columns, or block, to the next."""
 
-    weights: Any
+    pairs: Any
     scales: Any
     width: Any
 
@@ -46,14 +46,12 @@ class RowType(ABC):
     layout: bits, group and sizes. array: the type of the rows' array, by which compiled code knows them: NumPy has no
     bf16 and no 4-bit type, so each type has another of NumPy's. columns_unit: slices of the columns of a sum begin and
     end at multiples of it, but for the row's end. has_tail: whether the methods leave what follows the last whole
-    vector, of `panel` the last whole `panel_unit`, to those who call them. in_order: whether sums lie in the order of
-    the columns.
+    vector to `row_dot.py`, `row_sum.py` and `widen.py`. in_order: whether sums lie in the order of the columns.
     """
 
     columns_unit: int = BLOCK
     has_tail: bool
     in_order: bool = True
-    panel_unit: int = BLOCK
 
     def __init__(self, layout: RowLayout, array: np.dtype) -> None:
         self.layout, self.array = layout, array
@@ -84,6 +82,6 @@ class RowType(ABC):
         """Columns [first, last) of the row at address `row`, that `part` says, as f32 at address `out`; first is a
         multiple of the group. end: bytes of a row before its scales."""
 
-    @abstractmethod
-    def panel(self, code: Code, rows: list[Any], part: tuple[Any, Any], end: Any, to: Panel) -> None:
-        """Columns [first, last) of 16 rows, within one group of 128, side by side, as `tiles.py` multiplies them."""
+    def panel(self, code: Code, rows: list[Any], group: Any, end: Any, to: Panel) -> None:
+        """The codes of one group of 16 rows side by side, as `tiles.py` multiplies them; of rows in blocks alone."""
+        raise TypeError(f"rows of {self.layout.name} have no codes")

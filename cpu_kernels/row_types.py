@@ -61,7 +61,6 @@ row_bits = number_of(lambda kind: kind.bits)
 row_group = number_of(lambda kind: kind.group)
 group_bytes = number_of(lambda kind: kind.layout.row_bytes(kind.group))
 has_tail = number_of(lambda kind: kind.has_tail)
-panel_unit = number_of(lambda kind: kind.panel_unit)
 in_blocks = number_of(lambda kind: kind.layout.in_blocks)
 
 
