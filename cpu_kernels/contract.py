@@ -18,7 +18,7 @@ import math
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 BLOCK = 32  # weights that share a scale
 GROUP = 128  # weights to a multiple of which rows in blocks are padded
@@ -59,6 +59,9 @@ def split_activation(name: str) -> tuple[str, float]:
 
 
 DType = Literal["bf16", "f16", "f32", "int8", "int4"]
+# Of products of many tokens. precise: in f32. fast: in integers of 14 to 16 bits, see `panels.py`.
+Precision = Literal["precise", "fast"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Blocks = Literal["int8", "int4"]
 
 

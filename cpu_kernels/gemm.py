@@ -11,14 +11,12 @@ Threads: workers meet once the tokens are in form; then each takes units of 128 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.contract import BLOCK, GROUP
+from cpu_kernels.contract import BLOCK, GROUP, Precision
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.panels import (
     CODES,
@@ -45,9 +43,7 @@ from cpu_kernels.tiles import (
 )
 from cpu_kernels.worker_pool import Each, WorkerPool
 
-# precise: weights and tokens in f32. fast: in codes of 14 to 16 bits, see `panels.py`.
-Precision = Literal["precise", "fast"]
-_FORMS = {"precise": FLOATS, "fast": CODES}
+_FORMS: dict[Precision, np.ndarray] = {"precise": FLOATS, "fast": CODES}
 
 
 @subroutine(forceinline=True)

@@ -244,6 +244,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 @options.WINDOW_AS_CONTEXT
 @click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
 @options.KV
+@options.EVAL_PREFILL
 @options.THREADS
 @options.BUNDLE
 def evaluate(model: Path | None, **given: Any) -> None:
@@ -271,6 +272,7 @@ def evaluate(model: Path | None, **given: Any) -> None:
 @options.RUN_BUDGET
 @options.CONTEXT
 @options.KV
+@options.PREFILL
 @options.SEED
 @options.THREADS
 @options.BUNDLE

@@ -226,7 +226,9 @@ def evaluate(model: Path | None, options: Options) -> None:
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
     with progress("eval", windows.tokens.size * len(strategies)) as advance:
-        found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance, options["kv"])
+        found = evaluate_strategies(
+            project.model, project.runtime, strategies, windows, advance, options["kv"], options["prefill"]
+        )
     click.echo(quality_report(found))
     if options["curve"] and bank and bank.report:
         click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
@@ -267,7 +269,9 @@ def quality_report(found: list[StrategyQuality]) -> str:
     dense = found[0].perplexity
     rows = [
         [
-            q.strategy if q.kv is None else f"{q.strategy}, KV {q.kv}",
+            ", ".join(
+                [q.strategy, *([f"KV {q.kv}"] if q.kv else []), *(["prefill fast"] if q.prefill == "fast" else [])]
+            ),
             f"{q.perplexity:.4f}",
             _change(q.perplexity, dense),
             f"{q.kl:.5f}",
@@ -369,7 +373,7 @@ def open_model(model: Path | None, options: Options) -> ModelFolder:
 
 def engine_config(options: Options) -> EngineConfig:
     """How the command line says that a model is run."""
-    names = ("sparsity", "context", "threads", "bundle", "vram_budget", "kv")
+    names = ("sparsity", "context", "threads", "bundle", "vram_budget", "kv", "prefill")
     return EngineConfig(**{name: options[name] for name in names})
 
 

@@ -146,6 +146,20 @@ KV = click.option(
     show_default=True,
     help="How keys and values are kept: auto is f16, or f32 where that does not hold them.",
 )
+PREFILL = click.option(
+    "--prefill",
+    type=click.Choice(["fast", "precise"]),
+    default="fast",
+    show_default=True,
+    help="How the CPU multiplies a prompt: in integers of 14 to 16 bits, or in f32.",
+)
+EVAL_PREFILL = click.option(
+    "--prefill",
+    type=click.Choice(["precise", "fast"]),
+    default="precise",
+    show_default=True,
+    help="fast: also what reading prompts so costs.",
+)
 MLOCK = click.option("--mlock", is_flag=True, help="Read a packed model at once and keep it in memory.")
 CONTEXT = click.option("--context", type=COUNT, help="Tokens of the KV cache  [default: the model's]")
 HARDWARE = click.option(
@@ -221,7 +235,7 @@ def chosen_sampling(defaults: SamplingSettings, given: Mapping[str, Any]) -> Sam
 
 def run_options(command: Command) -> Command:
     """How a model is run."""
-    for option in reversed((SPARSITY, RUN_BUDGET, CONTEXT, KV, THREADS, MLOCK, BUNDLE)):
+    for option in reversed((SPARSITY, RUN_BUDGET, CONTEXT, KV, PREFILL, THREADS, MLOCK, BUNDLE)):
         command = option(command)
     return command
 

@@ -191,7 +191,7 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
 
 def engine_settings(sparsity: str, options: Mapping[str, Any]) -> EngineConfig:
     """How the command's options ask to load an engine."""
-    names = ("context", "threads", "bundle", "vram_budget", "kv")
+    names = ("context", "threads", "bundle", "vram_budget", "kv", "prefill")
     return EngineConfig(sparsity, **{name: options[name] for name in names})
 
 

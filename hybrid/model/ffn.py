@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cpu_kernels.contract import MAX_BATCH
+from cpu_kernels.contract import MAX_BATCH, Precision
 from cpu_kernels.dense_ffn import dense_ffn
 from cpu_kernels.gemm import GemmScratch
 from cpu_kernels.low_rank import PredictorView, predict_tokens
@@ -52,6 +52,7 @@ class FFNRuntime:
 
     as_decode: treat each token as decode does, by the strategy and its kernels; otherwise as prefill does, all of it.
     few: up to so many tokens of a prompt at once go through the kernels of decode, rather than GEMMs.
+    precision: of those GEMMs.
     keep_fired: have GEMMs tell `HybridFFN.act` which activations were not 0, for a profiler.
     """
 
@@ -61,12 +62,13 @@ class FFNRuntime:
     d_ff: int
     as_decode: bool = False
     few: int = 0
+    precision: Precision = "precise"
     keep_fired: bool = False
     counters: FFNCounters = field(default_factory=FFNCounters)
 
     def __post_init__(self) -> None:
         self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
-        self.gemm = GemmScratch(self.pool.threads)
+        self.gemm = GemmScratch(self.pool.threads, self.precision)
 
 
 @dataclass(frozen=True, eq=False)

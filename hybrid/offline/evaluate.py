@@ -13,6 +13,8 @@ from math import exp
 
 import torch
 
+from cpu_kernels.contract import Precision
+from cpu_kernels.gemm import GemmScratch
 from hybrid.model.ffn import FFNCounters, FFNRuntime
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
@@ -28,7 +30,7 @@ class StrategyQuality:
     """One strategy over a corpus; `kl` is in nats per token, dense first; shares are of all FFN neurons.
 
     `fired_share` is None for dense, which does not count. `kv`: what keys and values were kept in,
-    None for f32, as computed.
+    None for f32, as computed. prefill: how many tokens at once were multiplied.
     """
 
     strategy: Strategy
@@ -39,6 +41,7 @@ class StrategyQuality:
     computed_share: float
     fired_share: float | None
     kv: str | None = None
+    prefill: Precision = "precise"
 
 
 @contextmanager
@@ -72,14 +75,18 @@ def evaluate(
     windows: TokenWindows,
     progress: Callable[[int], None],
     kv: KVChoice = "auto",
+    prefill: Precision = "precise",
 ) -> list[StrategyQuality]:
     """Hold `strategies` against dense over `windows`; `progress` is called with tokens done since its last call.
 
     kv: other than `auto`, all strategies read keys and values that are kept so; first is then dense with them in f32.
+    prefill: `fast` adds dense as prompts are read then, last.
     """
     sums, plain = {strategy: _Sums() for strategy in strategies}, _Sums()
     spec = replace(model.spec, kv=kv)
     cache = None if kv == "auto" else KVCache(spec, windows.tokens.shape[1])
+    fast, exactly = _Sums() if prefill == "fast" else None, runtime.gemm
+    rounding = GemmScratch(runtime.pool.threads, "fast")
     with torch_threads(runtime.pool.threads):
         for window in torch.from_numpy(windows.tokens):
             with as_decode(runtime, "dense"):
@@ -95,9 +102,14 @@ def evaluate(
                     sums[strategy].add(model, truth, truth if is_truth else model(window, cache), window)
                 sums[strategy].count(runtime.counters)
                 progress(len(window))
-    if cache is None:
-        return [sums[strategy].result(strategy) for strategy in strategies]
-    return [plain.result("dense"), *(sums[strategy].result(strategy, spec.kv_dtype) for strategy in strategies)]
+            if fast is not None:
+                runtime.gemm = rounding
+                with as_decode(runtime, "dense"):
+                    fast.add(model, truth, model(window), window)
+                runtime.gemm = exactly
+    found = [] if cache is None else [plain.result("dense")]
+    found += [sums[strategy].result(strategy, None if cache is None else spec.kv_dtype) for strategy in strategies]
+    return found if fast is None else [*found, replace(fast.result("dense"), prefill="fast")]
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpu_kernels.contract import PRECISIONS, Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import BudgetError, ContextError, InputError
 from placement.plan import UNLIMITED, parse_size
@@ -25,7 +26,8 @@ class EngineConfig:
     artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
     as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
     sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
-    kept, int8 or `auto`, in f16 or, where that does not hold them, f32.
+    kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the CPU multiplies the tokens of
+    a prompt, `fast`, in integers of 14 to 16 bits, or `precise`, in f32.
     """
 
     sparsity: str = "auto"
@@ -35,6 +37,7 @@ class EngineConfig:
     vram_budget: int | None = None
     kv_tokens: int | None = None
     kv: KVChoice = "auto"
+    prefill: Precision = "fast"
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
@@ -51,6 +54,8 @@ class EngineConfig:
             raise InputError(f"kv_tokens is {self.kv_tokens!r}, {expected}", setting="kv_tokens")
         if self.kv not in KV_CHOICES:
             raise InputError(f"unknown kv {self.kv!r}, expected {' or '.join(KV_CHOICES)}", setting="kv")
+        if self.prefill not in PRECISIONS:
+            raise InputError(f"unknown prefill {self.prefill!r}, expected {' or '.join(PRECISIONS)}", setting="prefill")
         object.__setattr__(self, "bundle", _path(self.bundle))
         object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
 

@@ -63,6 +63,7 @@ def load_model(plan: RunPlan) -> LoadedModel:
     defaults = plan.folder.defaults
     ends = frozenset((*defaults.end_tokens, *codec.eos_tokens()))
     few = _FEW_OF_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _FEW_TOKENS
-    runtime = FFNRuntime(plan.strategy, WorkerPool(plan.threads), spec.d_model, spec.d_ff, few=few)
+    pool = WorkerPool(plan.threads)
+    runtime = FFNRuntime(plan.strategy, pool, spec.d_model, spec.d_ff, few=few, precision=plan.prefill)
     model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle)
     return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cpu_kernels.contract import Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import counted, percent
 from hybrid.errors import ArtifactError, InputError
@@ -30,7 +31,7 @@ class RunPlan:
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
     its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
-    that the KV cache has room for, where more or less than one context was asked for.
+    that the KV cache has room for, where more or less than one context was asked for. prefill: of the CPU's products.
     """
 
     folder: ModelFolder
@@ -43,6 +44,7 @@ class RunPlan:
     context: int
     notices: tuple[str, ...] = ()
     kv_tokens: int | None = None
+    prefill: Precision = "fast"
 
     @property
     def spec(self) -> ModelSpec:
@@ -92,7 +94,8 @@ def plan_run(
         placement = placement_for(bundle, folder, strategy, context, gpu, *sizes)
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
-    return RunPlan(folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices), config.kv_tokens)
+    found = folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices)
+    return RunPlan(*found, config.kv_tokens, config.prefill)
 
 
 def cpu_threads(beside_gpu: bool) -> int:

@@ -6,23 +6,43 @@ import pytest
 import torch
 from matrix_cases import DTYPES, SHAPES, product_bound, random_input, random_matrix, stored
 
+from cpu_kernels.contract import PRECISIONS
 from cpu_kernels.gemm import GemmScratch, gemm, gemm_ref
 from cpu_kernels.worker_pool import WorkerPool
 
 NO_BIAS = np.empty(0, np.float32)
 
 
-def run(matrix, x, bias=NO_BIAS, threads=1, scratch=None):
+def run(matrix, x, bias=NO_BIAS, threads=1, scratch=None, precision="precise"):
     out, pool = np.full((len(x), matrix.shape[0]), np.nan, np.float32), WorkerPool(threads)
-    gemm(matrix, x, bias, out, pool, scratch or GemmScratch(threads))
+    gemm(matrix, x, bias, out, pool, scratch or GemmScratch(threads, precision))
     pool.close()
     return out
 
 
+def largest_of_blocks(v):
+    """Each element's block's largest magnitude, for [n, d]."""
+    blocks = np.abs(np.pad(v, ((0, 0), (0, -v.shape[1] % 32)))).reshape(len(v), -1, 32)
+    return np.repeat(blocks.max(-1), 32, axis=1)[:, : v.shape[1]]
+
+
+def bound_of(matrix, x, precision):
+    """Of floats that are rounded: half of 1 / 8,191 of its block's largest each of weights and tokens, and f32's."""
+    if precision == "precise":
+        return 1e-6 * np.abs(x) @ np.abs(matrix.widen().numpy()).T
+    if matrix.kind.layout.in_blocks:
+        return product_bound(matrix, x)
+    w = matrix.widen().numpy()
+    half = 0.51 / 8191
+    rounded = largest_of_blocks(x) @ np.abs(w).T + np.abs(x) @ largest_of_blocks(w).T
+    return half * rounded + half**2 * largest_of_blocks(x) @ largest_of_blocks(w).T + product_bound(matrix, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_matches_reference(rows, width, dtype):
-    matrix, every, scratch = random_matrix(rows, width, dtype), random_input(40, width), GemmScratch(1)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_matches_reference(precision, rows, width, dtype):
+    matrix, every, scratch = random_matrix(rows, width, dtype), random_input(40, width), GemmScratch(1, precision)
     for tokens in (40, 1, 3, 6, 11):
         x = every[:tokens]
         for bias in (NO_BIAS, random_input(1, rows)[0]):
@@ -30,7 +50,7 @@ def test_matches_reference(rows, width, dtype):
             gemm_ref(matrix, x, bias, truth)
             found = run(matrix, x, bias, scratch=scratch)
             # Adding the bias rounds once more.
-            assert (np.abs(found - truth) <= product_bound(matrix, x) + 1e-6 * np.abs(truth)).all()
+            assert (np.abs(found - truth) <= bound_of(matrix, x, precision) + 1e-6 * np.abs(truth)).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -41,24 +61,36 @@ def test_blocks_are_exact_where_the_input_fits_16_bits(dtype):
     weight[:, ::32] = 7  # the largest of a block decides its scale
     x = rng.integers(-1000, 1001, (9, 300)).astype(np.float32)
     x[:, 5::32] = 32767
-    assert (run(stored(torch.from_numpy(weight), dtype), x) == x @ weight.T).all()
+    assert (run(stored(torch.from_numpy(weight), dtype), x, precision="fast") == x @ weight.T).all()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_sums_of_a_block_fit_their_integers(dtype):
     weight = torch.tensor([[1.0, -1.0] * 64, [-1.0] * 128])
     x = np.full((6, 128), 3.0, np.float32)
     x[1::2] *= -1
-    assert np.allclose(run(stored(weight, dtype), x), x @ weight.numpy().T, rtol=1e-4)
+    assert np.allclose(run(stored(weight, dtype), x, precision="fast"), x @ weight.numpy().T, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_threads_and_alone_or_among_others(dtype):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_same_bits_for_any_threads_and_alone_or_among_others(precision, dtype):
     matrix, x, bias = random_matrix(301, 333, dtype), random_input(20, 333), random_input(1, 301)[0]
-    truth = run(matrix, x, bias)
-    assert (run(matrix, x, bias, threads=3) == truth).all()
+    truth = run(matrix, x, bias, precision=precision)
+    assert (run(matrix, x, bias, 3, precision=precision) == truth).all()
     for some in (slice(0, 1), slice(5, 9), slice(7, 20)):
-        assert (run(matrix, x[some], bias) == truth[some]).all()
+        assert (run(matrix, x[some], bias, precision=precision) == truth[some]).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_tokens_and_weights_of_zeros_and_tiny_ones(precision):
+    weight, x = torch.zeros(3, 64), np.zeros((7, 64), np.float32)
+    weight[1], x[2] = 1e-38, 3e-39
+    weight[2, 5], x[3, 5] = 2.0, 1.0
+    found = run(stored(weight, "f32"), x, precision=precision)
+    assert found[3, 2] == pytest.approx(2, rel=1e-6) and np.isfinite(found).all()
+    found[3, 2] = 0
+    assert np.abs(found).max() < 1e-30
 
 
 def test_buffers_grow_and_keep_nothing_of_other_calls():
