@@ -7,8 +7,9 @@
 `batches`: so many answers begin together; tokens/s of all of them from the last one's first token on, best of three.
 `load`: capacity is what as many callers as may run get who ask again at once; then requests arrive by chance (Poisson)
 at a share of it. For each, the time to its first token (TTFT), mean time per token after it (TPOT) and its longest gap
-between two tokens; goodput is the share that met both limits. `prefix`: TTFT of a long prompt, of the same chat's next
-turn, and of the prompt asked again. The last line is JSON.
+between two tokens; goodput is the share that met both limits. Beside the longest pause stands what a virtual machine's
+host took of its CPUs meanwhile, and the most within a quarter of a second. `prefix`: TTFT of a long prompt, of the same
+chat's next turn, and of the prompt asked again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,22 +118,42 @@ def resident_bytes() -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
 
 
+def stolen_seconds() -> float:
+    """What a virtual machine's host has taken of each CPU so far, on the mean; 0 where the system does not say."""
+    status = Path("/proc/stat")
+    first = status.read_text(encoding="ascii").split("\n", 1)[0].split() if status.is_file() else []
+    return int(first[8]) / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1) if len(first) > 8 else 0.0
+
+
+async def watch_stolen(longest: list[float]) -> None:
+    """Keep the most that was taken within some quarter of a second in `longest`, until it is cancelled."""
+    seen = deque([stolen_seconds()], maxlen=26)
+    while True:
+        await asyncio.sleep(0.01)
+        seen.append(stolen_seconds())
+        longest[0] = max(longest[0], seen[-1] - seen[0])
+
+
 async def load(engine: AsyncEngine, share: float, seconds: float, tokens: int, seed: int) -> dict[str, Any]:
     """Capacity, then requests at a share of it for so many seconds."""
     longest = min(1500, engine.context - tokens - 1)
     asked = requests(engine.plan.spec.vocab_size, 16, longest, tokens, seed)
     most = await capacity(engine, asked, max(2.0, seconds / 10))
-    before, tasks = resident_bytes(), []
+    before, tasks, stolen, longest_stolen = resident_bytes(), [], stolen_seconds(), [0.0]
+    watch, start = asyncio.create_task(watch_stolen(longest_stolen)), perf_counter()
     async for _ in arrivals(share * most, seconds, seed):
         tasks.append(asyncio.create_task(ask(engine, next(asked))))
     found = summary(await asyncio.gather(*tasks))
     figures = engine.figures()
+    watch.cancel()
     return {
         "capacity_per_second": round(most, 3),
         "share": share,
         **found,
         "grown_mib": round((resident_bytes() - before) / 2**20, 1),
         "longest_pause_ms": round(1000 * figures.longest_pause_seconds, 2),
+        "stolen_share": round((stolen_seconds() - stolen) / (perf_counter() - start), 4),
+        "stolen_longest_ms": round(1000 * longest_stolen[0], 1),
         "preempted": figures.preempted_total,
         "kv_blocks_used": figures.kv_blocks_used,
     }
