@@ -73,24 +73,22 @@ def groups_of(tokens: int) -> int:
 def new_tokens(tokens: int, columns: int) -> Tokens:
     """Room for so many tokens of up to `columns` columns, in either form."""
     n, width = groups_of(tokens) * TOKENS, padded(columns)
-    return Tokens(
-        _aligned(n * width, np.float32), _aligned(n * width, np.int16), _aligned(n * width // BLOCK, np.float32)
-    )
+    return Tokens(aligned(n * width, np.float32), aligned(n * width, np.int16), aligned(n * width // BLOCK, np.float32))
 
 
 def new_own(tokens: int, columns: int) -> Own:
     """One worker's buffers for so many tokens of inputs of up to `columns` columns."""
     rows = groups_of(tokens) * TOKENS  # a tile of an odd number of tokens adds one more
     return Own(
-        panels=_aligned(UNIT * GROUP, np.float32),
-        scales=_aligned(UNIT * GROUP // BLOCK, np.float32),
-        wide=_aligned(GROUP * _SPACING, np.float32).reshape(GROUP, _SPACING),
+        panels=aligned(UNIT * GROUP, np.float32),
+        scales=aligned(UNIT * GROUP // BLOCK, np.float32),
+        wide=aligned(GROUP * _SPACING, np.float32).reshape(GROUP, _SPACING),
         input=new_inputs(1, columns),
-        results=_aligned(2 * rows * UNIT, np.float32).reshape(2, rows, UNIT),
+        results=aligned(2 * rows * UNIT, np.float32).reshape(2, rows, UNIT),
     )
 
 
-def _aligned(count: int, dtype: Any) -> np.ndarray:
+def aligned(count: int, dtype: Any) -> np.ndarray:
     """Zeros that begin at a line of the cache."""
     raw = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
     skipped = -raw.ctypes.data % 64

@@ -84,28 +84,48 @@ def _add_to(code: Code, out: Any, stride: Any, tokens: int, sums: list[Any]) -> 
             code.store(builder.fadd(code.load(at, F32, LANES, 0, 4), sums[token * vectors + part]), at)
 
 
+def _float_sums(code: Code, tokens: int, panel: tuple[Any, Any], x: tuple[Any, Any, Any], k: Any) -> list[Any]:
+    """f32 sums over k of a panel, its address and bytes from one row to the next, times `x`: address, bytes from one k
+    to the next, and from one token to the next."""
+    builder, vectors, (weights, width), (inputs, along, across) = code.builder, _vectors(code), panel, x
+    loop = _Loop(builder, k, [constant(F32, 0.0, LANES)] * (tokens * vectors))
+    row, at = (builder.add(start, builder.mul(loop.index, by)) for start, by in ((weights, width), (inputs, along)))
+    read = [code.load(row, F32, LANES, 4 * LANES * part, 4) for part in range(vectors)]
+    sums = list(loop.values)
+    for token in range(tokens):
+        value = code.splat(_scalar(code, builder.add(at, builder.mul(across, I64(token))), F32, 0), LANES)
+        for part in range(vectors):
+            sums[token * vectors + part] = code.fused(read[part], value, sums[token * vectors + part])
+    return loop.close(sums)
+
+
 def _float_tile(tokens: int) -> Any:
     @intrinsic
     def tile(typing_context: Any, panel: Any, width: Any, x: Any, k: Any, out: Any, stride: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             code, (panel, width, x, k, out, stride) = Code(context, builder), args
-            vectors = _vectors(code)
-            zero = constant(F32, 0.0, LANES)
-            loop = _Loop(builder, k, [zero] * (tokens * vectors))
-            row = builder.add(panel, builder.mul(loop.index, width))
-            weights = [code.load(row, F32, LANES, 4 * LANES * part, 4) for part in range(vectors)]
-            inputs, sums = builder.add(x, builder.mul(loop.index, I64(4 * TOKENS))), list(loop.values)
-            for token in range(tokens):
-                value = code.splat(_scalar(code, inputs, F32, 4 * token), LANES)
-                for part in range(vectors):
-                    at = token * vectors + part
-                    sums[at] = code.fused(weights[part], value, sums[at])
-            _add_to(code, out, stride, tokens, loop.close(sums))
+            sums = _float_sums(code, tokens, (panel, width), (x, I64(4 * TOKENS), I64(4)), k)
+            _add_to(code, out, stride, tokens, sums)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 6), generate
 
     return tile
+
+
+@intrinsic
+def row_tile(
+    typing_context: Any, panel: Any, width: Any, x: Any, spacing: Any, k: Any, out: Any, stride: Any
+) -> Any:  # fmt: skip
+    """As the float tile of 6 tokens, of inputs that are rows, [6, k] with `spacing` bytes from one to the next."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code, (panel, width, x, spacing, k, out, stride) = Code(context, builder), args
+        sums = _float_sums(code, TOKENS, (panel, width), (x, I64(4), spacing), k)
+        _add_to(code, out, stride, TOKENS, sums)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 7), generate
 
 
 def _add_pairs(code: Code, a: Any, b: Any, total: Any) -> Any:
