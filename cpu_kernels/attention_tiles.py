@@ -23,7 +23,7 @@ from numba.extending import intrinsic, overload
 from cpu_kernels.attention import exp
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.gemm import aligned
-from cpu_kernels.lanes import F32, FAST_SUMS, I64, LANES, Code, as_f32
+from cpu_kernels.lanes import F32, FAST_SUMS, I64, LANES, Code, as_f32, larger
 from cpu_kernels.tiles import MOST_COLUMNS, TOKENS, panel_columns, row_tile
 
 KEYS = 128  # of a block
@@ -155,24 +155,12 @@ def _score(rows, head_dim, base, low, high, own):  # type: ignore[no-untyped-def
                 row_tile(own.keys.ctypes.data + 4 * first, keys, x, queries, head_dim, out, KEYS * 4)
 
 
-@intrinsic
-def _larger(typing_context: Any, a: Any, b: Any) -> Any:
-    """The larger of two f32, either of them where one is NaN. Unlike Python's `max` it vectorises, as LLVM may choose:
-    1.2 ns less for a score."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        flags = ("nnan", "nsz")
-        return builder.select(builder.fcmp_ordered(">", *args, flags=flags), *args, flags=flags)
-
-    return types.float32(types.float32, types.float32), generate
-
-
 @subroutine(fastmath=FAST_SUMS, forceinline=True)
 def _weigh_row(scores, state, sums):  # type: ignore[no-untyped-def]
     """Scores become p = e^(score - largest so far); what was summed before shrinks to the new largest."""
     largest = state[0]
     for i in range(scores.shape[0]):
-        largest = _larger(largest, scores[i])
+        largest = larger(largest, scores[i])
     shrink, total = exp(state[0] - largest), np.float32(0)
     for i in range(scores.shape[0]):
         scores[i] = exp(scores[i] - largest)
