@@ -36,7 +36,7 @@ _SMALLEST = np.float32(-87)  # below this exp leaves the normal f32 numbers; the
 
 
 @njit(fastmath={"contract"}, nogil=True, forceinline=True)
-def _exp(x):  # type: ignore[no-untyped-def]
+def exp(x):  # type: ignore[no-untyped-def]
     """e^x for f32 x <= 0, within 3 units in the last place; unlike the library's it vectorises: 0.3 ns for 2.4."""
     x = _SMALLEST if x < _SMALLEST else x
     shifted = x * _LOG2_E + _ROUND
@@ -111,11 +111,11 @@ def _attend_block(q, keys, values, scales, next_keys, next_values, scores, state
     for i in range(n):
         scores[i] *= scale
         largest = max(largest, scores[i])
-    shrink = _exp(state[0] - largest)
+    shrink = exp(state[0] - largest)
     state[0] = largest
     total = np.float32(0)
     for i in range(n):
-        scores[i] = _exp(scores[i] - largest)
+        scores[i] = exp(scores[i] - largest)
         total += scores[i]
     state[1] = state[1] * shrink + total
     if scales is not None:

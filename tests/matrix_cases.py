@@ -51,3 +51,10 @@ def product_bound(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(len(x), -1, 32)
     largest = np.repeat(blocks.max(-1), 32, axis=1)[:, : x.shape[1]]
     return 2e-5 * largest @ weight.T
+
+
+def rounded_codes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 and scales f32 [...] of keys or values x [..., head_dim] kept in int8, to the bit."""
+    scales = x.abs().amax(-1) / 127
+    divisors = torch.where(scales > 0, scales, 1.0)
+    return (x / divisors[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales

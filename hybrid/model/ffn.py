@@ -23,6 +23,7 @@ from cpu_kernels.dense_ffn import dense_ffn
 from cpu_kernels.gemm import GemmScratch
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
+from cpu_kernels.prompt_attention import PromptScratch
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from predictor.low_rank import LowRankPredictor
@@ -69,6 +70,7 @@ class FFNRuntime:
     def __post_init__(self) -> None:
         self.scratch = SparseFFNScratch(self.d_model, self.d_ff, self.pool.threads)
         self.gemm = GemmScratch(self.pool.threads, self.precision)
+        self.attention = PromptScratch(self.pool.threads)
 
 
 @dataclass(frozen=True, eq=False)

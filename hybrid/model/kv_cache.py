@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from hybrid.errors import ContextError
 from placement.workspace import KV_BLOCK, SHARED_KV_BLOCK
@@ -161,63 +160,12 @@ class KVCache:
         self.pool.release(self._blocks)
         self._blocks, self.length = [], 0
 
-    def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values [t, n_kv_heads, head_dim] after `length`; return all up to them as they are stored, in
-        f32, heads first.
-
-        `length` moves in `advance`, once every layer has appended. Raises `ContextError` when they do not fit.
-        """
-        end = self.length + keys.shape[0]
-        self.reserve_or_raise(end)
-        cache, new = torch.from_numpy(self.data[layer]), torch.stack((keys, values))
-        if self.scales is None:
-            if cache.dtype == torch.float16:
-                largest = torch.finfo(torch.float16).max
-                new = new.clamp(-largest, largest)
-            self._put(cache, new)
-            return self._up_to(cache, end)
-        codes, of = _rounded(new)
-        scales = torch.from_numpy(self.scales[layer])
-        self._put(cache, codes)
-        self._put(scales, of)
-        (keys, values), (k, v) = self._up_to(cache, end), self._up_to(scales, end)
-        return keys.mul_(k[..., None]), values.mul_(v[..., None])
-
-    def _put(self, cache: torch.Tensor, new: torch.Tensor) -> None:
-        """Write `new` [2, t, n_kv_heads, ...] after `length` to a layer's [blocks, 2, n_kv_heads, block, ...]."""
-        at, end = self.length, self.length + new.shape[1]
-        while at < end:
-            number, first = divmod(at, self.block_size)
-            count = min(end - at, self.block_size - first)
-            some = new[:, at - self.length : at - self.length + count]
-            cache[self._blocks[number], :, :, first : first + count] = some.transpose(1, 2)
-            at += count
-
-    def _up_to(self, cache: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """f32 of the keys and of the values of the first `end` tokens, each [n_kv_heads, end, ...]."""
-        used = self._in_order(cache, -(-end // self.block_size)).transpose(0, 2)  # [heads, 2, blocks, block, ...]
-        return used[:, 0].flatten(1, 2)[:, :end].float(), used[:, 1].flatten(1, 2)[:, :end].float()
-
-    def _in_order(self, cache: torch.Tensor, count: int) -> torch.Tensor:
-        """The first `count` blocks of the sequence: a view where they lie one after another, else a copy."""
-        first = self._blocks[0]
-        if self._blocks[:count] == list(range(first, first + count)):
-            return cache[first : first + count]
-        return cache[torch.from_numpy(self.table[:count]).long()]
-
     def advance(self, tokens: int) -> None:
         self.length += tokens
 
     def truncate(self, length: int) -> None:
         """Forget all tokens from `length` on; their blocks stay reserved."""
         self.length = min(self.length, max(0, length))
-
-
-def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 and scales f32 [...] of x [..., head_dim], to the bit those of `cpu_kernels.rope`."""
-    scales = x.abs().amax(-1) / 127
-    divisors = torch.where(scales > 0, scales, 1.0)
-    return (x / divisors[..., None]).round_().clamp_(-127, 127).to(torch.int8), scales
 
 
 class Row(NamedTuple):

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpu_kernels.matrix import Matrix
+from cpu_kernels.prompt_attention import prompt_attention
+from cpu_kernels.rope import QKNorm
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.gemm import linear, linear_few
 from hybrid.model.kv_cache import KVCache
@@ -24,6 +26,7 @@ from hybrid.model.rope import Rotation, rotation, step_rotation
 from profiler.common.spec import ModelSpec
 
 OPT_POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
+_NONE = np.empty(0, np.float32)
 
 
 class Linear(nn.Module):
@@ -69,47 +72,41 @@ class Attention(nn.Module):
         self.layer, self.heads, self.kv_heads, self.head_dim = layer, spec.n_heads, spec.n_kv_heads, spec.head_dim
         self.window = spec.sliding_window if spec.sliding_layers and spec.sliding_layers[layer] else None
         self.rope = int(bool(spec.other_rope_layers) and spec.other_rope_layers[layer])
+        self._norm = _qk_norm(q_norm, k_norm)
 
     def forward(self, x: torch.Tensor, rotations: tuple[Rotation, ...], cache: KVCache | None) -> torch.Tensor:
-        """x: [t, d]; `rotations` as `Transformer.rotations` gives them; returns [t, d]."""
-        tokens, start = x.shape[0], cache.length if cache is not None else 0
-        split = [self.heads, self.kv_heads, self.kv_heads]
-        q, k, v = self.qkv(x).view(tokens, sum(split), self.head_dim).split(split, dim=1)
-        q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
-        if rotations:
-            cos, sin = (angle[:, None] for angle in rotations[self.rope])
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        keys, values = cache.append(self.layer, k, v) if cache is not None else (k.transpose(0, 1), v.transpose(0, 1))
-        if tokens == 1 and self.window is not None:
-            keys, values = keys[:, -self.window :], values[:, -self.window :]
-        y = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=self._mask(tokens, start),
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return self.out(y[0].transpose(0, 1).reshape(tokens, -1))
+        """x: [t, d]; `rotations` as `Transformer.rotations` gives them; returns [t, d].
 
-    def _mask(self, tokens: int, start: int) -> torch.Tensor | None:
-        """True where a query may look: not ahead, and not behind the window. None for one token, which sees all."""
-        if tokens == 1:
-            return None
-        ahead = (start + torch.arange(tokens))[:, None] - torch.arange(start + tokens)[None, :]
-        visible = ahead >= 0
-        return visible if self.window is None else visible & (ahead < self.window)
+        Raises `ContextError` when the cache has no room for the tokens.
+        """
+        return self.out(self.attend(self.qkv(x), rotations, cache))
+
+    def attend(self, qkv: torch.Tensor, rotations: tuple[Rotation, ...], cache: KVCache | None) -> torch.Tensor:
+        """[t, heads * head_dim] of `qkv` [t, (heads + 2 kv_heads) * head_dim], which is overwritten."""
+        tokens, runtime = qkv.shape[0], self.qkv.runtime
+        out = torch.empty(tokens, self.heads * self.head_dim)
+        turned = rotations[self.rope] if rotations else (torch.empty(tokens, 0),) * 2
+        cos, sin = (angle.contiguous().numpy() for angle in turned)
+        if cache is None:  # keys and values of these tokens alone, in f32
+            start, table, scales = 0, np.zeros(1, np.int32), None
+            stored = np.empty((1, 2, self.kv_heads, tokens, self.head_dim), np.float32)
+        else:
+            start, table, stored = cache.length, cache.table, cache.data[self.layer]
+            scales = None if cache.scales is None else cache.scales[self.layer]
+            cache.reserve_or_raise(start + tokens)
+        prompt_attention(
+            qkv.numpy(), (cos, sin), self._norm, stored, table, start, self.window, out.numpy(),
+            runtime.pool, runtime.attention, scales,
+        )  # fmt: skip
+        return out
 
 
-def _normed(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-    """Heads [t, n, head_dim], each by itself or all as one, by the size of the norm's weights."""
-    if norm is None:
-        return heads
-    return norm(heads) if len(norm.weight) == heads.shape[-1] else norm(heads.flatten(1)).view_as(heads)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+def _qk_norm(q: Norm | None, k: Norm | None) -> QKNorm:
+    """The norms as the kernel takes them."""
+    if q is None or k is None:
+        return QKNorm(_NONE, _NONE, 0.0)
+    biases = (_NONE if norm.bias is None else norm.bias.contiguous().numpy() for norm in (q, k))
+    return QKNorm(q.weight.contiguous().numpy(), k.weight.contiguous().numpy(), q.eps, *biases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +196,8 @@ class Transformer(nn.Module):
     def load_kernels(self) -> None:
         """Compile what a prompt needs, or read it from its cache, by products with one row of each type of weights."""
         ffn, pool = self.ffns[0], self.ffns[0].runtime.pool
+        attention, rotations = self.blocks[0].attention, self.rotations(torch.zeros(1, dtype=torch.int64))
+        attention.attend(torch.zeros(1, attention.qkv.matrix.shape[0]), rotations, KVCache(self.spec, 1))
         matrices = {matrix.dtype: matrix for matrix in (self.blocks[0].attention.qkv.matrix, self.head.matrix, ffn.up)}
         for tokens in (1, ffn.runtime.few + 1):
             ffn.every(torch.zeros(tokens, self.spec.d_model), self.spec.d_ff - 1)

@@ -14,11 +14,12 @@ from llvmlite import binding
 TESTS = Path(__file__).parent
 ROOT = TESTS.parents[1]
 PARTS = "blocks matrix row_dot row_sum widen gemv sparse_ffn gemm dense_ffn low_rank norm rope attention top_k"
+PARTS += " prompt_attention"
 # Of those whose answers are held against the reference; the sparse FFN's in parts go through all that it has. What is
 # written for a CPU stands in the products and sums of rows, which are run in every type; what is made of them is run in
 # the two types that need the most of a CPU.
 CHOSEN = "matches or several_parts or four_rows_match or widen_equals or errs_by_half or errs_less"
-OTHERS = "(sparse_ffn or gemv) and (f32 or bf16 or int8 or full_batch)"
+OTHERS = "(sparse_ffn or gemv or prompt_attention) and (f32 or bf16 or int8 or full_batch)"
 V1 = "64bit cmov cx8 fxsr mmx sse sse2"
 HASWELL = f"{V1} sse3 ssse3 sse4.1 sse4.2 avx avx2 fma f16c bmi bmi2 lzcnt movbe popcnt cx16 sahf xsave xsaveopt"
 TARGETS = {"haswell": HASWELL.split(), "x86-64": V1.split()}

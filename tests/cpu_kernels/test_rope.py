@@ -1,13 +1,13 @@
-"""RoPE, QK norm and the write into the KV cache: against the reference and the model's own rotation."""
+"""RoPE, QK norm and the write into the KV cache: against the reference and torch."""
 
 import numpy as np
 import pytest
 import torch
+from matrix_cases import rounded_codes
 
 from cpu_kernels.rope import QKNorm, rope, rope_heads, rope_ref
 from cpu_kernels.worker_pool import WorkerPool
-from hybrid.model.kv_cache import _rounded
-from hybrid.model.transformer import Norm, _rotate
+from hybrid.model.transformer import Norm
 
 EPS, BLOCK_SIZE = 1e-6, 4
 NONE = np.empty(0, np.float32)
@@ -41,7 +41,7 @@ def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
 
 
 @pytest.mark.parametrize("normed", ["layer", True, False])
-def test_is_what_the_model_does(normed):
+def test_is_rotate_half_after_torchs_norm(normed):
     args = make(6, 2, 10, normed=normed)
     heads, (cos, sin), (q_norm, k_norm, _, q_bias, k_bias) = torch.from_numpy(args[0].copy()), args[1], args[2]
     q, k, v = heads.split([6, 2, 2])
@@ -50,7 +50,8 @@ def test_is_what_the_model_does(normed):
             Norm(torch.from_numpy(weight), torch.from_numpy(bias) if bias.size else None, EPS)(x)
             for weight, bias, x in ((q_norm, q_bias, q), (k_norm, k_bias, k))
         )
-    turned_q, turned_k = (_rotate(x, torch.from_numpy(cos), torch.from_numpy(sin)) for x in (q, k))
+    cos, sin = (torch.from_numpy(np.tile(angle, 2)) for angle in (cos, sin))
+    turned_q, turned_k = (x * cos + torch.cat((-x[:, 5:], x[:, :5]), 1) * sin for x in (q, k))
     rope(*args, 6, WorkerPool(1))
     np.testing.assert_allclose(args[0][:6], turned_q, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(args[3][0, 0, :, 2], turned_k, rtol=1e-5, atol=1e-6)
@@ -143,7 +144,7 @@ def test_int8_matches_reference(heads, kv_heads, head_dim):
     assert np.isfinite(ours[5]).sum() == 4 * 2 * kv_heads
 
 
-def test_codes_are_those_that_a_prompt_gets():
+def test_codes_to_the_bit():
     """Halves, zeros, numbers too small for a normal scale, and one that is none."""
     rows = np.random.default_rng(1).standard_normal((12, 64)).astype(np.float32)
     rows[0], rows[1, 0], rows[2] = 0, 127, rows[2] * np.float32(1e-42)
@@ -153,7 +154,7 @@ def test_codes_are_those_that_a_prompt_gets():
     norm, table = QKNorm(NONE, NONE, EPS), np.zeros(1, np.int32)
     qkv = np.concatenate([rows[:1], rows, rows])
     rope(qkv, (NONE, NONE), norm, cache, table, 0, WorkerPool(1), scales)
-    codes, of = _rounded(torch.from_numpy(rows))
+    codes, of = rounded_codes(torch.from_numpy(rows))
     for side in range(2):
         np.testing.assert_array_equal(cache[0, side, :, 0], codes)
         np.testing.assert_array_equal(scales[0, side, :, 0], of)

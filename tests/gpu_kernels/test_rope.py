@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from gpu_cases import DEVICE, TYPES, assert_close, random_input
+from matrix_cases import rounded_codes
 
 from cpu_kernels.rope import QKNorm
 from cpu_kernels.rope import rope_ref as cpu_rope_ref
 from gpu_kernels.rope import rope, rope_ref
-from hybrid.model.kv_cache import _rounded
 
 EPS, BLOCK_SIZE = 1e-6, 4
 TOLERANCE = {"f32": 1e-5, "f16": 1e-3, "bf16": 8e-3}
@@ -157,7 +157,7 @@ def test_codes_are_those_of_the_cpu():
     args = make_int8(1, 1, 3, 24, rotated=False)
     args[0] = torch.cat((rows[:1], rows)).view(1, -1)
     rope(*args)
-    codes, scales = _rounded(rows.cpu())
+    codes, scales = rounded_codes(rows.cpu())
     block = int(args[7][0, 0])
     assert torch.equal(args[8][block, :, :, 0].flatten(0, 1).cpu(), codes)
     assert torch.equal(args[12][block, :, :, 0].flatten().cpu(), scales)
