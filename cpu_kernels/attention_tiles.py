@@ -22,7 +22,8 @@ from numba.extending import intrinsic, overload
 
 from cpu_kernels.attention import exp
 from cpu_kernels.compiled import subroutine
-from cpu_kernels.lanes import F32, FAST_SUMS, I64, LANES, Code, as_f32, larger
+from cpu_kernels.inputs import larger
+from cpu_kernels.lanes import F32, FAST_SUMS, I64, LANES, Code, as_f32
 from cpu_kernels.panels import aligned
 from cpu_kernels.tiles import MOST_COLUMNS, TOKENS, panel_columns, row_tile
 

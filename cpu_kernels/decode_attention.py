@@ -11,7 +11,7 @@ from cpu_kernels.compiled import subroutine
 from cpu_kernels.decode_buffers import Column
 from cpu_kernels.decode_parts import add_normed, normed, project, row_bytes
 from cpu_kernels.gemv import chunk_rows, gemv_rows
-from cpu_kernels.lanes import one_input
+from cpu_kernels.inputs import one_input
 from cpu_kernels.norm import rms_norm_row
 from cpu_kernels.rope import rope_heads
 from cpu_kernels.row_dot import prepare

@@ -14,7 +14,7 @@ from cpu_kernels.addresses import reader_of
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.contract import MAX_BATCH
 from cpu_kernels.ffn_phases import DownScratch, new_down_scratch, sum_parts
-from cpu_kernels.lanes import Input, new_inputs
+from cpu_kernels.inputs import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
 from cpu_kernels.row_sum import new_sums
 

@@ -14,7 +14,7 @@ from cpu_kernels.decode_buffers import DENSE, EXACT, LEARNED, Column, Count, Pha
 from cpu_kernels.decode_parts import add_normed, normed, row_bytes, tick
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows
-from cpu_kernels.lanes import copy, one_input, round_input
+from cpu_kernels.inputs import copy, one_input, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
 
 

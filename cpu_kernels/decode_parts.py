@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from cpu_kernels.addresses import floats
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.gemv import gemv_shared
-from cpu_kernels.lanes import copy, one_input
+from cpu_kernels.inputs import copy, one_input
 from cpu_kernels.norm import layer_norm_row, rms_norm_row
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_types import group_bytes, row_group

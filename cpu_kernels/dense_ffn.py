@@ -15,7 +15,7 @@ from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import activation_word, split_activation
 from cpu_kernels.gemm import GemmScratch, products, row_sums
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.panels import LARGEST, UNIT, pack_columns, pack_tokens
+from cpu_kernels.panels import MOST, UNIT, pack_columns, pack_tokens
 from cpu_kernels.sparse_ffn import FFNView
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -41,7 +41,7 @@ def _put_hidden(  # type: ignore[no-untyped-def]
             ups[j] = value
             if fired.shape[0]:
                 fired[t, neuron + j] = fires
-        pack_columns(form, LARGEST, ups, count, start, t, tokens, own.codes, hidden)
+        pack_columns(form, MOST, ups, count, start, t, tokens, own.codes, hidden)
 
 
 @kernel

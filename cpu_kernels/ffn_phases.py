@@ -14,7 +14,8 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate, activate_up
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import BLOCK
-from cpu_kernels.lanes import fetch, one_input
+from cpu_kernels.inputs import one_input
+from cpu_kernels.lanes import fetch
 from cpu_kernels.row_dot import dot_four
 from cpu_kernels.row_sum import column_bytes, finish, four_rows, new_steps, sum_rows
 from cpu_kernels.row_types import columns_unit

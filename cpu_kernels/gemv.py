@@ -12,7 +12,7 @@ import numpy as np
 from cpu_kernels import barrier
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import MAX_BATCH
-from cpu_kernels.lanes import copy, new_inputs, one_input
+from cpu_kernels.inputs import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_four, prepare, put_products_of_tokens
 from cpu_kernels.worker_pool import Each, WorkerPool

@@ -21,7 +21,7 @@ from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.gemv import AHEAD
-from cpu_kernels.lanes import copy, new_inputs, one_input, round_input
+from cpu_kernels.inputs import copy, new_inputs, one_input, round_input
 from cpu_kernels.row_dot import dot_codes
 from cpu_kernels.worker_pool import Each, WorkerPool
 

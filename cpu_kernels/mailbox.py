@@ -28,7 +28,7 @@ from cpu_kernels.decode_ffn import ffn
 from cpu_kernels.decode_parts import row_bytes
 from cpu_kernels.decode_step import head
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
-from cpu_kernels.lanes import copy, one_input
+from cpu_kernels.inputs import copy, one_input
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_types import columns_unit
 

@@ -1,7 +1,7 @@
 """Weights and tokens in the forms that tiles multiply (`tiles.py`), floats or codes.
 
 Floats are the weights as they are, in f32. Codes are integers with a scale for each block of 32: those of rows in
-blocks as they are stored, with tokens rounded to 16 bits as decode rounds its inputs (`lanes.py`). All else is rounded
+blocks as they are stored, with tokens rounded to 16 bits as decode rounds its inputs (`inputs.py`). All else is rounded
 to 14 bits, weights and tokens, 1 part in 16,382 of the largest of its block: 32 products of two such codes are the most
 that an integer of 32 bits holds, whatever they are. bf16 keeps 8 bits of each weight.
 """
@@ -20,7 +20,8 @@ from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.contract import BLOCK, GROUP
-from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant, fetch_at, largest
+from cpu_kernels.inputs import LARGEST, ROUND, largest
+from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant, fetch_at
 from cpu_kernels.row_sum import column_bytes
 from cpu_kernels.row_type import Panel
 from cpu_kernels.row_types import in_blocks, type_like
@@ -28,8 +29,7 @@ from cpu_kernels.tiles import TOKENS, panel_columns
 from cpu_kernels.widen import widen_columns
 
 UNIT = 128  # rows, or columns of a sum of rows, of one piece of work
-LARGEST, LARGEST_BESIDE_CODES = np.float32(8191), np.float32(32767)
-_ROUND = np.float32(1.5 * 2**23)  # adding it leaves a whole number in the low bits of an f32
+MOST = np.float32(8191)  # code of weights and tokens that are both rounded
 _TINY = 1e-30  # a block whose largest is below has codes of 0
 _SPACING = GROUP + LANES  # f32 from one widened row to the next: rows a power of two apart share lines of the cache
 
@@ -113,7 +113,7 @@ def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type
         if end < block + BLOCK:
             codes[:] = 0
         for k in range(block, end):
-            codes[k - block] = np.int16(np.float32(x[k] * inverse + _ROUND).view(np.int32))
+            codes[k - block] = np.int16(np.float32(x[k] * inverse + ROUND).view(np.int32))
         at = (place + block * TOKENS) // 2 + t
         for pair in range(BLOCK // 2):
             packed.pairs[at + pair * TOKENS] = pairs[pair]
@@ -124,7 +124,7 @@ def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type
 def pack_tokens(state, form, like, x, own, packed):  # type: ignore[no-untyped-def]
     """Bring the tokens x [t, d] into the form that rows like `like` are multiplied with; workers share the groups."""
     tokens, d = x.shape
-    most = LARGEST_BESIDE_CODES if in_blocks(like) else LARGEST
+    most = LARGEST if in_blocks(like) else MOST
     g = barrier.take(state)
     while g * TOKENS < tokens:
         for t in range(g * TOKENS, min(g * TOKENS + TOKENS, tokens)):
@@ -157,7 +157,7 @@ def _stored_codes(
 
 def _rounded(code: Code, value: Any, inverse: Any) -> Any:
     """i32 [16] whose low 16 bits are value * inverse, rounded."""
-    number = code.fused(value, inverse, constant(F32, float(_ROUND), LANES))
+    number = code.fused(value, inverse, constant(F32, float(ROUND), LANES))
     return code.builder.bitcast(number, ir.VectorType(I32, LANES))
 
 
@@ -175,7 +175,7 @@ def _scale_of(code: Code, tops: list[Any], at: Any) -> Any:
         tops = [
             builder.select(builder.fcmp_ordered(">", a, b), a, b) for a, b in zip(tops[::2], tops[1::2], strict=True)
         ]
-    most = constant(F32, float(LARGEST), LANES)
+    most = constant(F32, float(MOST), LANES)
     code.store(builder.fdiv(tops[0], most), at)
     inverse = builder.fdiv(most, tops[0])
     there = builder.fcmp_ordered(">", tops[0], constant(F32, _TINY, LANES))

@@ -15,7 +15,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from cpu_kernels.float_rows import STEP, FloatRows
-from cpu_kernels.lanes import I64, Code, Input, round_input, weight_at
+from cpu_kernels.inputs import Input, round_input
+from cpu_kernels.lanes import I64, Code, weight_at
 from cpu_kernels.row_type import FourRows
 from cpu_kernels.row_types import INT8, type_like
 

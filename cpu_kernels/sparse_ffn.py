@@ -37,7 +37,7 @@ from cpu_kernels.ffn_phases import (
     new_down_scratch,
     sum_parts,
 )
-from cpu_kernels.lanes import copy, new_inputs, one_input
+from cpu_kernels.inputs import copy, new_inputs, one_input
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_sum import new_sums

@@ -36,7 +36,7 @@ _PASSES = 20_000_000
 
 
 def _peak(pairs: bool) -> Any:
-    """A kernel that repeats the tiles' instruction on registers; each pass is a vector of products for each sum of a tile."""
+    """A kernel that repeats the tiles' instruction on registers; each pass does it for each sum of a tile."""
 
     @intrinsic
     def repeat(typing_context: Any, passes: Any) -> Any:

@@ -22,7 +22,7 @@ from cpu_kernels.compiled import kernel
 from cpu_kernels.contract import activation_word
 from cpu_kernels.ffn_phases import FFNWeights
 from cpu_kernels.gemv import gemv_ref, gemv_shared
-from cpu_kernels.lanes import copy, new_inputs, one_input
+from cpu_kernels.inputs import copy, new_inputs, one_input
 from cpu_kernels.low_rank import PredictorView, predict_rows, predict_rows_ref
 from cpu_kernels.matrix import DType, Matrix
 from cpu_kernels.norm import rms_norm, rms_norm_ref

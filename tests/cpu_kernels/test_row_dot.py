@@ -7,7 +7,7 @@ from matrix_cases import DTYPES, in_f64, product_bound, random_input, random_mat
 
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import kernel
-from cpu_kernels.lanes import new_inputs, one_input, round_input
+from cpu_kernels.inputs import new_inputs, one_input, round_input
 from cpu_kernels.low_rank import pad_codes
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import dot_codes, dot_four, prepare

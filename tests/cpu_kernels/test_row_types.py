@@ -8,7 +8,8 @@ from numba import typeof, types
 from cpu_kernels.blocks import dequantize, quantize
 from cpu_kernels.compiled import kernel
 from cpu_kernels.contract import LAYOUTS
-from cpu_kernels.lanes import new_inputs, one_input, widen_ref
+from cpu_kernels.inputs import new_inputs, one_input
+from cpu_kernels.lanes import widen_ref
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.row_dot import prepare
 from cpu_kernels.row_types import ROW_TYPES, row_type, type_like
