@@ -1,8 +1,8 @@
 """Rows in blocks of int8 and int4: codes, then an f16 scale for each block of 32; four blocks are a group.
 
-Products are of integers: codes with an input of 16 bits (`lanes.py`), each block's sum times its scales. Sums of scaled
-rows are of floats; those of int4 rows lie in another order, which `row_sum.finish` puts right: within a group of 128,
-the 16 even columns of each of the four blocks, then the odd ones, as the 32-bit lanes of a group hold them.
+Products are of integers: codes with an input of 16 bits (`inputs.py`), each block's sum times its scales. Sums of
+scaled rows are of floats; those of int4 rows lie in another order, which `row_sum.finish` puts right: within a group of
+128, the 16 even columns of each of the four blocks, then the odd ones, as the 32-bit lanes of a group hold them.
 """
 
 from __future__ import annotations

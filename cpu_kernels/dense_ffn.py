@@ -13,7 +13,7 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import activation_word, split_activation
-from cpu_kernels.gemm import GemmScratch, products, row_sums
+from cpu_kernels.gemm import GemmScratch, parts_of, products, row_sums, some_tokens
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.panels import MOST, UNIT, pack_columns, pack_tokens
 from cpu_kernels.sparse_ffn import FFNView
@@ -22,11 +22,11 @@ from cpu_kernels.worker_pool import WorkerPool
 
 @subroutine
 def _put_hidden(  # type: ignore[no-untyped-def]
-    form, word, own, gated, gate_bias, up_bias, first, start, count, tokens, hidden, fired
+    form, word, own, gated, gate_bias, up_bias, first, start, count, some, tokens, hidden, fired
 ):  # fmt: skip
     """The activations of a unit, neurons [first + start, + count), from gate and up in the worker's results."""
     neuron, zero = first + start, np.float32(0)
-    for t in range(tokens):
+    for t in range(some[0], some[1]):
         gates, ups = own.results[0, t], own.results[1, t]
         for j in range(count):
             up = ups[j] + (up_bias[neuron + j] if up_bias.shape[0] else zero)
@@ -53,24 +53,31 @@ def _dense_ffn(  # type: ignore[no-untyped-def]
     pack_tokens(state, form, like, x, own, packed)
     if not barrier.wait(state, workers):
         return
-    start = barrier.take(state) * UNIT
-    while start < neurons:
+    units = (neurons + UNIT - 1) // UNIT
+    parts = parts_of(units, tokens, workers)
+    piece = barrier.take(state)
+    while piece < units * parts:
+        start, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
         count = min(UNIT, neurons - start)
         if gate:
-            products(form, like, gate, row_bytes, first + start, count, d, packed, tokens, own, 0)
-        products(form, like, up, row_bytes, first + start, count, d, packed, tokens, own, 1)
-        _put_hidden(form, word, own, gate != 0, gate_bias, up_bias, first, start, count, tokens, hidden, fired)
-        start = barrier.take(state) * UNIT
+            products(form, like, gate, row_bytes, first + start, count, d, packed, some, tokens, own, 0)
+        products(form, like, up, row_bytes, first + start, count, d, packed, some, tokens, own, 1)
+        _put_hidden(form, word, own, gate != 0, gate_bias, up_bias, first, start, count, some, tokens, hidden, fired)
+        piece = barrier.take(state)
     if not barrier.wait(state, workers):
         return
-    column = barrier.take(state) * UNIT
-    while column < d:
+    units = (d + UNIT - 1) // UNIT
+    parts = parts_of(units, tokens, workers)
+    piece = barrier.take(state)
+    while piece < units * parts:
+        column, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
         count = min(UNIT, d - column)
-        row_sums(form, like, down + first * row_bytes, row_bytes, neurons, d, column, count, hidden, tokens, own, 0)
-        for t in range(tokens):
+        rows = down + first * row_bytes
+        row_sums(form, like, rows, row_bytes, neurons, d, column, count, hidden, some, tokens, own, 0)
+        for t in range(some[0], some[1]):
             for j in range(count):
                 out[t, column + j] = own.results[0, t, j]
-        column = barrier.take(state) * UNIT
+        piece = barrier.take(state)
 
 
 def dense_ffn(

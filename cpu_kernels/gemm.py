@@ -6,7 +6,8 @@ worker's own cache, and all tokens are multiplied with them. Tokens are brought 
 An element is summed over 128 columns at a time, and the sums one after another: the same bits for any tokens beside it,
 any threads and any part of a prompt.
 
-Threads: workers meet once the tokens are in form; then each takes units of 128 rows until none is left.
+Threads: workers meet once the tokens are in form; then each takes units of 128 rows until none is left, of few rows
+parts of the tokens of a unit.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def code_tile_of(tokens, panel, width, scales, x, x_scales, blocks, out, stride)
 
 
 @subroutine
-def _add_tiles(form, panel, width, own, place, x, tokens, k, count, first, which):  # type: ignore[no-untyped-def]
-    """own.results[which, t, :count] += the panels' columns times `k` columns of each token's input from `first` on.
+def _add_tiles(form, panel, width, own, place, x, some, tokens, k, count, first, which):  # type: ignore[no-untyped-def]
+    """own.results[which, t, :count] += the panels' columns times `k` columns of the inputs of `some` tokens from
+    `first` on.
 
     panel: address of the first one, its lines `width` bytes apart, and the next one's first `place` bytes on.
     """
@@ -80,7 +82,8 @@ def _add_tiles(form, panel, width, own, place, x, tokens, k, count, first, which
     for number in range((count + columns - 1) // columns):
         weights, to = panel + number * place, results + number * columns * 4
         of = scales + number * (GROUP // BLOCK) * columns * 4
-        for g in range(groups):
+        to += some[0] * stride
+        for g in range(some[0] // TOKENS, (some[1] + TOKENS - 1) // TOKENS):
             at = (first * groups + g * GROUP) * TOKENS
             if in_codes(form):
                 pairs, x_scales = x.pairs.ctypes.data + at * 2, x.scales.ctypes.data + at // BLOCK * 4
@@ -91,24 +94,26 @@ def _add_tiles(form, panel, width, own, place, x, tokens, k, count, first, which
 
 
 @subroutine
-def products(form, like, weight, row_bytes, row, count, d, x, tokens, own, which):  # type: ignore[no-untyped-def]
+def products(form, like, weight, row_bytes, row, count, d, x, some, tokens, own, which):  # type: ignore[no-untyped-def]
     """own.results[which, t, : count] = rows [row, row + count), at most 128, of the matrix at address `weight`, times
-    token t's input; x: `Tokens` of d columns."""
+    token t's input, for `some` of the tokens, from first to last; x: `Tokens` of d columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
-    own.results[which, :tokens] = 0
+    own.results[which, some[0] : some[1]] = 0
     for first in range(0, d, GROUP):
         last = min(first + GROUP, d)
         pack_rows(form, like, weight + row * row_bytes, row_bytes, count, first, last, end, own)
         panels, place = own.panels.ctypes.data, GROUP * columns * 4
-        _add_tiles(form, panels, columns * 4, own, place, x, tokens, last - first, count, first, which)
+        _add_tiles(form, panels, columns * 4, own, place, x, some, tokens, last - first, count, first, which)
 
 
 @subroutine
-def row_sums(form, like, weight, row_bytes, rows, d, first, count, x, tokens, own, which):  # type: ignore[no-untyped-def]
+def row_sums(  # type: ignore[no-untyped-def]
+    form, like, weight, row_bytes, rows, d, first, count, x, some, tokens, own, which
+):  # fmt: skip
     """own.results[which, t, : count] = the sum over rows of token t's input times these columns of the row, at most
-    128 from a multiple of 128 on; x: `Tokens` of `rows` columns."""
+    128 from a multiple of 128 on, for `some` of the tokens; x: `Tokens` of `rows` columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
-    own.results[which, :tokens] = 0
+    own.results[which, some[0] : some[1]] = 0
     for start in range(0, rows, GROUP):
         k = min(GROUP, rows - start)
         pack_sums(form, like, weight + start * row_bytes, row_bytes, k, first, first + count, end, own)
@@ -116,7 +121,26 @@ def row_sums(form, like, weight, row_bytes, rows, d, first, count, x, tokens, ow
             panels, width, place = own.panels.ctypes.data, columns * 4, GROUP * columns * 4
         else:
             panels, width, place = own.wide.ctypes.data, own.wide.strides[0], columns * 4
-        _add_tiles(form, panels, width, own, place, x, tokens, k, count, start, which)
+        _add_tiles(form, panels, width, own, place, x, some, tokens, k, count, start, which)
+
+
+@subroutine
+def parts_of(units, tokens, workers):  # type: ignore[no-untyped-def]
+    """In how many parts of the tokens each of so many units is taken, so that workers end together: the fewest, as each
+    part packs the unit's weights again, with which at most a tenth of the time is waited for others."""
+    for parts in range(1, 5):
+        pieces = units * parts
+        rounds = (pieces + workers - 1) // workers
+        if 10 * pieces >= 9 * rounds * workers or 2 * TOKENS * parts >= tokens:
+            return parts
+    return 1
+
+
+@subroutine
+def some_tokens(part, parts, tokens):  # type: ignore[no-untyped-def]
+    """The tokens of a part, whole groups: [first, last)."""
+    groups = (tokens + TOKENS - 1) // TOKENS
+    return groups * part // parts * TOKENS, min(groups * (part + 1) // parts * TOKENS, tokens)
 
 
 @kernel
@@ -124,15 +148,18 @@ def _gemm(worker, workers, state, form, like, weight, row_bytes, x, bias, packed
     pack_tokens(state, form, like, x, own, packed)
     if not barrier.wait(state, workers):
         return
-    rows = out.shape[1]
-    row = barrier.take(state) * UNIT
-    while row < rows:
+    rows, tokens = out.shape[1], x.shape[0]
+    units = (rows + UNIT - 1) // UNIT
+    parts = parts_of(units, tokens, workers)
+    piece = barrier.take(state)
+    while piece < units * parts:
+        row, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
         count = min(UNIT, rows - row)
-        products(form, like, weight, row_bytes, row, count, x.shape[1], packed, x.shape[0], own, 0)
-        for t in range(x.shape[0]):
+        products(form, like, weight, row_bytes, row, count, x.shape[1], packed, some, tokens, own, 0)
+        for t in range(some[0], some[1]):
             for j in range(count):
                 out[t, row + j] = own.results[0, t, j] + (bias[row + j] if bias.shape[0] else np.float32(0))
-        row = barrier.take(state) * UNIT
+        piece = barrier.take(state)
 
 
 class GemmScratch:
@@ -149,12 +176,11 @@ class GemmScratch:
 
     def packed(self, name: str, tokens: int, columns: int) -> Tokens:
         """The buffer `name` for so many tokens."""
-        most, widest, found = self._packed.get(name, (0, 0, new_tokens(0, 0)))
-        if tokens > most or columns > widest:
+        most, widest = (0, 0) if name not in self._packed else self._packed[name][:2]
+        if name not in self._packed or tokens > most or columns > widest:
             most, widest = max(tokens, most), max(columns, widest)
-            found = new_tokens(most, widest)
-            self._packed[name] = (most, widest, found)
-        return found
+            self._packed[name] = most, widest, new_tokens(most, widest)
+        return self._packed[name][2]
 
     def owns(self, tokens: int) -> Each:
         """Each worker's own buffers."""

@@ -3,7 +3,7 @@
     hidden[k] = relu(s1[k] * (fc1[k] . x) + b1[k])
     fires(i)  where  s2[i] * (fc2[i] . hidden) + b2[i] >= threshold
 
-Codes are padded with zeros to whole groups of 128 columns, and multiplied in integers (`lanes.py`). Rows are read
+Codes are padded with zeros to whole groups of 128 columns, and multiplied in integers (`inputs.py`). Rows are read
 as four streams, as in `gemv.py`.
 
 Threads: each worker takes a range of rows of each of the two products; ranges do not overlap. Ids are written per

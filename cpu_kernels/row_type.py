@@ -68,7 +68,7 @@ class RowType(ABC):
 
     @abstractmethod
     def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
-        """Four rows of `n` weights times the input whose forms (`lanes.Input`) are at the addresses `v`: four f32."""
+        """Four rows of `n` weights times the input whose forms (`inputs.Input`) are at the addresses `v`: four f32."""
 
     @abstractmethod
     def sum(self, code: Code, rows: FourRows, scales: list[Any], to: Sums, part: tuple[Any, Any], end: Any) -> None:

@@ -148,10 +148,10 @@ KV = click.option(
 )
 PREFILL = click.option(
     "--prefill",
-    type=click.Choice(["fast", "precise"]),
-    default="fast",
+    type=click.Choice(["auto", "fast", "precise"]),
+    default="auto",
     show_default=True,
-    help="How the CPU multiplies a prompt: in integers of 14 to 16 bits, or in f32.",
+    help="How the CPU multiplies a prompt: fast, in integers of 14 to 16 bits; precise, in f32, auto beside a GPU.",
 )
 EVAL_PREFILL = click.option(
     "--prefill",

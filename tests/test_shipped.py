@@ -163,3 +163,13 @@ def test_keys_and_values_in_int8_cost_next_to_nothing(project):
     assert plain == evaluate(*given)[0]
     assert 0 < dense.kl < 1e-3 and dense.top1_agreement > 0.99
     assert dense.perplexity == pytest.approx(plain.perplexity, rel=1e-3)
+
+
+def test_prompts_read_fast_cost_next_to_nothing(project):
+    heldout = project.windows(ProfileRequest((CORPUS / "heldout.jsonl",), tokens=4096))
+    given = project.model, project.runtime, ["dense"], heldout, lambda count: None
+    plain, fast = evaluate(*given, prefill="fast")
+    assert (plain.prefill, fast.prefill, fast.strategy) == ("precise", "fast", "dense")
+    assert 0 < fast.kl < 1e-5 and fast.top1_agreement > 0.995
+    assert fast.perplexity == pytest.approx(plain.perplexity, rel=5e-4)
+    assert evaluate(*given) == [plain]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from cpu_kernels.contract import PRECISIONS, Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.errors import BudgetError, ContextError, InputError
 from placement.plan import UNLIMITED, parse_size
 from profiler.common.spec import KV_CHOICES, STRATEGIES, KVChoice
 
+PrefillChoice = Literal["auto", "fast", "precise"]
+PREFILL_CHOICES: tuple[PrefillChoice, ...] = get_args(PrefillChoice)
 MOST_THREADS = 1024
 MOST_KV_TOKENS = 2**32
 
@@ -27,7 +29,8 @@ class EngineConfig:
     as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
     sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
     kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the CPU multiplies the tokens of
-    a prompt, `fast`, in integers of 14 to 16 bits, or `precise`, in f32.
+    a prompt, `fast`, in integers of 14 to 16 bits, `precise`, in f32, or `auto`: fast, but precise beside a GPU, which
+    is as exact as f32.
     """
 
     sparsity: str = "auto"
@@ -37,7 +40,7 @@ class EngineConfig:
     vram_budget: int | None = None
     kv_tokens: int | None = None
     kv: KVChoice = "auto"
-    prefill: Precision = "fast"
+    prefill: PrefillChoice = "auto"
 
     def __post_init__(self) -> None:
         if self.sparsity not in ("auto", *STRATEGIES):
@@ -54,8 +57,9 @@ class EngineConfig:
             raise InputError(f"kv_tokens is {self.kv_tokens!r}, {expected}", setting="kv_tokens")
         if self.kv not in KV_CHOICES:
             raise InputError(f"unknown kv {self.kv!r}, expected {' or '.join(KV_CHOICES)}", setting="kv")
-        if self.prefill not in PRECISIONS:
-            raise InputError(f"unknown prefill {self.prefill!r}, expected {' or '.join(PRECISIONS)}", setting="prefill")
+        if self.prefill not in PREFILL_CHOICES:
+            expected = f"expected {', '.join(PREFILL_CHOICES)}"
+            raise InputError(f"unknown prefill {self.prefill!r}, {expected}", setting="prefill")
         object.__setattr__(self, "bundle", _path(self.bundle))
         object.__setattr__(self, "vram_budget", _bytes(self.vram_budget))
 

@@ -95,7 +95,8 @@ def plan_run(
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
     found = folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices)
-    return RunPlan(*found, config.kv_tokens, config.prefill)
+    beside: Precision = "fast" if gpu is None else "precise"
+    return RunPlan(*found, config.kv_tokens, beside if config.prefill == "auto" else config.prefill)
 
 
 def cpu_threads(beside_gpu: bool) -> int:

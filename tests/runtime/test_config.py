@@ -22,6 +22,7 @@ def test_sizes_and_paths_may_be_text():
     [
         ({"sparsity": "half"}, "unknown sparsity 'half', expected auto, dense, exact, learned"),
         ({"kv": "f16"}, "unknown kv 'f16', expected auto or int8"),
+        ({"prefill": "slow"}, "unknown prefill 'slow', expected auto, fast, precise"),
         ({"sparsity": None}, "unknown sparsity None"),
         ({"context": 0}, "context is 0, expected a whole number of tokens, at least 1"),
         ({"context": 10.5}, r"context is 10\.5, expected a whole number"),

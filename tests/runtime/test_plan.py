@@ -77,3 +77,12 @@ def test_the_summary_says_what_this_machine_does(folder):
 def test_a_context_beyond_the_model_is_refused_before_anything_is_read(folder):
     with pytest.raises(ContextError, match="context 65 is out of range: this model takes 1 to 64 tokens"):
         plan_run(folder, EngineConfig(context=65))
+
+
+def test_prompts_are_read_fast_by_the_cpu_alone_and_precisely_beside_a_gpu(folder):
+    place(folder.path)
+    everything = Placement.random(folder.spec, 0.5, 0)
+    gpu = {"placement": everything, "device": torch.device("cuda")}
+    assert [plan_run(folder).prefill, plan_run(folder, **gpu).prefill] == ["fast", "precise"]
+    assert plan_run(folder, EngineConfig(prefill="precise")).prefill == "precise"
+    assert plan_run(folder, EngineConfig(prefill="fast"), **gpu).prefill == "fast"
