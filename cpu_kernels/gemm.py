@@ -179,7 +179,7 @@ class GemmScratch:
         most, widest = (0, 0) if name not in self._packed else self._packed[name][:2]
         if name not in self._packed or tokens > most or columns > widest:
             most, widest = max(tokens, most), max(columns, widest)
-            self._packed[name] = most, widest, new_tokens(most, widest)
+            self._packed[name] = most, widest, new_tokens(most, widest, self.form)
         return self._packed[name][2]
 
     def owns(self, tokens: int) -> Each:

@@ -63,10 +63,11 @@ def groups_of(tokens: int) -> int:
     return -(-tokens // TOKENS)
 
 
-def new_tokens(tokens: int, columns: int) -> Tokens:
-    """Room for so many tokens of up to `columns` columns, in either form."""
+def new_tokens(tokens: int, columns: int, form: np.ndarray) -> Tokens:
+    """Room for so many tokens of up to `columns` columns, in one form."""
     n = groups_of(tokens) * TOKENS * padded(columns)
-    return Tokens(aligned(n, np.float32), aligned(n // 2, np.int32), aligned(n // BLOCK, np.float32))
+    floats, codes = (0, n) if form is CODES else (n, 0)
+    return Tokens(aligned(floats, np.float32), aligned(codes // 2, np.int32), aligned(codes // BLOCK, np.float32))
 
 
 def new_own(tokens: int) -> Own:

@@ -27,7 +27,7 @@ _PREPARED_WITH = {
     "hardware": None,
     "bundle": None,
 }
-_RUN_WITH = {"sparsity": "auto", "vram_budget": None, "bundle": None, "mlock": False, "kv": "auto"}
+_RUN_WITH = {"sparsity": "auto", "vram_budget": None, "bundle": None, "mlock": False, "kv": "auto", "prefill": "auto"}
 
 
 def demo(output: Path | None, yes: bool, options: Mapping[str, Any]) -> None:

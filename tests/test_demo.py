@@ -55,7 +55,7 @@ def test_the_options_are_all_that_the_commands_read(monkeypatch, tmp_path):
     assert cli.run(["demo", "-o", str(tmp_path / "m"), "--vram-budget", "1GiB"]) == 0
     read = {option.name for option in cli.prepare.params} | {option.name for option in cli.chat.params}
     assert read - set(given) - set(demo._PREPARED_WITH) == {
-        *("model", "sparsity", "mlock", "system", "url", "api_key", "kv")
+        *("model", "sparsity", "mlock", "system", "url", "api_key", "kv", "prefill")
     }
     assert given["vram_budget"] == "1GiB"
 
