@@ -137,7 +137,7 @@ def main(model: Path, peer: Path | None, tokens: list[int], threads: int, runs: 
     pool = WorkerPool(threads)
     peaks = {"precise": peak(False, pool), "fast": peak(True, pool)}
     pool.close()
-    context = max(tokens) + 1
+    context = max(tokens)
     settings = [EngineConfig("dense", context, threads, vram_budget=0, prefill=way) for way in ("precise", "fast")]
     precise, fast = (Engine.load(model, config) for config in settings)
     with closing(precise), closing(fast):

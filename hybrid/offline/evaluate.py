@@ -61,7 +61,7 @@ def as_decode(runtime: FFNRuntime, strategy: Strategy) -> Iterator[None]:
 def perplexity(model: Transformer, runtime: FFNRuntime, strategy: Strategy, windows: TokenWindows) -> float:
     """exp of the mean loss over every predicted token of every window."""
     sums = _Sums()
-    with torch_threads(runtime.pool.threads), as_decode(runtime, strategy):
+    with torch_threads(1), as_decode(runtime, strategy):
         for window in torch.from_numpy(windows.tokens):
             hidden = model(window)
             sums.add(model, hidden, hidden, window)
@@ -87,7 +87,7 @@ def evaluate(
     cache = None if kv == "auto" else KVCache(spec, windows.tokens.shape[1])
     fast, exactly = _Sums() if prefill == "fast" else None, runtime.gemm
     rounding = GemmScratch(runtime.pool.threads, "fast")
-    with torch_threads(runtime.pool.threads):
+    with torch_threads(1):
         for window in torch.from_numpy(windows.tokens):
             with as_decode(runtime, "dense"):
                 truth = model(window)

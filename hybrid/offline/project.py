@@ -197,7 +197,7 @@ class Project:
         recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
         settings = ProfileSettings(seed=request.seed)
         partial = self.bundle.partial_profile
-        with torch_threads(self.runtime.pool.threads):
+        with torch_threads(1):
             found = record_profile(self._run_dense, recorder, windows, settings, header, partial, self._progress)
         found.save(self.bundle.profile)
         partial.unlink(missing_ok=True)
