@@ -159,7 +159,7 @@ def row_ffn(
         raise ValueError(f"row_ffn wants {wanted} f32 of scratch, got {scratch.dtype} {tuple(scratch.shape)}")
     sizes = [tokens, TERMS * tokens * d // 2, TERMS * tokens * width // 2]
     scales, terms, of_hidden, sums = scratch.view(-1)[:wanted].split([*sizes, wanted - sum(sizes)])
-    terms, of_hidden = terms.view(torch.bfloat16), of_hidden.view(torch.bfloat16)
+    terms, of_hidden = terms.view(torch.bfloat16).view(TERMS, tokens, d), of_hidden.view(torch.bfloat16)
     tile: dict[str, Any] = {"K": d, "T": tokens, "R": TILE, "C": STEP, "NATIVE": is_native()}
     split_rows(x, terms, scales)
     _project_kernel[(triton.cdiv(capacity, TILE), FFN_PARTS)](

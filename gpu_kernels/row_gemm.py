@@ -42,20 +42,28 @@ def gemm_floats(tokens: int, n: int, d: int) -> int:
 
 
 @triton.jit
-def _terms_kernel(x, x_stride, terms, scales, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_terms(rest, terms, step, scale, mask, TERMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row's scale, and its terms, `step` apart; `rest` is 0 where it has no column."""
+    exponent = (tl.max(tl.abs(rest), 0).to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both powers of two are to be normal numbers
+    tl.store(scale, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
+    rest *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    for i in tl.static_range(TERMS):
+        term = rest.to(terms.dtype.element_ty)
+        tl.store(terms + i * step, term, mask=mask)
+        rest -= term.to(tl.float32)
+
+
+@triton.jit
+def _terms_kernel(  # type: ignore[no-untyped-def]
+    x, x_stride, terms, scales, K: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """A row's terms and scale; axis 0 of the grid is the rows."""
     begin(PDL)
     t, tokens = tl.program_id(0), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     rest = tl.load(x + t * x_stride + at, mask=at < K, other=0.0)
-    exponent = (tl.max(tl.abs(rest), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both powers of two are to be normal numbers
-    tl.store(scales + t, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
-    rest *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    for i in tl.static_range(3):
-        term = rest.to(terms.dtype.element_ty)
-        tl.store(terms + (i * tokens + t) * K + at, term, mask=at < K)
-        rest -= term.to(tl.float32)
+    store_terms(rest, terms + t * K + at, tokens * K, scales + t, at < K, TERMS)
 
 
 @triton.jit
@@ -134,10 +142,20 @@ def _add_kernel(  # type: ignore[no-untyped-def]
 
 
 def split_rows(x: torch.Tensor, terms: torch.Tensor, scales: torch.Tensor) -> None:
-    """Write the terms [3, t, d] and scales f32 [t] of x f32 [t, d], whose rows are contiguous."""
+    """Write the terms [p, t, d] and scales f32 [t] of x f32 [t, d], whose rows are contiguous."""
     tokens, d = x.shape
     block = triton.next_power_of_2(d)
-    _terms_kernel[(tokens,)](x, x.stride(0), terms, scales, K=d, BLOCK=block, **options(8))
+    _terms_kernel[(tokens,)](x, x.stride(0), terms, scales, K=d, TERMS=len(terms), BLOCK=block, **options(8))
+
+
+def split_rows_ref(x: torch.Tensor, terms: torch.Tensor, scales: torch.Tensor) -> None:
+    """`split_rows` in torch."""
+    exponents = torch.frexp(x.abs().amax(-1))[1].clamp(-111, 128)
+    scales.copy_(torch.ldexp(torch.ones_like(scales), exponents - 15))
+    rest = torch.ldexp(x, (15 - exponents)[:, None])
+    for term in terms:
+        term.copy_(rest)
+        rest -= term.float()
 
 
 def row_gemm(
@@ -160,7 +178,7 @@ def row_gemm(
         )
     scales, rest = scratch.view(-1)[:tokens], scratch.view(-1)[tokens:]
     size = TERMS * tokens * d // 2
-    terms, sums = rest[:size].view(KINDS[matrix.kind]), rest[size:]
+    terms, sums = rest[:size].view(KINDS[matrix.kind]).view(TERMS, tokens, d), rest[size:]
     split_rows(x, terms, scales)
     last = {"PARTS": parts, "ADD": add, "ACTIVATION": activation}
     _gemm_kernel[(triton.cdiv(n, TILE), parts)](

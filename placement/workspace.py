@@ -7,7 +7,7 @@ what is sorted to choose a token (int64). Each buffer is rounded up to the alloc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,9 +25,10 @@ STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so
 _RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
-PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
+PREFILL_COLUMNS = 4096  # neurons of an FFN computed at once, and half of the columns of other products
+_GEMM_ALIGNED = 64  # f32 elements that parts of its scratch are a multiple of
 _PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
-_TERMS, _TERM_COLUMNS = 3, 1024  # in which f32 inputs are split for bf16 products, and columns of these at a time
+_TERMS = 3  # in which f32 rows are split for 16-bit products of a decode step
 
 # Of `gpu_kernels.attention`, `sparse_ffn`, `sampling`, `row_gemm` and `row_ffn`, which need triton, as a plan must not.
 _SPLIT_PROGRAMS, _SPLIT_KEYS, _MOST_SPLITS = 528, 64, 128
@@ -75,6 +76,28 @@ def cached_tokens(context: int, block: int = KV_BLOCK) -> int:
     """Tokens that a sequence of `context` tokens has room for: whole blocks, or of one sequence's cache one smaller."""
     block = min(block, context) if block == KV_BLOCK else block
     return -(-context // block) * block
+
+
+class GemmSizes(NamedTuple):
+    """Scratch of `hybrid.runtime.gpu.gemm`.
+
+    tokens: the most at once; width: the most columns of what is multiplied; columns: of products of two terms twice so
+    many at once, which are a matrix's or those of gate and up; of three a third less; in_blocks: whether weights are
+    widened, as many as half of `columns` rows have to f32, or all to f16.
+    """
+
+    tokens: int
+    width: int
+    columns: int
+    in_blocks: bool
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """f32 elements: scales, three 16-bit terms of tokens, as many of hidden values, products, widened weights."""
+        tokens, columns = self.tokens, self.columns
+        terms, widened = (3 * tokens + 1) // 2, -(-columns // 2) * self.width * self.in_blocks
+        sizes = (2 * tokens, terms * self.width, terms * columns, 4 * tokens * columns, widened)
+        return tuple(-(-size // _GEMM_ALIGNED) * _GEMM_ALIGNED for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -183,24 +206,27 @@ class Workspace:
             "positions": aligned(4 * chunk),
             "qkv": aligned(4 * wide * (queries + both)),
             "attended": aligned(4 * wide * queries),
-            "first": aligned(4 * wide * self.staging_neurons),
-            "second": aligned(4 * wide * self.staging_neurons * spec.gated),
             "keys and values": aligned(4 * cached_tokens(self.context, self.block) * both),
             "scratch": aligned(4 * self._scratch(wide)),
             "table": aligned(4 * self.blocks),
         }
 
-    def _scratch(self, wide: int) -> int:
-        """f32 values: rows of weights as f32, or inputs in terms with their products, or scores with their queries."""
+    @property
+    def prefill_gemm(self) -> GemmSizes:
+        """Products of a prompt's tokens."""
         spec = self.spec
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-        widest = max(spec.d_model, queries, self.staging_neurons)
-        rows = min(PREFILL_ROWS, max(self.staging_neurons, queries + both))
-        terms = -(-_TERMS * wide * widest // 2) + 64 + _TERMS * wide * min(widest, _TERM_COLUMNS)
+        columns = min(PREFILL_COLUMNS, max(spec.d_ff, -(-max(queries + both, spec.d_model) // 2)))
+        tokens = min(PREFILL_WIDE, self.prefill_chunk, self.context)
+        return GemmSizes(tokens, max(spec.d_model, queries), columns, LAYOUTS[spec.dtype].in_blocks)
+
+    def _scratch(self, wide: int) -> int:
+        """f32 values of the scratch of products, or scores with their queries."""
+        spec = self.spec
         scores = (
             spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context, self.block) + 2 * spec.head_dim)
         )
-        return max(rows * widest, terms, scores)
+        return max(sum(self.prefill_gemm.parts), scores)
 
     @property
     def staging_neurons(self) -> int:

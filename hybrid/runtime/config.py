@@ -28,9 +28,8 @@ class EngineConfig:
     artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
     as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
     sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
-    kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the CPU multiplies the tokens of
-    a prompt, `fast`, in integers of 14 to 16 bits, `precise`, in f32, or `auto`: fast, but precise beside a GPU, which
-    is as exact as f32.
+    kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the tokens of a prompt are
+    multiplied, `fast`, which is `auto`, in 14 to 18 bits, or `precise`, in f32.
     """
 
     sparsity: str = "auto"

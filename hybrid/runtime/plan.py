@@ -31,7 +31,7 @@ class RunPlan:
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
     its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
-    that the KV cache has room for, where more or less than one context was asked for. prefill: of the CPU's products.
+    that the KV cache has room for, where more or less than one context was asked for. prefill: of a prompt's products.
     """
 
     folder: ModelFolder
@@ -95,8 +95,7 @@ def plan_run(
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
     found = folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices)
-    beside: Precision = "fast" if gpu is None else "precise"
-    return RunPlan(*found, config.kv_tokens, beside if config.prefill == "auto" else config.prefill)
+    return RunPlan(*found, config.kv_tokens, "fast" if config.prefill == "auto" else config.prefill)
 
 
 def cpu_threads(beside_gpu: bool) -> int:

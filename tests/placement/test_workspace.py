@@ -65,14 +65,14 @@ def test_prefill_by_hand():
         "positions": 2560,  # 2400
         "qkv": 512 * 512 * 4,
         "attended": 512 * 256 * 4,
-        **dict.fromkeys(("first", "second"), 512 * 1000 * 4),
         "keys and values": 768 * 256 * 4,
-        "scratch": (768_000 + 64 + 3 * 512 * 1000) * 4 + 256,  # three bf16 terms of 512 x 1000 and their products
+        # Scales, three terms of 512 x 256 and 512 x 4000 in 16 bits, products of two terms with 8000 columns.
+        "scratch": 4 * (2 * 512 + 768 * 256 + 768 * 4000 + 2 * 512 * 8000),
         "table": 512,
     }
-    wide_rows = Workspace(small_spec(d_model=4096, d_ff=4000), 64, 0, 2048, 1).prefill
-    assert wide_rows["scratch"] == 1000 * 4096 * 4 and wide_rows["x"] == 64 * 4096 * 4
-    assert Workspace(small_spec(gated=False), 8, 0, 7, 1).prefill["second"] == 0
+    in_blocks = Workspace(small_spec(d_model=4096, d_ff=9000, dtype="int8"), 64, 0, 2048, 1).prefill
+    assert in_blocks["scratch"] == 4 * (2 * 64 + 2 * 96 * 4096 + 4 * 64 * 4096 + 2048 * 4096)  # at most 4096 neurons
+    assert in_blocks["x"] == 64 * 4096 * 4
     scores = Workspace(small_spec(n_heads=100, max_context=10**5), 10**5, 0, 64, 1).prefill["scratch"]
     assert scores == aligned(4 * 100 * 8 * (cached_tokens(10**5) + 8))
 

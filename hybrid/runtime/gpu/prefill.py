@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_kernels.dense import activate_product, causal_softmax, gather
+from gpu_kernels.dense import causal_softmax, gather
 from gpu_kernels.gemv import gemv
 from gpu_kernels.norm import residual_norm
 from gpu_kernels.rope import rope
@@ -32,10 +32,10 @@ from hybrid.model.rope import Rotation, rotation
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.cold_stream import ColdStream
-from hybrid.runtime.gpu.gemm import GpuGemm, Projection, pieces, some_rows
+from hybrid.runtime.gpu.gemm import GpuGemm, pieces
 from hybrid.runtime.gpu.prefill_buffers import PrefillBuffers
 from hybrid.runtime.gpu.weights import GpuLayer, GpuNorm, GpuWeights, normed_heads
-from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE, Workspace
+from placement.workspace import PREFILL_CHUNK, Workspace
 from profiler.common.openmp import torch_threads
 
 Streams = Callable[[int, int], bool]
@@ -95,15 +95,17 @@ class GpuPrefill:
         self._streams, self._eps = streams, float(model.spec.norm_eps)
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
-        self._wide, self._chunk = min(PREFILL_WIDE, cache.capacity), min(PREFILL_CHUNK, cache.capacity)
-        self._neurons = Workspace(model.spec, cache.capacity, 0, self._chunk, 1).staging_neurons
-        self._buffers = PrefillBuffers.take(arena, model, cache, self._chunk, self._wide, self._neurons)
-        self._gemm = GpuGemm(self._buffers.scratch)
+        self._chunk = min(PREFILL_CHUNK, cache.capacity)
+        planned = Workspace(model.spec, cache.capacity, 0, self._chunk, 1)
+        sizes, self._wide = planned.prefill_gemm, planned.prefill_gemm.tokens
+        self._buffers = PrefillBuffers.take(arena, model, cache, self._chunk, sizes)
+        products = self._buffers.scratch[: sum(sizes.parts)]
+        self._gemm = GpuGemm(products, sizes, runtime.precision == "precise")
         self._cold = [
             0 if layer is None else ffn.up.shape[0] - ffn.hot
             for layer, ffn in zip(weights.layers, model.ffns, strict=True)
         ]
-        self._stream = ColdStream(model.ffns, self._neurons, arena) if any(self._cold) else None
+        self._stream = ColdStream(model.ffns, planned.staging_neurons, arena) if any(self._cold) else None
         pinned = arena.device.type == "cuda" and not arena.counts_only
         self._device = arena.device
         self._host = torch.empty(0 if arena.counts_only else self._chunk, model.spec.d_model, pin_memory=pinned)
@@ -206,7 +208,7 @@ class GpuPrefill:
         x, normed, qkv, attended = b.x[part], b.normed[part], b.qkv[:count], b.attended[:count]
         norm = self._weights.norms[number]
         residual_norm(x, norm.weight, norm.bias, self._eps, normed)
-        self._gemm.project(normed, Projection(layer.qkv, layer.qkv_bias, qkv))
+        self._gemm.project(normed, layer.qkv, layer.qkv_bias, qkv)
         cos, sin = self._rotations[layer.rope] if self._rotations else (None, None)
         norms = normed_heads(qkv, layer, spec, self._eps)
         rope(
@@ -214,13 +216,15 @@ class GpuPrefill:
             spec.n_heads, norms.q_bias, norms.k_bias, layer.scales,
         )  # fmt: skip
         self._attend(qkv, layer, start + part.start, attended)
-        self._gemm.project(attended, Projection(layer.out, layer.out_bias, normed))
-        self._add(normed, layer.attention_post, x)
+        if layer.attention_post is None:
+            self._gemm.project(attended, layer.out, layer.out_bias, x, add=True)
+        else:
+            self._gemm.project(attended, layer.out, layer.out_bias, normed)
+            self._add_norm(normed, layer.attention_post, x)
 
-    def _add(self, values: torch.Tensor, norm: GpuNorm | None, x: torch.Tensor) -> None:
-        """x += values, or their norm."""
-        if norm is not None:
-            residual_norm(values, norm.weight, norm.bias, self._eps, values)
+    def _add_norm(self, values: torch.Tensor, norm: GpuNorm, x: torch.Tensor) -> None:
+        """x += the norm of values, in whose place it is."""
+        residual_norm(values, norm.weight, norm.bias, self._eps, values)
         x += values
 
     def _attend(self, qkv: torch.Tensor, layer: GpuLayer, start: int, out: torch.Tensor) -> None:
@@ -283,27 +287,12 @@ class GpuPrefill:
             for view in self._stream.layer(number):
                 self._neurons_of(view, x, normed)
         if layer.ffn_post is not None:
-            self._add(x, layer.ffn_post, b.x[:count])
+            self._add_norm(x, layer.ffn_post, b.x[:count])
 
     def _neurons_of(self, view: DeviceFFNView, x: torch.Tensor, normed: torch.Tensor) -> None:
         """x += all these neurons for normed."""
-        hot = view.up.shape[0]
-        for some in pieces(hot, self._neurons):
-            gate = None if view.gate is None else some_rows(view.gate, some)
-            up, down = some_rows(view.up, some), some_rows(view.down, some)
-            biases = [None if bias is None else bias[some] for bias in (view.gate_bias, view.up_bias)]
-            for part in pieces(x.shape[0], self._wide):
-                shape = (part.stop - part.start, some.stop - some.start)
-                size = shape[0] * shape[1]
-                first = self._buffers.first[:size].view(shape)
-                second = None if gate is None else self._buffers.second[:size].view(shape)
-                if gate is None or second is None:
-                    self._gemm.project(normed[part], Projection(up, biases[1], first))
-                else:
-                    both = Projection(gate, biases[0], first), Projection(up, biases[1], second)
-                    self._gemm.project(normed[part], *both)
-                activate_product(first, second, view.activation)
-                self._gemm.add_product(first, down, x[part])
+        for part in pieces(x.shape[0], self._wide):
+            self._gemm.add_ffn(normed[part], view, x[part])
 
     def _layer_on_cpu(self, number: int, count: int, start: int) -> None:
         """The whole layer by the CPU's own block and its KV cache, for some tokens at a time."""

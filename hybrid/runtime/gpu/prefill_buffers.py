@@ -9,8 +9,7 @@ import torch
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
-from hybrid.runtime.gpu.gemm import scratch_floats
-from placement.workspace import PREFILL_ROWS
+from placement.workspace import GemmSizes
 
 PART = "workspace: prefill"
 _LEAST_QUERIES = 8  # whose scores fit the scratch
@@ -32,8 +31,6 @@ class PrefillBuffers:
     rotations: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
-    first: torch.Tensor
-    second: torch.Tensor
     keys_values: torch.Tensor
     scratch: torch.Tensor
     positions: torch.Tensor
@@ -41,15 +38,13 @@ class PrefillBuffers:
 
     @classmethod
     def take(
-        cls, arena: DeviceArena, model: Transformer, cache: KVCache, chunk: int, wide: int, neurons: int
+        cls, arena: DeviceArena, model: Transformer, cache: KVCache, chunk: int, gemm: GemmSizes
     ) -> PrefillBuffers:
-        """chunk: tokens that go through the layers at once; wide: of those, for which what is wide is computed at once;
-        neurons: whose hidden values are."""
+        """chunk: tokens that go through the layers at once; gemm: what is wide is computed for so many of those."""
         spec = model.spec
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
         blocks = len(cache.table)
-        widest = max(spec.d_model, queries, neurons)
-        rows = min(PREFILL_ROWS, max(neurons, queries + both))
+        wide = gemm.tokens
         scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
 
         def floats(*shape: int) -> torch.Tensor:
@@ -64,10 +59,8 @@ class PrefillBuffers:
             rotations=floats(2 * cache.capacity * following, spec.head_dim // 2),
             qkv=floats(wide, queries + both),
             attended=floats(wide, queries),
-            first=floats(wide * neurons),
-            second=floats(wide * neurons if spec.gated else 0),
             keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
-            scratch=floats(max(scratch_floats(wide, widest, rows), scores)),
+            scratch=floats(max(sum(gemm.parts), scores)),
             positions=arena.empty(PART, (chunk,), torch.int32),
             table=arena.empty(PART, (blocks,), torch.int32),
         )

@@ -10,7 +10,7 @@ from packed_cases import pack
 from step_cases import use_references
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import dense, gemv, norm, rope
+from gpu_kernels import dense, gemv, norm, rope, row_gemm
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, KVPool, Row
@@ -26,9 +26,10 @@ pytest.importorskip("transformers")
 VOCAB, CAPACITY = 131, 28
 TOLERANCE = 2e-5
 KERNELS = {
-    "split": dense,
+    "split_rows": row_gemm,
     "widen": dense,
-    "activate_product": dense,
+    "sum_products": dense,
+    "hidden_terms": dense,
     "causal_softmax": dense,
     "gather": dense,
     "residual_norm": norm,
@@ -44,7 +45,7 @@ def _small_pieces(monkeypatch):
     """A prompt fills several chunks, pieces of them, and blocks of the KV cache."""
     monkeypatch.setattr("hybrid.model.kv_cache.BLOCK_SIZE", 8)
     monkeypatch.setattr("hybrid.runtime.gpu.prefill.PREFILL_CHUNK", 11)
-    monkeypatch.setattr("hybrid.runtime.gpu.prefill.PREFILL_WIDE", 5)
+    monkeypatch.setattr("placement.workspace.PREFILL_WIDE", 5)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def _references(monkeypatch):
     """Without a GPU, references in the place of kernels: Triton's interpreter takes up to 20 s for a prompt."""
     if DEVICE == "cpu":
         for kernel, module in KERNELS.items():
-            user = "gemm" if kernel in ("split", "widen") else "prefill"
+            user = "gemm" if kernel in ("split_rows", "widen", "sum_products", "hidden_terms") else "prefill"
             monkeypatch.setattr(f"hybrid.runtime.gpu.{user}.{kernel}", getattr(module, f"{kernel}_ref"))
 
 
@@ -243,9 +244,7 @@ def test_what_does_not_fit_is_refused(stored):
 
 
 @pytest.mark.usefixtures("_references")
-@pytest.mark.parametrize(
-    "failing", ["hybrid.runtime.gpu.cold_stream._sources", "hybrid.runtime.gpu.prefill.activate_product"]
-)
+@pytest.mark.parametrize("failing", ["hybrid.runtime.gpu.cold_stream._sources", "hybrid.runtime.gpu.gemm.hidden_terms"])
 def test_a_call_that_fails_leaves_the_cache_and_the_next_goes_on(failing, stored, monkeypatch):
     case, tokens = Case(stored("llama-relu", "f32")), some_tokens(20)
     case.prefill.read(tokens[:3])
@@ -265,8 +264,7 @@ def test_a_call_that_fails_leaves_the_cache_and_the_next_goes_on(failing, stored
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "int4"])
 @pytest.mark.parametrize("name", ["llama-tied-mha-bias", "opt"])
 def test_takes_what_the_plan_says(name, dtype, stored, monkeypatch):
-    for size in ("PREFILL_CHUNK", "PREFILL_WIDE"):
-        monkeypatch.setattr(f"hybrid.runtime.gpu.prefill.{size}", getattr(workspace, size))
+    monkeypatch.setattr("hybrid.runtime.gpu.prefill.PREFILL_CHUNK", workspace.PREFILL_CHUNK)
     monkeypatch.setattr("hybrid.model.kv_cache.BLOCK_SIZE", workspace.KV_BLOCK)
     case = Case(stored(name, dtype))
     spent = case.arena.spent
