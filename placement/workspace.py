@@ -25,7 +25,7 @@ STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so
 _RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
-PREFILL_COLUMNS = 4096  # neurons of an FFN computed at once, and half of the columns of other products
+PREFILL_COLUMNS = 4096  # neurons of an FFN computed at once, up to a third of them, and half of other products' columns
 _GEMM_ALIGNED = 64  # f32 elements that parts of its scratch are a multiple of
 _PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
 _TERMS = 3  # in which f32 rows are split for 16-bit products of a decode step
@@ -215,10 +215,10 @@ class Workspace:
     def prefill_gemm(self) -> GemmSizes:
         """Products of a prompt's tokens."""
         spec = self.spec
-        queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
-        columns = min(PREFILL_COLUMNS, max(spec.d_ff, -(-max(queries + both, spec.d_model) // 2)))
+        queries = spec.n_heads * spec.head_dim
+        third = -(-spec.d_ff // (3 * _GEMM_ALIGNED)) * _GEMM_ALIGNED
         tokens = min(PREFILL_WIDE, self.prefill_chunk, self.context)
-        return GemmSizes(tokens, max(spec.d_model, queries), columns, LAYOUTS[spec.dtype].in_blocks)
+        return GemmSizes(tokens, max(spec.d_model, queries), min(PREFILL_COLUMNS, third), LAYOUTS[spec.dtype].in_blocks)
 
     def _scratch(self, wide: int) -> int:
         """f32 values of the scratch of products, or scores with their queries."""
