@@ -4,8 +4,8 @@ With a, b the first and second half of a head and c, s the cosines and sines of 
 
     [a * c - b * s,  b * c + a * s]                                      (rotate-half, arXiv 2104.09864)
 
-A head of a token is one program's. In int8 the codes of its key or value are round(x / scale), scale = max |x| / 127:
-see `cpu_kernels.rope`.
+Some heads of a token are one program's: one in a decode step, more where there are many tokens. In int8 the codes of
+its key or value are round(x / scale), scale = max |x| / 127: see `cpu_kernels.rope`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cpu_kernels.contract import MAX_BATCH
 from gpu_kernels.launch import begin, options
 
 CACHE_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -72,28 +73,31 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     NORMED: tl.constexpr,
     LAYER: tl.constexpr,
     SCALED: tl.constexpr,
+    GROUP: tl.constexpr,
     PADDED_HALF: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """Everything is [GROUP heads, PADDED_HALF columns], or [GROUP, 1]."""
     begin(PDL)
     HALF: tl.constexpr = (HEAD_DIM + 1) // 2
-    t, h = tl.program_id(0), tl.program_id(1)
-    j = tl.arange(0, PADDED_HALF)
-    head = tl.full([PADDED_HALF], h, tl.int32)  # masks of one shape: not all versions of the interpreter mix them
-    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
+    t, j = tl.program_id(0), tl.arange(0, PADDED_HALF)[None, :]
+    h = tl.program_id(1) * GROUP + tl.arange(0, GROUP)[:, None]
+    head = h + tl.zeros_like(j)  # masks of one shape: not all versions of the interpreter mix them
+    is_query, is_value = head < HEADS, (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    in_a, in_b = j < HALF, HALF + j < HEAD_DIM
+    is_kept = is_key | is_value
+    in_a, in_b = (j < HALF) & (is_query | is_kept), (HALF + j < HEAD_DIM) & (is_query | is_kept)
     x = qkv + (t * (HEADS + 2 * KV_HEADS) + h) * HEAD_DIM
     a = tl.load(x + j, mask=in_a, other=0.0)
     b = tl.load(x + HALF + j, mask=in_b, other=0.0)
     position = tl.load(positions + t)
     block = tl.load(table + t * table_stride + position // BLOCK_SIZE).to(tl.int64)
     if LAYER:
-        mean = (tl.sum(a, axis=0) + tl.sum(b, axis=0)) / HEAD_DIM
+        mean = (tl.sum(a, axis=1, keep_dims=True) + tl.sum(b, axis=1, keep_dims=True)) / HEAD_DIM
         mean = tl.where(is_value, 0.0, mean)
         a, b = tl.where(in_a, a - mean, 0.0), tl.where(in_b, b - mean, 0.0)
     if NORMED:
-        squares = tl.sum(a * a, axis=0) + tl.sum(b * b, axis=0)
+        squares = tl.sum(a * a, axis=1, keep_dims=True) + tl.sum(b * b, axis=1, keep_dims=True)
         scale = tl.where(is_value, 1.0, 1.0 / tl.sqrt(squares / HEAD_DIM + eps))
         a = a * scale * _weight(q_norm, k_norm, j, in_a, is_query, is_key)
         b = b * scale * _weight(q_norm, k_norm, HALF + j, in_b, is_query, is_key)
@@ -110,16 +114,15 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     row = (block * (2 * KV_HEADS) + (h - HEADS)) * BLOCK_SIZE + position % BLOCK_SIZE
     place = cache + row * HEAD_DIM
     if SCALED:
-        scale = tl.maximum(tl.max(tl.abs(a), axis=0), tl.max(tl.abs(b), axis=0)) / 127.0
-        scale += tl.sum(a * 0.0, axis=0) + tl.sum(
-            b * 0.0, axis=0
-        )  # not a number where one of them is not: max skips it
-        tl.store(scales + row, scale, mask=h >= HEADS)
+        largest = tl.maximum(tl.max(tl.abs(a), axis=1, keep_dims=True), tl.max(tl.abs(b), axis=1, keep_dims=True))
+        # Not a number where one of them is not: max skips it.
+        scale = largest / 127.0 + tl.sum(a * 0.0, axis=1, keep_dims=True) + tl.sum(b * 0.0, axis=1, keep_dims=True)
+        tl.store(scales + row, scale, mask=(h >= HEADS) & (h < HEADS + 2 * KV_HEADS))
         a, b = _codes(a, scale), _codes(b, scale)
     else:
         a, b = _kept(a, cache), _kept(b, cache)
-    tl.store(place + j, a, mask=in_a & (is_key | is_value))
-    tl.store(place + HALF + j, b, mask=in_b & (is_key | is_value))
+    tl.store(place + j, a, mask=in_a & is_kept)
+    tl.store(place + HALF + j, b, mask=in_b & is_kept)
 
 
 def rope(
@@ -150,7 +153,8 @@ def rope(
     check_scales("rope", cache, scales)
     _check(qkv, cos, sin, (q_norm, k_norm, q_bias, k_bias), positions, table, cache, n_heads)
     kv_heads, block_size, head_dim = cache.shape[2:]
-    _rope_kernel[(qkv.shape[0], n_heads + 2 * kv_heads)](
+    group = 1 if qkv.shape[0] <= MAX_BATCH else 8
+    _rope_kernel[(qkv.shape[0], triton.cdiv(n_heads + 2 * kv_heads, group))](
         qkv,
         cos,
         sin,
@@ -172,8 +176,9 @@ def rope(
         NORMED=q_norm is not None,
         LAYER=q_bias is not None,
         SCALED=scales is not None,
+        GROUP=group,
         PADDED_HALF=triton.next_power_of_2(-(-head_dim // 2)),
-        **options(1),
+        **options(min(4, group)),
     )
 
 

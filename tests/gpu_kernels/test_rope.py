@@ -23,7 +23,7 @@ def make(tokens, heads, kv_heads, head_dim, rotated=True, normed=False, kind="f3
     rotation = (angles.cos(), angles.sin()) if rotated else (None, None)
     norm = tuple(random_input(2, head_dim, seed=3)) if normed else (None, None)
     biases = tuple(random_input(2, head_dim, seed=5)) if normed == "layer" else (None, None)
-    positions = torch.tensor([0, 3, 4, 11][:tokens], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([0, 3, 4, 11] * 9, dtype=torch.int32, device=DEVICE)[:tokens]
     order = torch.randperm(3 * tokens, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.int32)
     cache = torch.full((3 * tokens, 2, kv_heads, BLOCK_SIZE, head_dim), torch.nan, dtype=TYPES[kind], device=DEVICE)
     return [qkv, *rotation, *norm, EPS, positions, order.view(tokens, 3), cache, heads, *biases]
@@ -48,6 +48,15 @@ def assert_same_cache(found, truth, tolerance):
 @pytest.mark.parametrize("normed", ["layer", True, False])
 def test_matches_reference(heads, kv_heads, head_dim, rotated, normed):
     found, truth = both(4, heads, kv_heads, head_dim, rotated, normed)
+    assert_close(found[0], truth[0])
+    assert_same_cache(found[1], truth[1], TOLERANCE["f32"])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(5, 1, 24), (8, 4, 64)])
+@pytest.mark.parametrize("normed", ["layer", True, False])
+def test_many_tokens(heads, kv_heads, head_dim, normed):
+    """A program then takes eight heads, of which there may be fewer, or some of several kinds."""
+    found, truth = both(34, heads, kv_heads, head_dim, normed=normed)
     assert_close(found[0], truth[0])
     assert_same_cache(found[1], truth[1], TOLERANCE["f32"])
 
@@ -139,9 +148,10 @@ def make_int8(*args, **options):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 17), (4, 2, 64)])
-def test_int8(heads, kv_heads, head_dim):
+@pytest.mark.parametrize("tokens", [4, 33])
+def test_int8(tokens, heads, kv_heads, head_dim):
     options = {"rotated": head_dim % 2 == 0, "normed": True}
-    found, truth = (make_int8(4, heads, kv_heads, head_dim, **options) for _ in range(2))
+    found, truth = (make_int8(tokens, heads, kv_heads, head_dim, **options) for _ in range(2))
     rope(*found)
     rope_ref(*truth)
     assert_same_cache(found[12], truth[12], TOLERANCE["f32"])
