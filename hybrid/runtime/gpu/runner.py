@@ -12,12 +12,13 @@ from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.prefill import GpuPrefill
 from hybrid.runtime.gpu.step import GpuStep
-from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from hybrid.runtime.sampling import Choice
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
+from placement.prompt import PromptTime
 from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
@@ -28,9 +29,11 @@ FEW_TOKENS = 8
 
 
 class GpuRunner:
-    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways;
+    prompts: what the cost model expects of them.
 
-    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
+    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model, which may
+    have the CPU compute some of a layer's while the others are streamed.
     """
 
     chunk = PREFILL_CHUNK
@@ -52,34 +55,33 @@ class GpuRunner:
         self.most_rows = rows
         self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
-        self._cold = ColdPrefill(hardware, model.spec)
         self.streams: bool | None = None
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         self._turns_with_length = any(rope.follows_length for rope in model.ropes)
-        self._zero_copy = ZeroCopyNeurons(model, placement, device, runtime.strategy == "learned")
+        self._host = HostRows(model, placement, device, runtime.strategy == "learned")
+        cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), model.spec, runtime.precision, runtime.few)
+        self.prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
         counting = DeviceArena(device)
         self._take(counting)
         self.arena = DeviceArena(device, counting.used)
         self.step, self.prefill = self._take(self.arena)
 
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
-        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy, self.most_rows)
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._host, self.most_rows)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
-        return step, GpuPrefill(*given, self._streams, step.rotations, step.logits)
+        return step, GpuPrefill(*given, self._by_cpu, step.rotations, step.logits, self._host.cold)
 
-    def _streams(self, tokens: int, layer: int) -> bool:
-        if self.streams is not None:
-            return self.streams
-        hot = int(self._placement.hot[layer])
-        return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
+    def _by_cpu(self, tokens: int, start: int, layer: int) -> int:
+        if self.streams is None:
+            return self.prompts.by_cpu(tokens, start, layer)
+        return 0 if self.streams else self._model.spec.d_ff - int(self._placement.hot[layer])
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What a user should know of how it runs."""
-        refused = self._zero_copy.refused
-        return (f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe",) if refused else ()
+        return self._host.notices
 
     @torch_threads(1)
     def load_kernels(self) -> None:
