@@ -118,9 +118,7 @@ def dense_ffn(
     pool.run(_dense_ffn, pool.threads, pool.barrier, scratch.form, *layer, x, *buffers, out, fired)
 
 
-def dense_ffn_ref(
-    ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0, stop: int | None = None
-) -> np.ndarray:
+def dense_ffn_ref(ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
     """`dense_ffn` in torch, in f64; returns which neurons' activations are not 0, bool [t, stop - first]."""
     tokens, rows = torch.from_numpy(x).double(), slice(first, stop)
 

@@ -61,9 +61,7 @@ class ColdPrefill:
             cpu, gpu = self.cpu_neuron_seconds(tokens, beside_pcie=True), self._gpu_neuron_seconds(tokens)
             sent = self.spec.neuron_bytes / self._sent_bandwidth(registered)
             exchange = self.exchange_seconds(tokens)
-            even = max(
-                (cold * sent - before - exchange) / (cpu + sent), ((hot + cold) * gpu - exchange) / (cpu + gpu)
-            )
+            even = max((cold * sent - before - exchange) / (cpu + sent), ((hot + cold) * gpu - exchange) / (cpu + gpu))
             groups = math.floor(even / GROUP)
             choices += [count * GROUP for count in (groups, groups + 1) if 0 < count * GROUP < cold]
         choices.append(cold)

@@ -1,4 +1,4 @@
-"""`PromptTime`: the cost model's seconds from a prompt to its first token, for a model on GPU and CPU."""
+"""`PromptTime`: the cost model's seconds to read a prompt, for a model on GPU and CPU, or on the CPU alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CPU_ATTENTION_SHARE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class PromptTime:
-    """Seconds to read prompts under `choice`, which has something on the GPU.
+    """Seconds to read prompts under `choice`.
 
     registered: layers whose cold rows the GPU reads where they lie.
     """
@@ -31,11 +31,21 @@ class PromptTime:
     registered: Collection[int]
 
     def seconds(self, tokens: int) -> float:
-        """A prompt of so many tokens, from an empty cache, and the logits after it."""
+        """A prompt of so many tokens, from an empty cache, and the logits after it; something is on the GPU."""
         layers = sum(
             self._chunk_seconds(min(PREFILL_CHUNK, tokens - start), start) for start in range(0, tokens, PREFILL_CHUNK)
         )
         return _PROMPT_CALLS + layers + self._head_seconds()
+
+    def seconds_alone(self, tokens: int, piece: int) -> float:
+        """The same by the CPU alone, `piece` tokens at a time."""
+        spec, hardware = self.cost.spec, self.cost.hardware
+        layers = sum(
+            self._layer_on_cpu(min(piece, tokens - start), start, layer)
+            for start in range(0, tokens, piece)
+            for layer in range(spec.n_layers)
+        )
+        return layers + spec.vocab_size * spec.embedding_row_bytes / hardware.cpu_read_bandwidth
 
     def by_cpu(self, tokens: int, start: int, layer: int) -> int:
         """How many cold neurons of a layer on the GPU the CPU had best compute of a chunk after `start` tokens."""
@@ -47,7 +57,9 @@ class PromptTime:
         embedded = _EMBEDDED * vectors / hardware.cpu_read_bandwidth + vectors / hardware.pcie_bandwidth
         on_gpu = self.choice.layer_on_gpu
         return embedded + sum(
-            self._layer_seconds(tokens, start, n) if on_gpu[n] else self._layer_on_cpu(tokens, start, n)
+            self._layer_seconds(tokens, start, n)
+            if on_gpu[n]
+            else self._layer_on_cpu(tokens, start, n) + self.cost.exchange_seconds(tokens)
             for n in range(self.cost.spec.n_layers)
         )
 
@@ -77,7 +89,7 @@ class PromptTime:
             some = min(PREFILL_WIDE, tokens - at)
             seconds += cost.cpu_seconds(some, self._projections, self._projection_bytes)
             seconds += spec.d_ff * cost.cpu_neuron_seconds(some)
-        return seconds + cost.exchange_seconds(tokens)
+        return seconds
 
     def _attention_flops(self, tokens: int, start: int, layer: int) -> float:
         """Scores and sums of values, over the keys that each token sees."""

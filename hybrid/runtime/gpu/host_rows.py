@@ -1,10 +1,10 @@
 """`HostRows`: cold neurons whose rows the GPU reads where they lie in host memory.
 
-Two read them: the decode step's kernels, which compute the hottest of the cold neurons over PCIe while the CPU's workers
-compute the others (zero-copy), and prefill, which copies all of them to the GPU piece by piece. CUDA must know such
-memory: each row is registered once, which keeps its pages where they are, and let go before it is freed. Registered
-memory cannot be swapped out, so there is a limit to it. Rows of a packed model are a mapped file, which cannot be
-registered: those for the kernels are copied first, prefill's pass through pinned buffers (`cold_stream`).
+Two read them: the decode step's kernels, which compute the hottest of the cold neurons over PCIe while the CPU computes
+the others (zero-copy), and prefill, which copies all of them to the GPU piece by piece. CUDA must know such memory:
+each row is registered once, which keeps its pages where they are, and let go before it is freed. Registered memory
+cannot be swapped out, so there is a limit to it. Rows of a packed model are a mapped file, which cannot be registered:
+those for the kernels are copied first, prefill's pass through pinned buffers (`cold_stream`).
 """
 
 from __future__ import annotations

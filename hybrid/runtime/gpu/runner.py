@@ -29,8 +29,7 @@ FEW_TOKENS = 8
 
 
 class GpuRunner:
-    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways;
-    prompts: what the cost model expects of them.
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
 
     streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model, which may
     have the CPU compute some of a layer's while the others are streamed.
@@ -62,7 +61,7 @@ class GpuRunner:
         self._turns_with_length = any(rope.follows_length for rope in model.ropes)
         self._host = HostRows(model, placement, device, runtime.strategy == "learned")
         cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), model.spec, runtime.precision, runtime.few)
-        self.prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
+        self._prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
         counting = DeviceArena(device)
         self._take(counting)
         self.arena = DeviceArena(device, counting.used)
@@ -75,7 +74,7 @@ class GpuRunner:
 
     def _by_cpu(self, tokens: int, start: int, layer: int) -> int:
         if self.streams is None:
-            return self.prompts.by_cpu(tokens, start, layer)
+            return self._prompts.by_cpu(tokens, start, layer)
         return 0 if self.streams else self._model.spec.d_ff - int(self._placement.hot[layer])
 
     @property
@@ -88,13 +87,13 @@ class GpuRunner:
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        if self._are_rows(tokens):
+        if self._are_rows(len(tokens)):
             return self._few(tokens, cache)[-1]
         with self._reading_prompt():
             return self.prefill.read(tokens, length=length, cache=cache)
 
     def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        if self._are_rows(tokens):
+        if self._are_rows(len(tokens)):
             return self._few(tokens, cache)
         with self._reading_prompt():
             return self.prefill.score(tokens, length, cache)
@@ -109,9 +108,9 @@ class GpuRunner:
         self._check_process()
         return self.step.next_tokens(rows, choices, self._runtime.strategy)
 
-    def _are_rows(self, tokens: Sequence[int]) -> bool:
+    def _are_rows(self, tokens: int) -> bool:
         """Whether some of a prompt go through the step: a few, but where a rotation depends on how long the text is."""
-        return len(tokens) == 1 or (len(tokens) <= FEW_TOKENS and not self._turns_with_length)
+        return tokens == 1 or (tokens <= FEW_TOKENS and not self._turns_with_length)
 
     @torch_threads(1)
     def _few(self, tokens: Sequence[int], cache: KVCache | None) -> torch.Tensor:
@@ -130,6 +129,10 @@ class GpuRunner:
 
     def rest(self) -> None:
         self.step.rest()
+
+    def expected_seconds(self, tokens: int) -> float | None:
+        """To read a prompt of so many tokens from an empty cache, by the cost model; None for few, which are rows."""
+        return None if self._are_rows(tokens) else self._prompts.seconds(tokens)
 
     def _check_process(self) -> None:
         """Raise in a child of `fork`, where CUDA calls fail one by one with messages that do not say why."""

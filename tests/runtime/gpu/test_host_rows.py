@@ -2,6 +2,7 @@
 
 import gc
 from mmap import PAGESIZE
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,7 +58,10 @@ def cuda(monkeypatch):
 def model_of(layers=3, hot=HOT, width=WIDTH):
     """Layers without a gate whose matrices lie one after another in one block of memory."""
     rows = np.zeros((2 * layers, NEURONS, width), np.float32)
-    matrices = [FFNMatrices(None, Matrix(up, width), Matrix(down, width)) for up, down in rows.reshape(layers, 2, NEURONS, width)]
+    matrices = [
+        FFNMatrices(None, Matrix(up, width), Matrix(down, width))
+        for up, down in rows.reshape(layers, 2, NEURONS, width)
+    ]
     return SimpleNamespace(ffns=[SimpleNamespace(matrices=m, hot=hot) for m in matrices])
 
 
@@ -105,9 +109,12 @@ def test_where_cuda_refuses_the_kernels_rows_are_tried_alone(cuda):
     model = model_of()
     down, last = (model.ffns[n].matrices.down.rows[HOT:] for n in (1, 2))
     pages = down.nbytes // PAGESIZE * PAGESIZE
-    cuda.refused = lambda span: span[1] - span[0] >= pages and span[0] <= down.ctypes.data < span[1] or (
-        span[0] <= last.ctypes.data < span[1]
-    )
+
+    def refused(span):
+        whole = span[1] - span[0] >= pages and span[0] <= down.ctypes.data < span[1]
+        return whole or span[0] <= last.ctypes.data < span[1]
+
+    cuda.refused = refused
     host = registered(model, (3, 2, 4))
     assert list(host.cold) == [0] and counts(host.zero_copy) == {0: 3, 1: 2} and host.refused == 4
     assert len(cuda.let_go) >= 1 and host.notices[0].startswith("4 neurons are left to the CPU")
@@ -131,7 +138,8 @@ def test_nothing_where_all_are_hot_or_on_the_cpu(cuda):
 
 
 def test_half_of_the_memory_is_the_limit():
-    kilobytes = next(int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemTotal"))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal"))
     assert memory_limit() == pytest.approx(512 * kilobytes, rel=0.01)
 
 
