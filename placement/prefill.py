@@ -24,6 +24,8 @@ PRODUCT_SHARE = 0.4
 _PANEL_TOKENS, _FEW_COST = 16, 4
 # Of the host's read bandwidth, how fast pageable rows pass through pinned buffers: 16 of 120 GB/s.
 _STAGED_SHARE = 0.13
+# While the CPU computes, the caller launches nothing: the GPU waits for the first kernels after the CPU's part.
+_RESUME_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,10 @@ class ColdPrefill:
         streamed = cold - by_cpu
         on_gpu = before + (hot + streamed) * self._gpu_neuron_seconds(tokens)
         sent = streamed * self.spec.neuron_bytes / self._sent_bandwidth(registered)
+        if not by_cpu:
+            return max(on_gpu, sent)
         on_cpu = by_cpu * self.cpu_neuron_seconds(tokens, beside_pcie=streamed > 0)
-        return max(on_gpu, sent, before + self.exchange_seconds(tokens) + on_cpu if by_cpu else 0.0)
+        return max(on_gpu, sent, before + self.exchange_seconds(tokens) + on_cpu) + _RESUME_SECONDS
 
     def by_cpu(self, tokens: int, hot: int, cold: int, before: float = 0.0, registered: bool = True) -> int:
         """How many of the cold neurons the CPU had best compute: none, all, or some groups, so that both ways end

@@ -223,7 +223,7 @@ def prefill(model: str, budget: int, context: int, lengths: list[int], forced: b
                 if sum(times.get(way, ())) < _MOST_SECONDS:
                     seconds, layers[way] = _read(engine, given, choice)
                     times.setdefault(way, []).append(seconds)
-            expected = _expected(engine, Prepared.of(model).hardware, length)
+            expected = _expected(engine, length)
             cold = (engine.placement.layer_on_gpu & (engine.placement.hot < engine.model.spec.d_ff)).sum()
             passes = int(cold) * -(-length // PREFILL_CHUNK)
             for way, of_way in times.items():
@@ -246,12 +246,13 @@ def _read(engine: Engine, prompt: list[int], streams: bool | None) -> tuple[floa
     return step.stats.ttft_seconds, vars(PrefillWays.so_far(engine).since(before)).copy()
 
 
-def _expected(engine: Engine, hardware: HardwareProfile, length: int) -> float | None:
+def _expected(engine: Engine, length: int) -> float | None:
     """Seconds that the cost model expects for a prompt."""
     runner, runtime, spec = gpu_runner(engine), engine.runtime, engine.model.spec
     if runner is not None:
         return runner.expected_seconds(length)
-    cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), spec, runtime.precision, runtime.few)
+    hardware = hardware_of(engine.plan.bundle).with_threads(runtime.pool.threads)
+    cost = ColdPrefill(hardware, spec, runtime.precision, runtime.few)
     return PromptTime(cost, Choice.all_cpu(spec.n_layers), ()).seconds_alone(length, engine.runner.chunk)
 
 
