@@ -1,5 +1,6 @@
 """Prefill on the GPU against the CPU's, for families, weights, placements and both ways of the cold neurons."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,7 @@ def test_stored_types(dtype, by_cpu, stored):
 @pytest.mark.parametrize("few", [0, 11])
 def test_layers_that_are_split_among_both_ways(name, registered, few, stored):
     """Layer 0 in halves, of layer 1 all but one neuron by the CPU, layer 2 streamed; three chunks, as below."""
+    gc.collect()  # what earlier tests have registered may share pages with these
     case = Case(
         stored(name, "f32"), split=lambda tokens, start, layer: (0.5, 0.99, 0.0)[layer], registered=registered, few=few
     )
@@ -181,6 +183,7 @@ def test_layers_that_are_split_among_both_ways(name, registered, few, stored):
 
 @pytest.mark.usefixtures("_references")
 def test_some_layers_are_registered_and_others_are_not(stored):
+    gc.collect()
     case = Case(stored("llama-tied-mha-bias", "f32"))
     case.host.cold = {1: case.host.cold[1]}
     case.prefill = case.take(DeviceArena(torch.device(DEVICE), case.arena.used))
