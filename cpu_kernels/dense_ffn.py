@@ -87,17 +87,21 @@ def dense_ffn(
     pool: WorkerPool,
     scratch: GemmScratch,
     first: int = 0,
+    stop: int | None = None,
     fired: np.ndarray | None = None,
 ) -> None:
-    """out[t] = the neurons from `first` on for x[t], without the bias of down; both f32 [t, d], C-contiguous.
+    """out[t] = the neurons [first, stop), by default the last ones, for x[t], without the bias of down; both f32
+    [t, d], C-contiguous.
 
-    fired: bool [t, f], of which the neurons from `first` on tell afterwards whether their activation is not 0.
+    fired: bool [t, f], of which those neurons tell afterwards whether their activation is not 0.
     Raises `ValueError` when shapes or types do not fit.
     """
     w = ffn.weights
     d, neurons = w.d, ffn.up.shape[0]
-    if x.ndim != 2 or x.shape[1] != d or out.shape != x.shape or not 0 <= first <= neurons:
-        raise ValueError(f"dense_ffn shapes do not fit: {neurons} x {d}, from {first}, x {x.shape}, out {out.shape}")
+    stop = neurons if stop is None else stop
+    if x.ndim != 2 or x.shape[1] != d or out.shape != x.shape or not 0 <= first <= stop <= neurons:
+        some = f"{neurons} x {d}, {first} to {stop}"
+        raise ValueError(f"dense_ffn shapes do not fit: {some}, x {x.shape}, out {out.shape}")
     if {x.dtype, out.dtype} != {np.dtype(np.float32)} or not (x.flags.c_contiguous and out.flags.c_contiguous):
         raise ValueError(f"dense_ffn wants contiguous f32 x and out, got {x.dtype}, {out.dtype}")
     if fired is None:
@@ -106,7 +110,7 @@ def dense_ffn(
         raise ValueError(f"fired is bool {(len(x), neurons)}, got {fired.dtype} {fired.shape}")
     if not len(x):
         return
-    tokens, computed = len(x), neurons - first
+    tokens, computed = len(x), stop - first
     rows = w.like, w.gate, w.up, w.down, w.width
     layer = activation_word(ffn.activation), *rows, first, w.gate_bias, w.up_bias, computed
     hidden = scratch.packed("hidden", tokens, computed)
@@ -114,9 +118,9 @@ def dense_ffn(
     pool.run(_dense_ffn, pool.threads, pool.barrier, scratch.form, *layer, x, *buffers, out, fired)
 
 
-def dense_ffn_ref(ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0) -> np.ndarray:
-    """`dense_ffn` in torch, in f64; returns which neurons' activations are not 0, bool [t, f - first]."""
-    tokens, rows = torch.from_numpy(x).double(), slice(first, None)
+def dense_ffn_ref(ffn: FFNView, x: np.ndarray, out: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
+    """`dense_ffn` in torch, in f64; returns which neurons' activations are not 0, bool [t, stop - first]."""
+    tokens, rows = torch.from_numpy(x).double(), slice(first, stop)
 
     def project(weight: Matrix, bias: np.ndarray) -> torch.Tensor:
         z = tokens @ weight.widen(rows).double().T

@@ -1,7 +1,8 @@
-"""Prefill: how the cold neurons of a layer are best computed for many tokens at once.
+"""Prefill: how the cold neurons of a layer are best computed for many tokens at once, on a machine with a GPU.
 
 On the CPU, or streamed: their rows go over PCIe in pieces, through two staging buffers, while the GPU computes with the
-piece before. Nearly every neuron fires for some token of a prompt, so both ways take them all.
+piece before; or some by the CPU while the others are streamed, so that both end together. Nearly every neuron fires for
+some token of a prompt, so all ways take them all.
 """
 
 from __future__ import annotations
@@ -9,62 +10,110 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cpu_kernels.contract import MAX_BATCH, Precision
 from profiler.common.hardware import HardwareProfile
 from profiler.common.spec import ModelSpec
 
-KERNEL_TOKENS = 8  # that the CPU's kernels take at once, for which they read the weights
-# Bytes of host memory for each weight of a GEMM: it is widened to f32, written and read again.
-_WIDENED_BYTES = 8
+GROUP = 64  # neurons that go one way together
+TERMS: dict[Precision, int] = {"precise": 3, "fast": 2}  # of 16 bits, which an f32 input of a product is split in
+# Of the rate of a plain product, what products of terms reach, their splitting and summing counted in: a 7B shape takes
+# 80 ms for 512 tokens on an H200, of which plain products would be some 31.
+PRODUCT_SHARE = 0.4
+# Tokens whose products take the CPU as long as bringing the weights into panels, once for all tokens of a call; and as
+# long as those of one token in the kernels of decode, which few tokens take. On 2 cores, bf16: 3.3 and 0.8 ms of 0.19.
+_PANEL_TOKENS, _FEW_COST = 16, 4
+# Of the host's read bandwidth, how fast pageable rows pass through pinned buffers: 16 of 120 GB/s.
+_STAGED_SHARE = 0.13
+# While the CPU computes, the caller launches nothing: the GPU waits for the first kernels after the CPU's part.
+_RESUME_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)
 class ColdPrefill:
-    """Seconds of a layer's FFN for a chunk of tokens, by the way that its cold neurons are computed.
+    """Seconds of a layer for a chunk of tokens, by the way that its cold neurons are computed.
 
-    `cold` and `hot` are counts of neurons; hot ones are the GPU's and keep it busy meanwhile.
+    hardware: with as many CPU threads as will run, and a GPU. precision: of the products. few: up to so many tokens the
+    CPU takes its kernels of decode.
     """
 
     hardware: HardwareProfile
     spec: ModelSpec
+    precision: Precision = "precise"
+    few: int = 0
 
-    def cpu_seconds(self, tokens: int, cold: int, hot: int = 0) -> float:
-        """Cold neurons on the CPU, by the faster of its kernels and GEMMs, beside the hot ones on the GPU."""
-        if not cold:
-            return self._gpu_seconds(tokens, hot)
-        hardware, read = self.hardware, cold * self.spec.neuron_bytes
-        weights = cold * self.spec.rows_per_neuron * self.spec.d_model
-        products = 2.0 * tokens * weights / hardware.cpu_gemm_flops
-        kernels = max(math.ceil(tokens / KERNEL_TOKENS) * read / hardware.cpu_read_bandwidth, products)
-        gemm = (read + _WIDENED_BYTES * weights) / hardware.cpu_read_bandwidth + products
-        return max(min(kernels, gemm) + self._exchange_seconds(tokens), self._gpu_seconds(tokens, hot))
+    def seconds(
+        self, tokens: int, hot: int, cold: int, by_cpu: int, before: float = 0.0, registered: bool = True
+    ) -> float:
+        """A layer with `hot` neurons on the GPU, of whose `cold` ones the CPU computes `by_cpu` and the rest is sent.
 
-    def stream_seconds(self, tokens: int, cold: int, hot: int = 0) -> float:
-        """Cold neurons sent to the GPU, which computes all of them; infinite without a GPU."""
-        if not self.hardware.has_gpu:
-            return math.inf
-        sent = cold * self.spec.neuron_bytes / self.hardware.pcie_bandwidth
-        return max(sent, self._gpu_seconds(tokens, cold + hot))
+        before: what the GPU does before the FFN, while rows are sent already. registered: whether they go from where
+        they lie.
+        """
+        streamed = cold - by_cpu
+        on_gpu = before + (hot + streamed) * self._gpu_neuron_seconds(tokens)
+        sent = streamed * self.spec.neuron_bytes / self._sent_bandwidth(registered)
+        if not by_cpu:
+            return max(on_gpu, sent)
+        on_cpu = by_cpu * self.cpu_neuron_seconds(tokens, beside_pcie=streamed > 0)
+        return max(on_gpu, sent, before + self.exchange_seconds(tokens) + on_cpu) + _RESUME_SECONDS
 
-    def stream_is_cheaper(self, tokens: int, cold: int, hot: int = 0) -> bool:
-        """Whether to stream a layer's `cold` neurons for `tokens` tokens, rather than to compute them on the CPU."""
-        return self.stream_seconds(tokens, cold, hot) < self.cpu_seconds(tokens, cold, hot)
+    def by_cpu(self, tokens: int, hot: int, cold: int, before: float = 0.0, registered: bool = True) -> int:
+        """How many of the cold neurons the CPU had best compute: none, all, or some groups, so that both ways end
+        together. Rows that are not registered are copied by the CPU's cores, so it computes none beside them."""
+        choices = [0]
+        if registered:
+            cpu, gpu = self.cpu_neuron_seconds(tokens, beside_pcie=True), self._gpu_neuron_seconds(tokens)
+            sent = self.spec.neuron_bytes / self._sent_bandwidth(registered)
+            exchange = self.exchange_seconds(tokens)
+            even = max((cold * sent - before - exchange) / (cpu + sent), ((hot + cold) * gpu - exchange) / (cpu + gpu))
+            groups = math.floor(even / GROUP)
+            choices += [count * GROUP for count in (groups, groups + 1) if 0 < count * GROUP < cold]
+        choices.append(cold)
+        return min(choices, key=lambda count: self.seconds(tokens, hot, cold, count, before, registered))
 
-    def seconds(self, tokens: int, cold: int, hot: int = 0) -> float:
-        """The FFN of a layer by the cheaper way."""
-        return min(self.stream_seconds(tokens, cold, hot), self.cpu_seconds(tokens, cold, hot))
+    def gpu_seconds(self, tokens: int, flops: float, read: float) -> float:
+        """Products of so many operations on the GPU, of weights of `read` bytes."""
+        hardware = self.hardware
+        if self.spec.dtype == "f32" or not hardware.gpu_tensor_flops:
+            rate = hardware.gpu_gemm_flops
+        else:
+            rate = PRODUCT_SHARE * hardware.gpu_tensor_flops / TERMS[self.precision]
+        return max(flops / rate, read / hardware.gpu_read_bandwidth)
 
-    def _gpu_seconds(self, tokens: int, neurons: int) -> float:
-        """The GPU's GEMMs over so many neurons, or reading their rows; 0 without a GPU."""
-        if not self.hardware.has_gpu:
-            return 0.0
-        flops = 2.0 * tokens * neurons * self.spec.rows_per_neuron * self.spec.d_model
-        read = neurons * self.spec.neuron_bytes / self.hardware.gpu_read_bandwidth
-        return max(flops / self.hardware.gpu_gemm_flops, read)
+    def cpu_seconds(self, tokens: int, weights: float, read: float, beside_pcie: bool = False) -> float:
+        """Products of `tokens` tokens with so many weights, stored in `read` bytes, by all threads of the CPU.
 
-    def _exchange_seconds(self, tokens: int) -> float:
-        """The FFN's inputs to the host and its sums back; 0 without a GPU."""
-        if not self.hardware.has_gpu:
-            return 0.0
-        vectors = 4 * tokens * self.spec.d_model
-        both = vectors / self.hardware.host_bandwidth + vectors / self.hardware.pcie_bandwidth
-        return self.hardware.handoff_seconds + both
+        beside_pcie: while the GPU copies other rows of host memory.
+        """
+        hardware = self.hardware
+        bandwidth = hardware.cpu_read_bandwidth
+        if beside_pcie:
+            bandwidth = max(bandwidth - hardware.pcie_bandwidth, 0.5 * bandwidth)
+        precise = self.precision == "precise" or not hardware.cpu_fast_gemm_flops
+        flops = hardware.cpu_gemm_flops if precise else hardware.cpu_fast_gemm_flops
+        few = tokens <= self.few
+        passes = math.ceil(tokens / MAX_BATCH) if few else 1
+        cost = _FEW_COST * tokens if few else tokens + _PANEL_TOKENS
+        return max(passes * read / bandwidth, 2.0 * cost * weights / flops)
+
+    def cpu_neuron_seconds(self, tokens: int, beside_pcie: bool = False) -> float:
+        """One neuron among many on the CPU."""
+        return self.cpu_seconds(tokens, self._neuron_weights, self.spec.neuron_bytes, beside_pcie)
+
+    def exchange_seconds(self, tokens: int) -> float:
+        """The inputs of the CPU's part to the host and its sums back."""
+        vectors, hardware = 4 * tokens * self.spec.d_model, self.hardware
+        both = vectors / hardware.host_bandwidth + vectors / hardware.pcie_bandwidth
+        return hardware.handoff_seconds + hardware.cpu_layer_seconds + both
+
+    def _gpu_neuron_seconds(self, tokens: int) -> float:
+        return self.gpu_seconds(tokens, 2.0 * tokens * self._neuron_weights, self.spec.neuron_bytes)
+
+    def _sent_bandwidth(self, registered: bool) -> float:
+        """Bytes/s of rows to the GPU."""
+        staged = _STAGED_SHARE * self.hardware.cpu_read_bandwidth
+        return self.hardware.pcie_bandwidth if registered else min(self.hardware.pcie_bandwidth, staged)
+
+    @property
+    def _neuron_weights(self) -> int:
+        return self.spec.rows_per_neuron * self.spec.d_model

@@ -89,8 +89,10 @@ def all_runs() -> Iterator[Run]:
     sizes = ("--json", "--context", str(CONTEXT), "--prompt-tokens", "64", "--tokens", "64", "--runs", "2")
     command = (sys.executable, "-m", "hybrid", "bench", "{models}/7b", "--ablation", "--vram-budget", "8GiB", *sizes)
     yield Run("ablation", "hybrid bench --ablation", command, "7b", limit=360)
-    way = {"budget": 8 * GIB, "context": LONG_CONTEXT}
-    yield Run.of("prefill", "8 GiB", "prefill", "7b", lengths=[512, 2048], limit=300, **way)
+    for gib in BUDGETS:
+        given = {"budget": UNLIMITED if gib is None else gib * GIB, "context": LONG_CONTEXT, "forced": gib == 8}
+        case = "all" if gib is None else f"{gib} GiB"
+        yield Run.of("prefill", case, "prefill", "7b", lengths=[64, 512, 2048], limit=300, **given)
     yield decode_run("latency", "2000 tokens", "7b", 8, context=LONG_CONTEXT, tokens=2000, runs=1)
     budgets = [gib * GIB for gib in PREDICTED]
     yield Run.of("predicted", "7b", "predict", "7b", budgets=budgets, context=CONTEXT, position=192)

@@ -22,7 +22,7 @@ import torch
 from cpu_kernels.bandwidth import BandwidthProbe
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.bench.ceiling import bytes_per_token
-from hybrid.bench.devices import GpuFacts, gpu_facts, gpu_result, gpu_runner
+from hybrid.bench.devices import GpuFacts, PrefillWays, gpu_facts, gpu_result, gpu_runner
 from hybrid.bench.measurements import Spread
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PackedModel
@@ -35,7 +35,10 @@ from hybrid.runtime.engine import Engine
 from placement.baselines import random_split
 from placement.cost import CostModel
 from placement.placement import Placement, PlacementSettings, place
-from placement.plan import VramPlan
+from placement.plan import Choice, VramPlan
+from placement.prefill import ColdPrefill
+from placement.prompt import PromptTime
+from placement.workspace import PREFILL_CHUNK
 from predictor.bank import PredictorBank
 from profiler.common.hardware import HardwareProfile
 from profiler.common.spec import Strategy
@@ -44,6 +47,7 @@ from profiler.machine.handoff import Handoff
 Result = dict[str, Any]
 
 _SAME_CONTEXT = 256  # of the check for the same tokens
+_MOST_SECONDS = 12.0  # of the turns of one way to read a prompt, after which no other begins
 _SHOWN_TOKENS = 32  # of an answer, kept to compare budgets
 
 
@@ -185,7 +189,7 @@ def _on_both(engine: Engine, facts: GpuFacts, found: Answers, position: float, h
     engine.reset()
     next(engine.generate(prompt_of(engine, engine.context - 1), SamplingSettings(temperature=0, max_new_tokens=1)))
     torch.cuda.synchronize()
-    about = gpu_result(engine, facts, {strategy: found.counters}, {}, position)
+    about = gpu_result(engine, facts, {strategy: found.counters}, {}, position, round(position))
     step, seconds = about.steps[strategy], about.predicted.get(strategy)
     return {
         "planned": about.planned,
@@ -202,32 +206,54 @@ def _on_both(engine: Engine, facts: GpuFacts, found: Answers, position: float, h
     }
 
 
-def prefill(model: str, budget: int, context: int, lengths: list[int], runs: int = 5) -> Result:
-    """Seconds to read prompts, by the way that the cost model chooses and by each way alone: medians of turns, as one
-    run differs from the next by a fifth. The CPU alone takes many times as long, and one turn."""
+def prefill(model: str, budget: int, context: int, lengths: list[int], forced: bool = False, runs: int = 5) -> Result:
+    """Seconds to read prompts, by the way that the cost model chooses and where `forced` by each way alone, beside what
+    it expects: medians of turns, as one run differs from the next by a fifth. The CPU alone has one turn, as it takes
+    many times as long."""
     rows = []
     with Engine.load(model, EngineConfig("learned", context=context, vram_budget=budget)) as engine:
         runner = gpu_runner(engine)
-        if runner is None:
-            raise ValueError("nothing of the model is on the GPU, so prefill has no choice")
         for length in lengths:
             given = prompt_of(engine, length)
-            times: dict[str, list[float]] = {"chosen": [], "stream": [], "cpu": []}
+            times: dict[str, list[float]] = {}
             layers: dict[str, dict[str, int]] = {}
-            turns = [("stream", True), *[("chosen", None), ("stream", True)] * runs, ("cpu", False)]
-            for way, forced in turns:
-                runner.streams = forced
-                before = vars(runner.prefill.counters).copy()
-                engine.reset()
-                step = next(engine.generate(given, SamplingSettings(temperature=0, max_new_tokens=1)))
-                times[way].append(step.stats.ttft_seconds)
-                layers[way] = {name: n - before[name] for name, n in vars(runner.prefill.counters).items()}
-            del times["stream"][0]  # the first of all warms up
-            rows += [
-                {"length": length, "way": way, "seconds": statistics.median(t), **layers[way]}
-                for way, t in times.items()
-            ]
-    return {"rows": rows}
+            turn = [("chosen", None), ("stream", True)] if forced else [("chosen", None)]
+            _read(engine, given, None)  # warms up
+            for way, choice in [*turn * runs, *([("cpu", False)] if forced else [])]:
+                if sum(times.get(way, ())) < _MOST_SECONDS:
+                    seconds, layers[way] = _read(engine, given, choice)
+                    times.setdefault(way, []).append(seconds)
+            expected = _expected(engine, length)
+            cold = (engine.placement.layer_on_gpu & (engine.placement.hot < engine.model.spec.d_ff)).sum()
+            passes = int(cold) * -(-length // PREFILL_CHUNK)
+            for way, of_way in times.items():
+                row = {"length": length, "way": way, "seconds": statistics.median(of_way), **layers[way]}
+                row["split"] = max(0, row["streamed"] + row["computed"] - passes)
+                if way == "chosen" and expected is not None:
+                    row |= {"predicted": expected, "error": expected / row["seconds"] - 1}
+                rows.append(row)
+        threads = engine.runtime.pool.threads
+        return {"rows": rows, "notices": list(engine.notices), "on_gpu": runner is not None, "threads": threads}
+
+
+def _read(engine: Engine, prompt: list[int], streams: bool | None) -> tuple[float, dict[str, int]]:
+    """Seconds to the first token after a prompt, and layers by the way that they went."""
+    runner, before = gpu_runner(engine), PrefillWays.so_far(engine)
+    if runner is not None:
+        runner.streams = streams
+    engine.reset()
+    step = next(engine.generate(prompt, SamplingSettings(temperature=0, max_new_tokens=1)))
+    return step.stats.ttft_seconds, vars(PrefillWays.so_far(engine).since(before)).copy()
+
+
+def _expected(engine: Engine, length: int) -> float | None:
+    """Seconds that the cost model expects for a prompt."""
+    runner, runtime, spec = gpu_runner(engine), engine.runtime, engine.model.spec
+    if runner is not None:
+        return runner.expected_seconds(length)
+    hardware = hardware_of(engine.plan.bundle).with_threads(runtime.pool.threads)
+    cost = ColdPrefill(hardware, spec, runtime.precision, runtime.few)
+    return PromptTime(cost, Choice.all_cpu(spec.n_layers), ()).seconds_alone(length, engine.runner.chunk)
 
 
 def predict(model: str, budgets: list[int], context: int, position: int) -> Result:

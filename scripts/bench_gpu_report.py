@@ -74,7 +74,7 @@ def markdown(results: Results) -> str:
         _table("Decoding", _DECODE_HEADER, [_decode_row(*key, f) for key, f in results.items() if "speed" in f]),
         _table("Memory", _MEMORY_HEADER, [_memory_row(*key, f) for key, f in results.items() if f.get("planned")]),
         _table("Same greedy tokens", _SAME_HEADER, [_same_row(*key, f) for key, f in results.items() if _same(f)]),
-        _table("Prefill", ["tokens", "way", "s", "tok/s", "layers streamed / CPU"], _prefill_rows(results)),
+        _table("Prefill", _PREFILL_HEADER, _prefill_rows(results)),
         _table("Predicted", ["budget", "tok/s"], _predicted_rows(results)),
         _table("Kernels", ["kernel", "us", "GB/s", "of the bandwidth"], _kernel_rows(results)),
         _text(results, "ablation", "hybrid bench --ablation"),
@@ -150,15 +150,40 @@ def _same_row(stage: str, case: str, f: Found) -> list[object]:
     return [case, *listed, f["tokens"], f["engines"], f["as_cpu"], f["as_dense"], "; ".join(f["differing"]) or "none"]
 
 
+_PREFILL_HEADER = (
+    "budget",
+    "tokens",
+    "way",
+    "s",
+    "predicted",
+    "error",
+    "tok/s",
+    "layers streamed / split / CPU / all CPU",
+)
+
+
 def _prefill_rows(results: Results) -> list[list[object]]:
-    rows = results.get(("prefill", "8 GiB"), {}).get("rows", [])
     return [
-        [r["length"], r["way"], f"{r['seconds']:.3f}", f"{r['length'] / r['seconds']:,.0f}", _ways(r)] for r in rows
+        [
+            case,
+            r["length"],
+            r["way"],
+            f"{r['seconds']:.3f}",
+            f"{r['predicted']:.3f}" if "predicted" in r else "-",
+            f"{r['error']:+.1%}" if "error" in r else "-",
+            f"{r['length'] / r['seconds']:,.0f}",
+            _ways(r),
+        ]
+        for (stage, case), found in results.items()
+        if stage == "prefill"
+        for r in found.get("rows", [])
     ]
 
 
 def _ways(row: Found) -> str:
-    return f"{row['streamed']} / {row['computed']}"
+    """Layers that were streamed whole, split, whose cold neurons the CPU computed, and that are wholly on the CPU."""
+    split = row.get("split", 0)
+    return f"{row['streamed'] - split} / {split} / {row['computed'] - split} / {row.get('on_cpu', 0)}"
 
 
 def _predicted_rows(results: Results) -> list[list[object]]:
@@ -213,6 +238,11 @@ def bars(results: Results) -> list[tuple[str, str, str, bool]]:
         took, least = ways["chosen"]["seconds"], ways[best]["seconds"]
         got = f"{took:.3f} s" + ", the same way" * same
         add(f"prefill of {length}", f"{least:.3f} s ({best})", got, same or took <= 1.03 * least)
+    for (stage, case), f in results.items():
+        for row in f.get("rows", []) if stage == "prefill" else []:
+            if "error" in row:
+                off = row["error"]
+                add(f"predicted first token, {case}, {row['length']}", "15%", f"{off:+.1%}", abs(off) <= 0.15)
     return rows
 
 

@@ -28,8 +28,8 @@ from hybrid.runtime.gpu import prefill as gpu_prefill
 from hybrid.runtime.gpu import sampler as gpu_sampler
 from hybrid.runtime.gpu import step as gpu_step
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.step import GpuStep
-from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
 from profiler.common.spec import KVChoice, Strategy
@@ -105,7 +105,7 @@ class StepCase:
         self.rows = rows
         pool = KVPool(spec, 20 * CAPACITY, 4) if rows > 8 else None
         self.cache, self.own_cache = KVCache(spec, CAPACITY, pool), KVCache(spec, CAPACITY)
-        self.zero_copy = ZeroCopyNeurons(self.model, self.placement, torch.device(DEVICE))
+        self.host = HostRows(self.model, self.placement, torch.device(DEVICE))
         counting = DeviceArena(torch.device(DEVICE))
         self._take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -113,7 +113,7 @@ class StepCase:
         self._cpu = CpuStep(self.model, self.own_cache, self.runtime)
 
     def _take(self, arena: DeviceArena) -> GpuStep:
-        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.zero_copy, self.rows)
+        return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.host, self.rows)
 
     def run(self, token: int, strategy: Strategy) -> torch.Tensor:
         """Logits [vocab] of the step after one more token."""

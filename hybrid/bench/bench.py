@@ -137,7 +137,7 @@ class Bench:
         """Add to the runs what they are held against."""
         position = self._config.prompt_tokens + self._config.tokens / 2
         if self._gpu is not None:
-            result.gpu = gpu_result(self._engine, self._gpu, counters, prefill, position)
+            result.gpu = gpu_result(self._engine, self._gpu, counters, prefill, position, self._config.prompt_tokens)
         for strategy, total in counters.items():
             result.counters[strategy] = total
             if result.gpu is None:

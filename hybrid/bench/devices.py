@@ -55,8 +55,8 @@ class GpuFacts:
 
 @dataclass(frozen=True)
 class PrefillWays:
-    """Layers by how prefill computed them: cold neurons streamed, computed by the CPU, the whole layer on the CPU;
-    each counts once per chunk."""
+    """Layers by how prefill computed them: cold neurons streamed, computed by the CPU, both for a layer that is split;
+    the whole layer on the CPU. Each counts once per chunk."""
 
     streamed: int = 0
     computed: int = 0
@@ -81,6 +81,8 @@ class GpuResult:
     planned: bytes by the plan; used: bytes that the runtime cut for its tensors; taken: bytes that the GPU has less
     free than before, None where there is no GPU. By strategy: steps, bytes of a token on each device; prefill, of one
     run; predicted, seconds per token at the runs' positions, for a placement that was solved for this machine.
+    predicted_ttft: seconds to the first token of whichever strategy, as a prompt is dense; None where the machine was
+    not measured or the prompt goes through the decode step.
     promised: tokens/s that the placement says of itself, at a full context, for the strategy `promised_for`.
     """
 
@@ -93,6 +95,7 @@ class GpuResult:
     predicted: dict[str, float]
     promised: float | None
     promised_for: str | None
+    predicted_ttft: float | None = None
 
     def machine(self, host_bandwidth: float) -> Machine:
         return Machine(self.facts.read_bandwidth, host_bandwidth, self.facts.handoff_seconds)
@@ -122,6 +125,7 @@ class GpuResult:
             "vram_taken": self.taken,
             "prefill": {name: asdict(ways) for name, ways in self.prefill.items()},
             "predicted_seconds": self.predicted,
+            "predicted_ttft_seconds": self.predicted_ttft,
             "placement_tokens_per_second": self.promised,
             "placement_strategy": self.promised_for,
         }
@@ -144,6 +148,7 @@ class GpuResult:
             "prefill_streamed": ways.streamed if ways else None,
             "prefill_computed": ways.computed if ways else None,
             "prefill_on_cpu": ways.on_cpu if ways else None,
+            "predicted_ttft_ms": 1e3 * self.predicted_ttft if ways and self.predicted_ttft else None,
         }
 
 
@@ -219,8 +224,10 @@ def gpu_result(
     counters: Mapping[Strategy, FFNCounters],
     prefill: dict[str, PrefillWays],
     position: float,
+    prompt: int,
 ) -> GpuResult:
-    """What is to be said of the runs that `counters` and `prefill` are of, with `position` tokens in the KV cache."""
+    """What is to be said of the runs that `counters` and `prefill` are of, with `position` tokens in the KV cache on
+    average, after `prompt` tokens."""
     runner, model, placement = gpu_runner(engine), engine.model, engine.placement
     assert runner is not None
     taken = None if facts.free_before is None else taken_bytes(runner.arena.device, facts.free_before)
@@ -238,6 +245,7 @@ def gpu_result(
         predicted={name: seconds for name, seconds in predicted.items() if seconds is not None},
         promised=made.get("predicted_tokens_per_second") if is_for_this_machine(engine, facts) else None,
         promised_for=made.get("strategy"),
+        predicted_ttft=None if facts.hardware is None else runner.expected_seconds(prompt),
     )
 
 

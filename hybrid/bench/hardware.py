@@ -39,7 +39,8 @@ def _host_tables(found: HardwareProfile) -> list[str]:
     counts = [[str(n), f"{read / _GB:.1f}", f"{few / _GB:.1f}"] for n, read, few in found.cpu_bandwidths]
     fixed = [
         ("fixed cost of a layer", f"{found.cpu_layer_seconds / _MICRO:.1f} us"),
-        ("f32 products", f"{found.cpu_gemm_flops / _TERA:.2f} Tflop/s"),
+        ("products of prompts", f"{found.cpu_gemm_flops / _TERA:.2f} Tflop/s"),
+        ("the same, fast", f"{found.cpu_fast_gemm_flops / _TERA:.2f} Tflop/s" if found.cpu_fast_gemm_flops else "-"),
     ]
     return [table(["threads", "GEMV, GB/s", "sparse FFN, GB/s"], counts), details("host", fixed)]
 
@@ -49,6 +50,7 @@ def _gpu_tables(found: HardwareProfile) -> list[str]:
         ("memory", size(found.vram_bytes)),
         ("read", f"{found.gpu_read_bandwidth / _TERA:.2f} TB/s"),
         ("f32 products", f"{found.gpu_gemm_flops / _TERA:.1f} Tflop/s"),
+        ("bf16 products", f"{found.gpu_tensor_flops / _TERA:.1f} Tflop/s" if found.gpu_tensor_flops else "-"),
         ("one more small kernel", f"{found.gpu_launch_seconds / _MICRO:.2f} us"),
         ("starting a token's graph", f"{found.token_seconds / _MICRO:.1f} us"),
         ("PCIe", f"{found.pcie_bandwidth / _GB:.1f} GB/s to the GPU, {found.host_bandwidth / _GB:.1f} GB/s back"),

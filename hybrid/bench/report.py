@@ -73,6 +73,8 @@ class BenchResult:
         if self.gpu is not None:
             summary.hot_share = counters.fired_hot / counters.fired if counters.fired else None
             summary.predicted_over_measured = self._prediction(name, summary)
+            if self.gpu.predicted_ttft is not None:
+                summary.predicted_ttft_over_measured = 1e3 * self.gpu.predicted_ttft / summary.ttft
         if self.peer_runs:
             summary.over_peer = Ratio.of(runs, self.peer_runs)
         return summary
@@ -103,7 +105,8 @@ class Summary:
 
     prefill: tokens/s up to the first token. ttft: median. tpot: 50th, 90th and 99th percentile over all tokens.
     speed: decoded tokens/s per run. agreement: share of tokens that are dense's. hot_share: of the neurons computed,
-    those on the GPU, where neurons were predicted. predicted_over_measured: time per token.
+    those on the GPU, where neurons were predicted. predicted_over_measured: time per token,
+    predicted_ttft_over_measured: to the first one.
     """
 
     runs: int
@@ -119,6 +122,7 @@ class Summary:
     over_peer: Ratio | None = None
     hot_share: float | None = None
     predicted_over_measured: float | None = None
+    predicted_ttft_over_measured: float | None = None
 
     @classmethod
     def of(cls, runs: Sequence[GreedyRun]) -> Summary:
@@ -213,11 +217,15 @@ def _gpu_lines(gpu: GpuResult, found: Mapping[str, Summary]) -> dict[str, list[o
     promised = [gpu.promised if name == gpu.promised_for else None for name in found]
     off = [s.predicted_over_measured for s in found.values()]
     ways = [gpu.prefill.get(name) for name in found]
+    firsts_off = [s.predicted_ttft_over_measured for s in found.values()]
+    firsts = [None if ratio is None else gpu.predicted_ttft for ratio in firsts_off]
     return {
         "computed by the GPU": [percent(s.hot_share) for s in found.values()],
         "predicted, ms": ["-" if seconds is None else f"{1e3 * seconds:.2f}" for seconds in predicted],
         "  over measured": ["-" if ratio is None else f"{ratio - 1:+.1%}" for ratio in off],
         "  at a full context, tok/s": ["-" if speed is None else f"{speed:.1f}" for speed in promised],
+        "TTFT predicted, ms": ["-" if seconds is None else f"{1e3 * seconds:.1f}" for seconds in firsts],
+        "  over measured, first token": ["-" if ratio is None else f"{ratio - 1:+.1%}" for ratio in firsts_off],
         "prefill, layers streamed": ["-" if way is None else way.streamed for way in ways],
         "  cold ones by the CPU": ["-" if way is None else way.computed for way in ways],
         "  whole ones by the CPU": ["-" if way is None else way.on_cpu for way in ways],
@@ -286,6 +294,7 @@ def _gpu_columns(gpu: GpuResult, name: str, summary: Summary) -> dict[str, Any]:
     return gpu.columns(name) | {
         "hot_share": summary.hot_share,
         "predicted_over_measured": summary.predicted_over_measured,
+        "predicted_ttft_over_measured": summary.predicted_ttft_over_measured,
         "tpot_ms_p90": summary.tpot[1],
     }
 

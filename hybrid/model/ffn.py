@@ -131,9 +131,16 @@ class HybridFFN(nn.Module):
             return self._biased(self.every(x))
         return self._biased(self._sparse(x, *self._select(x)))
 
-    def every(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """All neurons from `first` on for x [t, d], as prefill computes them, without the bias of down: [t, d] f32."""
-        return self._all_of_few(x, first) if x.shape[0] <= self.runtime.few else self._gemm(x, first)
+    def every(
+        self, x: torch.Tensor, first: int = 0, stop: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All neurons [first, stop), by default the last ones, for x [t, d], as prefill computes them, without the bias
+        of down: [t, d] f32, where it is given `out`, contiguous and none of x."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        stop = self._all.size if stop is None else stop
+        few = x.shape[0] <= self.runtime.few
+        (self._all_of_few if few else self._gemm)(x, first, stop, out)
+        return out
 
     def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
@@ -155,26 +162,24 @@ class HybridFFN(nn.Module):
         counters.computed += fired if runtime.strategy == "exact" else rows.size
         return torch.from_numpy(out)
 
-    def _all_of_few(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The neurons from `first` on for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
-        out, tokens, neurons = np.zeros(tuple(x.shape), np.float32), np.ascontiguousarray(x.numpy()), self._all[first:]
-        for start in range(0, len(out), MAX_BATCH):
+    def _all_of_few(self, x: torch.Tensor, first: int, stop: int, out: torch.Tensor) -> None:
+        """Neurons [first, stop) for a few tokens, by the kernels; a neuron that comes out 0 is left there."""
+        given, sums, neurons = np.ascontiguousarray(x.numpy()), out.zero_().numpy(), self._all[first:stop]
+        for start in range(0, len(sums), MAX_BATCH):
             few = slice(start, start + MAX_BATCH)
-            count = len(out[few])
+            count = len(sums[few])
             offsets = np.arange(count + 1, dtype=np.int64) * neurons.size
             rows = neurons if count == 1 else np.tile(neurons, count)
-            sparse_ffn(self.view, tokens[few], rows, offsets, out[few], self.runtime.scratch, self.runtime.pool)
-        return torch.from_numpy(out)
+            sparse_ffn(self.view, given[few], rows, offsets, sums[few], self.runtime.scratch, self.runtime.pool)
 
-    def _gemm(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The neurons from `first` on for several tokens."""
-        out, runtime = torch.empty_like(x, memory_format=torch.contiguous_format), self.runtime
+    def _gemm(self, x: torch.Tensor, first: int, stop: int, out: torch.Tensor) -> None:
+        """Neurons [first, stop) for several tokens."""
+        given, sums, runtime = np.ascontiguousarray(x.numpy()), out.numpy(), self.runtime
         fired = torch.empty(x.shape[0], self._all.size, dtype=torch.bool) if runtime.keep_fired else None
-        given = None if fired is None else fired.numpy()
-        dense_ffn(self.view, np.ascontiguousarray(x.numpy()), out.numpy(), runtime.pool, runtime.gemm, first, given)
+        told = None if fired is None else fired.numpy()
+        dense_ffn(self.view, given, sums, runtime.pool, runtime.gemm, first, stop, told)
         if fired is not None:
-            self.act(fired[:, first:])
-        return out
+            self.act(fired[:, first:stop])
 
     def _biased(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.matrices.down_bias is None else out + self.matrices.down_bias

@@ -46,7 +46,9 @@ class HardwareProfile:
     pcie_host_bandwidth: GPU memory to pinned host memory; 0 stands for `pcie_bandwidth`.
     cpu_scattered_bandwidth: rows of neurons here and there in host memory; 0 stands for `cpu_read_bandwidth`.
     token_seconds: starting a token's CUDA graph and waiting for its end, beside its kernels.
-    cpu_gemm_flops, gpu_gemm_flops: floating-point operations/s of a large f32 product, two for a multiply and add.
+    cpu_gemm_flops: operations/s, two for a multiply and add, of a prompt's products with bf16 weights in f32, by all
+        threads; cpu_fast_gemm_flops: the same in integers, as prefill `fast` has them; 0 stands for `cpu_gemm_flops`.
+    gpu_gemm_flops: of a large f32 product; gpu_tensor_flops: of one of bf16 summed in f32, 0 where it was not measured.
     cpu_bandwidths: (threads, read, scattered) for other numbers of threads, rising; see `with_threads`.
     gpu_kernels: of a kernel of `GPU_KERNELS` and the small one before it (bytes read, seconds in a CUDA graph), rising;
         see `kernel_seconds`.
@@ -67,6 +69,8 @@ class HardwareProfile:
     token_seconds: float = 0.0
     cpu_gemm_flops: float = 3e11
     gpu_gemm_flops: float = 3e13
+    cpu_fast_gemm_flops: float = 0.0
+    gpu_tensor_flops: float = 0.0
     cpu_bandwidths: tuple[tuple[int, float, float], ...] = ()
     gpu_kernels: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
@@ -114,9 +118,10 @@ class HardwareProfile:
     def with_threads(self, threads: int) -> HardwareProfile:
         """This machine with so many worker threads: bandwidths linear between those of `cpu_bandwidths`.
 
-        Beyond the most threads measured they stay, below the fewest they fall in proportion. Raises `InputError`
-        below 1.
+        Beyond the most threads measured they stay, below the fewest they fall in proportion; products do so below
+        `cpu_threads`. Raises `InputError` below 1.
         """
+        share = max(1, min(threads, self.cpu_threads)) / self.cpu_threads
         own = (self.cpu_threads, self.cpu_read_bandwidth, self.scattered_bandwidth)
         others = [row for row in self.cpu_bandwidths if row[0] != self.cpu_threads]
         counts, read, scattered = np.array([(0, 0, 0), *sorted([own, *others])]).T
@@ -125,6 +130,8 @@ class HardwareProfile:
             cpu_threads=threads,
             cpu_read_bandwidth=float(np.interp(threads, counts, read)),
             cpu_scattered_bandwidth=float(np.interp(threads, counts, scattered)),
+            cpu_gemm_flops=share * self.cpu_gemm_flops,
+            cpu_fast_gemm_flops=share * self.cpu_fast_gemm_flops,
         )
 
     @classmethod

@@ -10,19 +10,21 @@ import platform
 from contextlib import closing
 
 import numpy as np
-import torch
 
 from cpu_kernels import bandwidth, barrier
 from cpu_kernels.compiled import kernel
+from cpu_kernels.contract import Precision
+from cpu_kernels.gemm import GemmScratch, gemm
 from cpu_kernels.gemv import gemv
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from profiler.common.hardware import HardwareProfile
-from profiler.machine.timing import WIDTH, Report, gemm_flops, median_seconds
+from profiler.machine.timing import WIDTH, Report, median_seconds
 
 _NEURONS = 16384  # with three bf16 rows of `WIDTH` 403 MB, past the last-level cache
 _FEW, _MANY = 16, 4  # a 16th and a 4th of the neurons: two sizes, as their difference holds no waking of threads
+_GEMM_TOKENS, _GEMM_ROWS = 512, 4096
 _BARRIERS = 3  # of a layer's FFN: after gate and up, after down, after adding the parts
 PROBE_BYTES = bandwidth.BUFFER_BYTES
 _PROBE_SECONDS = 0.3
@@ -39,6 +41,8 @@ def measure_cpu(threads: int, report: Report) -> HardwareProfile:
             rows.append((count, read_bandwidth(weights, pool), scattered_bandwidth(weights, pool)))
             layer = _BARRIERS * barrier_seconds(pool)
     report("host arithmetic")
+    with closing(WorkerPool(threads)) as pool:
+        precise, fast = gemm_flops(pool, "precise"), gemm_flops(pool, "fast")
     _, read, scattered = rows[-1]
     return HardwareProfile(
         name=f"{platform.processor() or platform.machine() or 'CPU'}, CPU threads: {threads}",
@@ -47,7 +51,8 @@ def measure_cpu(threads: int, report: Report) -> HardwareProfile:
         cpu_read_bandwidth=read,
         cpu_scattered_bandwidth=scattered,
         cpu_layer_seconds=layer,
-        cpu_gemm_flops=gemm_flops(torch.device("cpu")),
+        cpu_gemm_flops=precise,
+        cpu_fast_gemm_flops=fast,
         cpu_bandwidths=tuple(rows),
         gpu_read_bandwidth=0.0,
         pcie_bandwidth=0.0,
@@ -69,6 +74,17 @@ def read_bandwidth(weights: np.ndarray, pool: WorkerPool) -> float:
     x, out = np.ones((1, weights.shape[1]), np.float32), np.empty((1, len(weights)), np.float32)
     none = np.empty(0, np.float32)
     return matrix.nbytes / median_seconds(lambda _: gemv(matrix, x, none, out, pool))
+
+
+def gemm_flops(pool: WorkerPool, precision: Precision) -> float:
+    """Operations/s of a product of 512 tokens with 4096 bf16 rows, as prompts have them."""
+    rng = np.random.default_rng(0)
+    words = rng.standard_normal((_GEMM_ROWS, WIDTH), np.float32).view(np.uint32) >> 16
+    matrix, x = Matrix(words.astype(np.uint16), WIDTH), rng.standard_normal((_GEMM_TOKENS, WIDTH), np.float32)
+    out, none = np.empty((_GEMM_TOKENS, _GEMM_ROWS), np.float32), np.empty(0, np.float32)
+    scratch = GemmScratch(pool.threads, precision)
+    seconds = median_seconds(lambda _: gemm(matrix, x, none, out, pool, scratch))
+    return 2.0 * _GEMM_TOKENS * _GEMM_ROWS * WIDTH / seconds
 
 
 def scattered_bandwidth(weights: np.ndarray, pool: WorkerPool) -> float:

@@ -19,10 +19,11 @@ from profiler.machine.kernel_costs import (
     seconds_after_small,
     small_launches,
 )
-from profiler.machine.timing import Report, gemm_flops, median_seconds
+from profiler.machine.timing import WIDTH, Report, median_seconds
 
 _PCIE_BYTES = 256 * 2**20
 _FEW, _MANY = 100, 400  # active cold neurons of a layer
+_GEMM_TOKENS = 1024
 _TOKEN_KERNELS = 6  # times 64: the kernels of a step of 32 layers
 
 
@@ -53,10 +54,26 @@ def measure_gpu(cpu: HardwareProfile, report: Report) -> HardwareProfile:
         cpu_scattered_bandwidth=scattered,
         gpu_launch_seconds=launch,
         token_seconds=token,
-        gpu_gemm_flops=gemm_flops(device),
+        gpu_gemm_flops=gemm_flops(device, torch.float32),
+        gpu_tensor_flops=gemm_flops(device, torch.bfloat16) if torch.cuda.is_bf16_supported(False) else 0.0,
         vram_bytes=torch.cuda.mem_get_info(device)[1],
         gpu_kernels=points,
     )
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations/s of torch's product of 1024 tokens with a square matrix, of f32 or of bf16 summed in f32. Of random
+    numbers, as a GPU's clock falls with the bits that change."""
+    x, weight = (torch.randn(rows, WIDTH, device=device).to(dtype) for rows in (_GEMM_TOKENS, WIDTH))
+    out = torch.empty(_GEMM_TOKENS, WIDTH, device=device)
+
+    def product() -> None:
+        if dtype == torch.float32:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+
+    return 2.0 * _GEMM_TOKENS * WIDTH * WIDTH / _waited(product)
 
 
 def pcie_bandwidths(device: torch.device) -> tuple[float, float]:

@@ -59,6 +59,7 @@ def found(**changes):
             "predicted": {"learned": 1.8e-3},
             "promised": 480.0,
             "promised_for": "learned",
+            "predicted_ttft": 0.4,
         }
         | changes
     )
@@ -88,6 +89,9 @@ def test_numbers_are_held_against_both_devices():
     assert learned.share_of_ceiling == pytest.approx(1.51 / 2.0)
     assert (dense.hot_share, learned.hot_share, learned.active_share) == (None, 0.75, 0.2)
     assert dense.predicted_over_measured is None and learned.predicted_over_measured == pytest.approx(0.9)
+    assert dense.predicted_ttft_over_measured == learned.predicted_ttft_over_measured == pytest.approx(0.8)
+    unknown = result(found(predicted_ttft=None), peer=True).summaries
+    assert unknown["dense"].predicted_ttft_over_measured is unknown[PEER].predicted_ttft_over_measured is None
     assert learned.milliseconds["attention"] is None and learned.milliseconds["step"] == pytest.approx(1.6)
     assert learned.milliseconds["rest"] == pytest.approx(0.4)
 
@@ -107,6 +111,8 @@ def test_the_report_says_what_is_known_and_a_dash_for_what_is_not():
         "predicted, ms - 1.80",
         "over measured - -10.0%",
         "at a full context, tok/s - 480.0",
+        "TTFT predicted, ms 400.0 400.0",
+        "over measured, first token -20.0% -20.0%",
         "prefill, layers streamed 3 0",
         "cold ones by the CPU 2 5",
         "whole ones by the CPU 1 1",
@@ -124,6 +130,8 @@ def test_the_report_says_what_is_known_and_a_dash_for_what_is_not():
 
 def test_json_and_csv_have_both_devices(tmp_path):
     line = json.loads(json_line(result(found(), peer=True), SETTING))
+    assert line["gpu"]["predicted_ttft_seconds"] == 0.4
+    assert line["results"]["dense"]["predicted_ttft_over_measured"] == pytest.approx(0.8)
     assert line["gpu"]["vram_taken"] == 1010 * 2**20 and line["gpu"]["prefill"]["dense"]["streamed"] == 3
     assert (
         line["results"]["learned"]["hot_share"] == 0.75 and line["results"]["learned"]["bytes"]["GPU attention"] == 1e9
@@ -133,6 +141,8 @@ def test_json_and_csv_have_both_devices(tmp_path):
     rows = list(csv.DictReader((tmp_path / "g.csv").read_text().splitlines()))
     learned, peer = rows[1], rows[2]
     assert float(learned["predicted_over_measured"]) == pytest.approx(0.9) and learned["prefill_computed"] == "5"
+    assert float(learned["predicted_ttft_ms"]) == 400 and float(learned["predicted_ttft_over_measured"]) == 0.8
+    assert peer["predicted_ttft_ms"] == peer["predicted_ttft_over_measured"] == ""
     assert float(learned["cpu_bytes_per_token"]) == 5e7 and learned["vram_planned"] == str(1000 * 2**20)
     assert peer["hot_share"] == peer["gpu_bytes_per_token"] == peer["predicted_seconds"] == ""
 
@@ -233,6 +243,16 @@ def test_an_engine_on_two_devices_is_measured(engine):
     text = report(measured, SETTING, same_text=False)
     assert "Card: read bandwidth" in text and "GPU hot neurons" in text
     assert json.loads(json_line(measured, SETTING))["gpu"]["vram_tensors"] == gpu.used
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_a_prompt_that_prefill_reads_is_predicted_where_the_machine_was_measured(engine, tokens):
+    config = BenchConfig(("learned",), prompt_tokens=tokens, tokens=2, runs=1)
+    facts = replace(FACTS, hardware=ROUND_HARDWARE)
+    measured = Bench(engine, config, probe_bytes=2**16, gpu=facts).run(lambda count: None)
+    expected = engine.runner.expected_seconds(tokens)
+    assert measured.gpu.predicted_ttft == expected and (expected is None) == (tokens == 8)
+    assert "TTFT predicted, ms" in report(measured, SETTING, same_text=False)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

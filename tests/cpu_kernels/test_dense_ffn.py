@@ -20,18 +20,19 @@ def make(f, d, dtype="f32", gated=True, biased=True, activation="relu"):
     return FFNView.of(gate if gated else None, up, down, biases[0] if gated else None, biases[1], activation)
 
 
-def run(view, x, first=0, threads=1, precision="precise"):
+def run(view, x, first=0, stop=None, threads=1, precision="precise"):
     out, pool = np.full_like(x, np.nan), WorkerPool(threads)
     fired = np.zeros((len(x), view.up.shape[0]), np.bool_)
-    dense_ffn(view, x, out, pool, GemmScratch(threads, precision), first, fired)
+    dense_ffn(view, x, out, pool, GemmScratch(threads, precision), first, stop, fired)
     pool.close()
-    return out, fired[:, first:]
+    assert not fired[:, :first].any() and (stop is None or not fired[:, stop:].any())
+    return out, fired[:, first:stop]
 
 
-def check(view, tokens, first=0, precision="precise"):
+def check(view, tokens, first=0, stop=None, precision="precise"):
     x, limit = random_input(tokens, view.up.columns), 1e-6 if precision == "precise" else 1e-3
-    (found, fired), truth = run(view, x, first, precision=precision), np.zeros_like(x)
-    expected = dense_ffn_ref(view, x, truth, first)
+    (found, fired), truth = run(view, x, first, stop, precision=precision), np.zeros_like(x)
+    expected = dense_ffn_ref(view, x, truth, first, stop)
     assert np.linalg.norm(found - truth) <= limit * np.linalg.norm(truth)
     assert np.mean(fired != expected) < (
         1e-3 if precision == "precise" else 3e-3
@@ -63,6 +64,16 @@ def test_neurons_from_one_on(dtype, first):
         check(view, 9, first)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (5, 133), (130, 299), (7, 7)])
+def test_neurons_between_two(dtype, first, stop):
+    view = make(300, 128, dtype)
+    if first == stop:
+        assert (run(view, random_input(9, 128), first, stop)[0] == 0).all()
+    else:
+        check(view, 9, first, stop)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_same_bits_for_any_threads_and_alone_or_among_others(precision):
     view, x = make(300, 200, "int8"), random_input(20, 200)
@@ -80,7 +91,9 @@ def test_what_does_not_fit_is_refused():
         ((x, x[:1]), "do not fit"),
         ((x, x.astype(np.float64)), "contiguous f32"),
         ((x, x.copy(), pool, scratch, 10), "do not fit"),
-        ((x, x.copy(), pool, scratch, 0, np.zeros((2, 8), np.bool_)), "fired is bool"),
+        ((x, x.copy(), pool, scratch, 5, 4), "do not fit"),
+        ((x, x.copy(), pool, scratch, 0, 10), "do not fit"),
+        ((x, x.copy(), pool, scratch, 0, None, np.zeros((2, 8), np.bool_)), "fired is bool"),
     ):
         with pytest.raises(ValueError, match=said):
             dense_ffn(view, *(given if len(given) > 2 else (*given, pool, scratch)))

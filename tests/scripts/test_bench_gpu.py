@@ -75,8 +75,24 @@ CANNED = {
     ("ablation", "hybrid bench --ablation"): {"text": "whole layers 20\nsolver 155", "solver_over_random": 1.5},
     ("prefill", "8 GiB"): {
         "rows": [
-            {"length": 512, "way": way, "seconds": seconds, "streamed": 32, "computed": 0}
+            {"length": 512, "way": way, "seconds": seconds, "streamed": 32, "computed": 0, "on_cpu": 0}
             for way, seconds in (("chosen", 0.5), ("stream", 0.5), ("cpu", 2.0))
+        ]
+    },
+    ("prefill", "2 GiB"): {
+        "rows": [
+            {
+                "length": length,
+                "way": "chosen",
+                "seconds": 0.5,
+                "streamed": 32,
+                "computed": 20,
+                "on_cpu": 3,
+                "split": 20,
+                "predicted": predicted,
+                "error": predicted / 0.5 - 1,
+            }
+            for length, predicted in ((64, 0.55), (512, 0.7))
         ]
     },
     ("predicted", "7b"): {"rows": [{"budget": g * GIB, "speed": 10.0 * g} for g in (1, 6, 8, 40)]},
@@ -175,6 +191,7 @@ def test_bars(reporter, canned):
     assert not met["same tokens, shipped model, int4"]
     assert met["7B at 8 GiB"] and met["7B at 8 GiB, share of the ceiling"] and met["solver over random"]
     assert met["all on the GPU, share of the ceiling"] and met["first 3 tokens over 3 budgets"]
+    assert met["predicted first token, 2 GiB, 64"] and not met["predicted first token, 2 GiB, 512"]
     assert met["predicted time, 8 GiB"] and met["memory taken, budgets 8 GiB"] and met["prefill of 512"]
 
 
@@ -188,6 +205,8 @@ def test_report_csv_and_plot(request, canned, tmp_path):
         "solver 155",
         "took longer",
         "6 GiB",
+        "| 2 GiB | 512 | chosen | 0.500 | 0.700 | +40.0% | 1,024 | 12 / 20 / 0 / 3 |",
+        "| 8 GiB | 512 | cpu | 2.000 | - | - | 256 | 32 / 0 / 0 / 0 |",
     ):
         assert expected in ran.stdout
     tables = [block for block in ran.stdout.split("\n\n") if block.startswith("|")]

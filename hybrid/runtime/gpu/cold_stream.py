@@ -1,38 +1,43 @@
 """`ColdStream`: cold neurons of a prompt's layers pass through the GPU, piece by piece, while it computes.
 
-    copying thread   fill 0 | fill 1 | fill 2         | fill 3 ...       host rows to pinned memory, by torch's threads
-    copy stream             | copy 0 | copy 1         | copy 2           pinned memory to the GPU
-    compute stream                   | compute 0      | compute 1        the caller's
+    copy stream      copy 0 | copy 1 | copy 2          registered rows (`host_rows`) to the GPU
+    compute stream          | compute 0      | compute 1        the caller's
 
-There are two buffers on each side. Who waits: the copying thread for a buffer's last copy to the GPU before it fills
-it; the copy stream, on the GPU, for the computation that read the buffer before; the compute stream for the copy. The
-caller waits only until a copy has been asked for. A piece is asked for when the computation of the one two before it
-has been, across layers, so that copies go on while attention is computed.
+Rows that are not registered have their pieces filled into pinned memory first, by a thread of its own:
+
+    copying thread   fill 0 | fill 1 | fill 2          host rows to pinned memory, by torch's threads
+    copy stream             | copy 0 | copy 1          pinned memory to the GPU
+
+There are two buffers on each side. Who waits: the copy stream, on the GPU, for the computation that read the buffer
+before; the compute stream for the copy; the copying thread for a buffer's last copy to the GPU before it fills it. The
+caller never waits for registered rows, for others until a copy has been asked for. A piece is asked for when the
+computation of the one two before it has been, across layers, so that copies go on while attention is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
-from cpu_kernels.matrix import Matrix
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.sparse_ffn import DeviceFFNView
-from hybrid.model.ffn import HybridFFN
+from hybrid.model.ffn import FFNMatrices, HybridFFN
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.gemm import pieces
+from hybrid.runtime.gpu.host_rows import cold_neurons
 from placement.plan import aligned
+from profiler.common.openmp import torch_threads
 
 PART = "workspace: staging"
 _BUFFERS = 2
 
 
 class _Piece(NamedTuple):
-    """Some neurons of a layer."""
+    """Some of a layer's cold neurons."""
 
     layer: int
     rows: slice
@@ -49,32 +54,46 @@ class _Events:
 class ColdStream:
     """Two staging buffers of up to `neurons` neurons. `begin` names the layers, then `layer` gives each its pieces."""
 
-    def __init__(self, ffns: Sequence[HybridFFN], neurons: int, arena: DeviceArena) -> None:
-        """Takes the buffers on the device from `arena`, and as much pinned memory."""
-        self._ffns, self._neurons, self._device = ffns, neurons, arena.device
+    def __init__(
+        self,
+        ffns: Mapping[int, HybridFFN],
+        neurons: int,
+        arena: DeviceArena,
+        registered: Mapping[int, FFNMatrices],
+        threads: int,
+    ) -> None:
+        """Takes the buffers on the device from `arena`, and as much pinned memory where a layer is not `registered`.
+
+        ffns: of the layers that have cold neurons; registered: of some of them all cold neurons, whose rows the GPU
+        reads; threads: of torch's, that fill pinned memory.
+        """
+        self._neurons, self._device, self._threads = neurons, arena.device, threads
         native = arena.device.type == "cuda" and not arena.counts_only
-        size = max(sum(aligned(neurons * width) for width in _widths(ffn)) for ffn in ffns)
+        self._activation = next(iter(ffns.values())).act.name
+        self._cold = {number: registered.get(number) or cold_neurons(ffn) for number, ffn in ffns.items()}
+        self._staging = ffns.keys() - registered.keys()
+        size = max(sum(aligned(neurons * width) for width in _widths(m)) for m in self._cold.values())
         self._staged = [arena.empty(PART, (size,), torch.uint8) for _ in range(_BUFFERS)]
         self._filled: list[torch.Tensor] = []
-        if not arena.counts_only:
+        if self._staging and not arena.counts_only:
             self._filled = [torch.empty(size, dtype=torch.uint8, pin_memory=native) for _ in range(_BUFFERS)]
         self._events = [_Events(native) for _ in range(_BUFFERS)]
         self._copies = torch.cuda.Stream(arena.device) if native else None
         self._thread = ThreadPoolExecutor(1, "hybrid-staging")
         self._pieces: list[_Piece] = []
-        self._futures: list[Future[DeviceFFNView]] = []
+        self._asked: list[Future[DeviceFFNView]] = []
         self._next = 0
 
-    def begin(self, layers: Sequence[int]) -> None:
-        """Start to copy the cold neurons of these layers, in this order. What an earlier call left is dropped."""
+    def begin(self, first: Mapping[int, int]) -> None:
+        """Start to copy cold neurons of these layers, in this order, each layer's from the `first` of the cold ones on.
+        What an earlier call left is dropped."""
         self._settle()
         self._pieces = [
-            _Piece(layer, slice(hot + piece.start, hot + piece.stop))
-            for layer in layers
-            for hot, cold in [_hot_and_cold(self._ffns[layer])]
-            for piece in pieces(cold, self._neurons)
+            _Piece(layer, slice(start + piece.start, start + piece.stop))
+            for layer, start in first.items()
+            for piece in pieces(len(self._cold[layer].up.rows) - start, self._neurons)
         ]
-        self._futures, self._next = [], 0
+        self._asked, self._next = [], 0
         for _ in range(_BUFFERS):
             self._ask()
 
@@ -82,7 +101,7 @@ class ColdStream:
         """The layer's cold neurons in order, on the device: each view may be used until the next is asked for."""
         while self._next < len(self._pieces) and self._pieces[self._next].layer == number:
             at, events = self._next, self._events[self._next % _BUFFERS]
-            view = self._futures[at].result()
+            view = self._asked[at].result()
             if events.copied is not None:
                 torch.cuda.current_stream(self._device).wait_event(events.copied)
             yield view
@@ -92,41 +111,51 @@ class ColdStream:
             self._ask()
 
     def _ask(self) -> None:
-        """Have the next piece filled and copied, if there is one."""
-        at = len(self._futures)
-        if at < len(self._pieces):
-            self._futures.append(self._thread.submit(self._fill, at % _BUFFERS, self._pieces[at]))
+        """Have the next piece copied, if there is one."""
+        at = len(self._asked)
+        if at == len(self._pieces):
+            return
+        buffer, piece = at % _BUFFERS, self._pieces[at]
+        if piece.layer in self._staging:
+            self._asked.append(self._thread.submit(self._fill, buffer, piece))
+        else:
+            self._asked.append(Future())
+            self._asked[at].set_result(self._copy(buffer, piece, None))
 
     def _settle(self) -> None:
         """Wait for what an interrupted answer left under way."""
-        for future in self._futures[self._next :]:
-            future.cancel()
-        for future in self._futures[self._next :]:
-            if not future.cancelled():
-                future.exception()
+        for future in [future for future in self._asked[self._next :] if not future.cancel()]:
+            future.exception()
         if self._copies is not None:
             self._copies.synchronize()
 
     def _fill(self, buffer: int, piece: _Piece) -> DeviceFFNView:
-        """Copy a piece to pinned memory and ask for its copy to the GPU; runs in the copying thread."""
-        ffn, events = self._ffns[piece.layer], self._events[buffer]
+        """Copy a piece by way of pinned memory; runs in the copying thread."""
+        events = self._events[buffer]
         if events.copied is not None:
             events.copied.synchronize()
-        sources, at = _sources(ffn, piece.rows), 0
+        with torch_threads(self._threads):
+            return self._copy(buffer, piece, self._filled[buffer])
+
+    def _copy(self, buffer: int, piece: _Piece, filled: torch.Tensor | None) -> DeviceFFNView:
+        """Ask for the copy of a piece to the GPU, by way of `filled` or from where it lies."""
+        m, events, at = self._cold[piece.layer], self._events[buffer], 0
         placed: list[torch.Tensor | None] = []
-        for source, width in zip(sources, _widths(ffn), strict=True):
-            if source is None:
-                placed.append(None)
-                continue
-            place = slice(at, at + source.nbytes)
-            self._filled[buffer][place].copy_(source.reshape(-1).view(torch.uint8))
-            with self._on_copies(buffer):
-                self._staged[buffer][place].copy_(self._filled[buffer][place], non_blocking=True)
-            placed.append(self._staged[buffer][place].view(source.dtype).view(source.shape))
-            at += aligned(self._neurons * width)
+        with self._on_copies(buffer):
+            for source, width in zip(_sources(m, piece.rows), _widths(m), strict=True):
+                if source is None:
+                    placed.append(None)
+                    continue
+                place = slice(at, at + source.nbytes)
+                stored = source.reshape(-1).view(torch.uint8)
+                if filled is not None:
+                    stored = filled[place].copy_(stored)
+                self._staged[buffer][place].copy_(stored, non_blocking=True)
+                placed.append(self._staged[buffer][place].view(source.dtype).view(source.shape))
+                at += aligned(self._neurons * width)
         if events.copied is not None:
             events.copied.record(self._copies)
-        return _view(ffn, placed)
+        return _view(m, self._activation, placed)
 
     def _on_copies(self, buffer: int) -> AbstractContextManager[object]:
         """The copy stream, once the buffer's last computation is done."""
@@ -137,31 +166,19 @@ class ColdStream:
         return torch.cuda.stream(self._copies)
 
 
-def _hot_and_cold(ffn: HybridFFN) -> tuple[int, int]:
-    return ffn.hot, ffn.up.shape[0] - ffn.hot
-
-
-def _parts(ffn: HybridFFN) -> tuple[tuple[Matrix | None, ...], tuple[torch.Tensor | None, ...]]:
-    m = ffn.matrices
-    return (m.gate, m.up, m.down), (m.gate_bias, m.up_bias)
-
-
-def _widths(ffn: HybridFFN) -> list[int]:
+def _widths(m: FFNMatrices) -> list[int]:
     """Bytes that one neuron has in each of `_sources`; 0 where there is none."""
-    matrices, biases = _parts(ffn)
-    return [*(0 if m is None else m.row_bytes for m in matrices), *(0 if b is None else 4 for b in biases)]
+    rows, biases = (m.gate, m.up, m.down), (m.gate_bias, m.up_bias)
+    return [*(0 if x is None else x.row_bytes for x in rows), *(0 if b is None else 4 for b in biases)]
 
 
-def _sources(ffn: HybridFFN, rows: slice) -> list[torch.Tensor | None]:
-    """Rows of gate, up and down as they are stored, and of the biases as f32."""
-    matrices, biases = _parts(ffn)
-    return [
-        *(None if m is None else m.tensor(rows) for m in matrices),
-        *(None if b is None else b[rows].float() for b in biases),
-    ]
+def _sources(m: FFNMatrices, some: slice) -> list[torch.Tensor | None]:
+    """Rows of gate, up and down as they are stored, and the biases, f32."""
+    rows, biases = (m.gate, m.up, m.down), (m.gate_bias, m.up_bias)
+    return [*(None if x is None else x.tensor(some) for x in rows), *(None if b is None else b[some] for b in biases)]
 
 
-def _view(ffn: HybridFFN, placed: Sequence[torch.Tensor | None]) -> DeviceFFNView:
-    gate, up, down = (None if rows is None else DeviceMatrix(rows, ffn.up.columns, ffn.up.dtype) for rows in placed[:3])
+def _view(m: FFNMatrices, activation: str, placed: Sequence[torch.Tensor | None]) -> DeviceFFNView:
+    gate, up, down = (None if rows is None else DeviceMatrix(rows, m.up.columns, m.up.dtype) for rows in placed[:3])
     assert up is not None and down is not None
-    return DeviceFFNView(gate, up, down, placed[3], placed[4], ffn.act.name)
+    return DeviceFFNView(gate, up, down, placed[3], placed[4], activation)

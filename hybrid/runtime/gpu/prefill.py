@@ -2,8 +2,8 @@
 
 A prompt passes through in chunks, so that a layer's cold neurons come to the GPU once for many tokens; within a layer,
 what is wide (QKV, hidden values, scores) is computed for fewer tokens at a time. Nearly every neuron fires for some
-token of a prompt, so all are computed: hot ones from the GPU's rows, cold ones either streamed to the GPU
-(`cold_stream`) or computed by the CPU while the GPU computes the hot ones, whichever `streams` says is cheaper.
+token of a prompt, so all are computed: hot ones from the GPU's rows, of the cold ones as many as `split` says by the
+CPU, while the others are streamed to the GPU (`cold_stream`) and computed there after the hot ones.
 
 Activations are f32 and every product is as exact as f32 arithmetic, as on the CPU. Everything on the device comes out
 of the arena. Who waits: the caller, once per chunk for all of it, and where the CPU has a part in a layer for its
@@ -12,9 +12,10 @@ input. Without a GPU, as in tests, the same code runs on the CPU, one thing afte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import DeviceFFNView
 from gpu_kernels.tiles import TOGETHER
 from hybrid.errors import ContextError
-from hybrid.model.ffn import FFNRuntime
+from hybrid.model.ffn import FFNMatrices, FFNRuntime
 from hybrid.model.kv_cache import KVCache
 from hybrid.model.rope import Rotation, rotation
 from hybrid.model.transformer import Transformer
@@ -38,13 +39,13 @@ from hybrid.runtime.gpu.weights import GpuLayer, GpuNorm, GpuWeights, normed_hea
 from placement.workspace import PREFILL_CHUNK, Workspace
 from profiler.common.openmp import torch_threads
 
-Streams = Callable[[int, int], bool]
+Split = Callable[[int, int, int], int]
 
 
 @dataclass
 class PrefillCounters:
-    """Layers whose cold neurons were streamed to the GPU, were computed by the CPU, and layers wholly on the CPU; each
-    counts once per chunk."""
+    """Layers of which cold neurons were streamed to the GPU, of which some were computed by the CPU, a layer that is
+    split among both; and layers wholly on the CPU. Each counts once per chunk."""
 
     streamed: int = 0
     computed: int = 0
@@ -78,11 +79,14 @@ class GpuPrefill:
         cache: KVCache,
         runtime: FFNRuntime,
         arena: DeviceArena,
-        streams: Streams,
+        split: Split,
         rotations: tuple[Rotation, ...],
         logits: torch.Tensor,
+        registered: Mapping[int, FFNMatrices] = MappingProxyType({}),
     ) -> None:
-        """streams(tokens, layer): whether to stream the layer's cold neurons rather than compute them on the CPU.
+        """split(tokens, start, layer): how many of the layer's cold neurons the CPU computes of a chunk of so many
+        tokens after `start` others, while the rest is streamed. registered: of some layers the cold neurons, whose rows
+        the GPU reads in host memory.
 
         rotations: of each of the model's RoPEs cosines and sines [capacity, head_dim / 2] f32 on the device; logits:
         f32 [n, vocab] of scratch there, for so many tokens at a time. Raises `ValueError` for another number of
@@ -92,7 +96,7 @@ class GpuPrefill:
             raise ValueError("prefill needs cosines and sines for each RoPE of the model, and none without any")
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
         self._own, self._out = cache, logits[:TOGETHER]
-        self._streams, self._eps = streams, float(model.spec.norm_eps)
+        self._split, self._eps = split, float(model.spec.norm_eps)
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
         self._chunk = min(PREFILL_CHUNK, cache.capacity)
@@ -101,14 +105,20 @@ class GpuPrefill:
         self._buffers = PrefillBuffers.take(arena, model, cache, self._chunk, sizes)
         products = self._buffers.scratch[: sum(sizes.parts)]
         self._gemm = GpuGemm(products, sizes, runtime.precision == "precise")
-        self._cold = [
-            0 if layer is None else ffn.up.shape[0] - ffn.hot
-            for layer, ffn in zip(weights.layers, model.ffns, strict=True)
-        ]
-        self._stream = ColdStream(model.ffns, planned.staging_neurons, arena) if any(self._cold) else None
+        cold = {
+            number: ffn
+            for number, (layer, ffn) in enumerate(zip(weights.layers, model.ffns, strict=True))
+            if layer is not None and ffn.hot < ffn.up.shape[0]
+        }
+        self._cold = {number: ffn.up.shape[0] - ffn.hot for number, ffn in cold.items()}
+        threads, staged = runtime.pool.threads, planned.staging_neurons
+        self._stream = ColdStream(cold, staged, arena, registered, threads) if cold else None
         pinned = arena.device.type == "cuda" and not arena.counts_only
         self._device = arena.device
-        self._host = torch.empty(0 if arena.counts_only else self._chunk, model.spec.d_model, pin_memory=pinned)
+        self._host, self._sums = (
+            torch.empty(0 if arena.counts_only else rows, model.spec.d_model, pin_memory=pinned)
+            for rows in (self._chunk, self._chunk if cold else 0)
+        )
 
     @torch.inference_mode()
     def read(
@@ -157,7 +167,7 @@ class GpuPrefill:
         if not len(tokens):
             raise ValueError("prefill needs at least one token")
         self._runtime.as_decode = False
-        with torch_threads(self._runtime.pool.threads):
+        with torch_threads(1):  # others would take the cores from the pool's
             self._wait()  # for what an interrupted call left under way
             self._turn(max(end, length or 0))
             self._buffers.table[: len(self._cache.table)].copy_(torch.from_numpy(self._cache.table))
@@ -184,11 +194,12 @@ class GpuPrefill:
     def _layers(self, tokens: Sequence[int]) -> None:
         """All layers for a chunk; x then holds what the final norm takes."""
         count, start = len(tokens), self._cache.length
-        self._to_device(self._model.embed(np.array(tokens), start), self._buffers.x)
-        torch.arange(start, start + count, out=self._buffers.positions[:count])
-        streamed = [n for n, cold in enumerate(self._cold) if cold and self._streams(count, n)]
+        by_cpu = {n: self._split(count, start, n) for n in self._cold}
         if self._stream is not None:
-            self._stream.begin(streamed)
+            self._stream.begin({n: first for n, first in by_cpu.items() if first < self._cold[n]})
+        with torch_threads(self._runtime.pool.threads):
+            self._to_device(self._model.embed(np.array(tokens), start), self._buffers.x)
+        torch.arange(start, start + count, out=self._buffers.positions[:count])
         for number, layer in enumerate(self._weights.layers):
             if layer is None:
                 self._layer_on_cpu(number, count, start)
@@ -200,7 +211,7 @@ class GpuPrefill:
                 self._attention(number, layer, part, start)
             if not self._model.spec.parallel:
                 residual_norm(x, layer.ffn_norm.weight, layer.ffn_norm.bias, self._eps, ahead)
-            self._ffn(number, layer, ahead, number in streamed)
+            self._ffn(number, layer, ahead, by_cpu.get(number, 0))
 
     def _attention(self, number: int, layer: GpuLayer, part: slice, start: int) -> None:
         """x += attention of its norm, for some tokens of the chunk."""
@@ -266,26 +277,27 @@ class GpuPrefill:
             at += size
         return cut
 
-    def _ffn(self, number: int, layer: GpuLayer, normed: torch.Tensor, streamed: bool) -> None:
-        """x += FFN of `normed`, which is then used up."""
-        b, cold, count = self._buffers, self._cold[number], len(normed)
+    def _ffn(self, number: int, layer: GpuLayer, normed: torch.Tensor, by_cpu: int) -> None:
+        """x += FFN of `normed`, which is then used up; the first `by_cpu` cold neurons by the CPU, once all is asked of
+        the GPU."""
+        b, count, ffn = self._buffers, len(normed), self._model.ffns[number]
         x = b.x[:count]
         if layer.ffn_post is not None:
             x = b.added[:count].zero_()
-        given = self._to_host(normed) if cold and not streamed else None
+        given = self._to_host(normed) if by_cpu else None
         if layer.ffn is not None:
             self._neurons_of(layer.ffn, x, normed)
         if layer.down_bias is not None:
             x += layer.down_bias
-        if given is not None:
-            self.counters.computed += 1
-            ffn = self._model.ffns[number]
-            self._to_device(ffn.every(given.wait(), ffn.hot), normed)  # which the GPU has read by then
-            x += normed
-        elif cold and self._stream is not None:
-            self.counters.streamed += 1
+        if self._stream is not None:
+            self.counters.streamed += by_cpu < self._cold.get(number, 0)
             for view in self._stream.layer(number):
                 self._neurons_of(view, x, normed)
+        if given is not None:
+            self.counters.computed += 1
+            found = ffn.every(given.wait(), ffn.hot, ffn.hot + by_cpu, self._sums[:count])
+            normed.copy_(found, non_blocking=True)  # which the GPU has read by then
+            x += normed
         if layer.ffn_post is not None:
             self._add_norm(x, layer.ffn_post, b.x[:count])
 

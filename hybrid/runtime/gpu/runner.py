@@ -12,12 +12,13 @@ from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Transformer
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.prefill import GpuPrefill
 from hybrid.runtime.gpu.step import GpuStep
-from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from hybrid.runtime.sampling import Choice
 from placement.placement import Placement
 from placement.prefill import ColdPrefill
+from placement.prompt import PromptTime
 from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
@@ -30,7 +31,8 @@ FEW_TOKENS = 8
 class GpuRunner:
     """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
 
-    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model.
+    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model, which may
+    have the CPU compute some of a layer's while the others are streamed.
     """
 
     chunk = PREFILL_CHUNK
@@ -52,47 +54,46 @@ class GpuRunner:
         self.most_rows = rows
         self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
-        self._cold = ColdPrefill(hardware, model.spec)
         self.streams: bool | None = None
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         self._turns_with_length = any(rope.follows_length for rope in model.ropes)
-        self._zero_copy = ZeroCopyNeurons(model, placement, device, runtime.strategy == "learned")
+        self._host = HostRows(model, placement, device, runtime.strategy == "learned")
+        cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), model.spec, runtime.precision, runtime.few)
+        self._prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
         counting = DeviceArena(device)
         self._take(counting)
         self.arena = DeviceArena(device, counting.used)
         self.step, self.prefill = self._take(self.arena)
 
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
-        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._zero_copy, self.most_rows)
+        step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._host, self.most_rows)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
-        return step, GpuPrefill(*given, self._streams, step.rotations, step.logits)
+        return step, GpuPrefill(*given, self._by_cpu, step.rotations, step.logits, self._host.cold)
 
-    def _streams(self, tokens: int, layer: int) -> bool:
-        if self.streams is not None:
-            return self.streams
-        hot = int(self._placement.hot[layer])
-        return self._cold.stream_is_cheaper(tokens, self._model.spec.d_ff - hot, hot)
+    def _by_cpu(self, tokens: int, start: int, layer: int) -> int:
+        if self.streams is None:
+            return self._prompts.by_cpu(tokens, start, layer)
+        return 0 if self.streams else self._model.spec.d_ff - int(self._placement.hot[layer])
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What a user should know of how it runs."""
-        refused = self._zero_copy.refused
-        return (f"{refused:,} neurons are left to the CPU that the GPU was to read over PCIe",) if refused else ()
+        return self._host.notices
 
     @torch_threads(1)
     def load_kernels(self) -> None:
         self.step.load_kernels(self._runtime.strategy)
 
     def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        if self._are_rows(tokens):
+        if self._are_rows(len(tokens)):
             return self._few(tokens, cache)[-1]
         with self._reading_prompt():
             return self.prefill.read(tokens, length=length, cache=cache)
 
     def score(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
-        if self._are_rows(tokens):
+        if self._are_rows(len(tokens)):
             return self._few(tokens, cache)
         with self._reading_prompt():
             return self.prefill.score(tokens, length, cache)
@@ -107,9 +108,9 @@ class GpuRunner:
         self._check_process()
         return self.step.next_tokens(rows, choices, self._runtime.strategy)
 
-    def _are_rows(self, tokens: Sequence[int]) -> bool:
+    def _are_rows(self, tokens: int) -> bool:
         """Whether some of a prompt go through the step: a few, but where a rotation depends on how long the text is."""
-        return len(tokens) == 1 or (len(tokens) <= FEW_TOKENS and not self._turns_with_length)
+        return tokens == 1 or (tokens <= FEW_TOKENS and not self._turns_with_length)
 
     @torch_threads(1)
     def _few(self, tokens: Sequence[int], cache: KVCache | None) -> torch.Tensor:
@@ -128,6 +129,10 @@ class GpuRunner:
 
     def rest(self) -> None:
         self.step.rest()
+
+    def expected_seconds(self, tokens: int) -> float | None:
+        """To read a prompt of so many tokens from an empty cache, by the cost model; None for few, which are rows."""
+        return None if self._are_rows(tokens) else self._prompts.seconds(tokens)
 
     def _check_process(self) -> None:
         """Raise in a child of `fork`, where CUDA calls fail one by one with messages that do not say why."""

@@ -46,10 +46,10 @@ from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.buffers import WORKSPACE, StepBuffers
 from hybrid.runtime.gpu.cold_workers import ColdWorkers
+from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.rows import StepRows, places_size, size_of
 from hybrid.runtime.gpu.sampler import DeviceSampler
 from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights, normed_heads
-from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from hybrid.runtime.sampling import Choice, Sampler, most_likely
 from placement.placement import Placement
 from placement.workspace import BATCHES, ENGINE_ROWS
@@ -75,16 +75,16 @@ class GpuStep:
         runtime: FFNRuntime,
         placement: Placement,
         arena: DeviceArena,
-        zero_copy: ZeroCopyNeurons | None = None,
+        host: HostRows | None = None,
         rows: int = ENGINE_ROWS,
     ) -> None:
         """Copies to the GPU what `placement` puts there; all that it takes there comes out of `arena`.
 
-        cache: a sequence of the pool, by whose table and capacity all others may go. zero_copy: cold neurons that the
-        GPU reads in host memory, by default none. rows: the most of a step, one of `BATCHES`.
+        cache: a sequence of the pool, by whose table and capacity all others may go. host: cold neurons whose rows
+        the GPU reads in host memory, by default none. rows: the most of a step, one of `BATCHES`.
         """
-        layers, most_zero_copy = ({}, 0) if zero_copy is None else (zero_copy.layers, zero_copy.most)
-        self._zero_copy = zero_copy  # whose rows the kernels read
+        layers, most_zero_copy = ({}, 0) if host is None else (host.zero_copy, host.most_zero_copy)
+        self._host = host  # whose rows the kernels read
         self._model, self._cache, self._runtime = model, cache, runtime
         self._native = arena.device.type == "cuda"
         self._graphs: dict[tuple[Strategy, int], torch.cuda.CUDAGraph] = {}

@@ -58,6 +58,8 @@ def test_round_trip(tmp_path, profile):
         ("token_seconds", -1e-6),
         ("cpu_gemm_flops", 0),
         ("gpu_gemm_flops", 0),
+        ("cpu_fast_gemm_flops", -1),
+        ("gpu_tensor_flops", "many"),
         ("cpu_bandwidths", 3),
         ("cpu_bandwidths", [[1, 2e9]]),
         ("cpu_bandwidths", [[0, 2e9, 1e9]]),
@@ -117,7 +119,7 @@ def test_another_format_is_refused_in_one_line(tmp_path, version):
 def test_what_a_hand_written_file_leaves_out(tmp_path):
     fields = ROUND_HARDWARE.to_json()
     optional = ("pcie_host_bandwidth", "cpu_scattered_bandwidth", "token_seconds", "cpu_gemm_flops", "gpu_gemm_flops")
-    for name in (*optional, "cpu_bandwidths", "gpu_kernels"):
+    for name in (*optional, "cpu_fast_gemm_flops", "gpu_tensor_flops", "cpu_bandwidths", "gpu_kernels"):
         del fields[name]
     (tmp_path / "h.json").write_text(json.dumps(fields))
     profile = HardwareProfile.load(tmp_path / "h.json")
@@ -148,3 +150,10 @@ def test_threads_without_a_table():
     assert eight.with_threads(9).cpu_read_bandwidth == eight.cpu_read_bandwidth
     with pytest.raises(InputError, match="cpu_threads"):
         eight.with_threads(0)
+
+
+def test_products_by_fewer_threads():
+    eight = replace(ROUND_HARDWARE, cpu_threads=8, cpu_gemm_flops=8e9, cpu_fast_gemm_flops=1.6e10)
+    found = eight.with_threads(2)
+    assert (found.cpu_gemm_flops, found.cpu_fast_gemm_flops) == (pytest.approx(2e9), pytest.approx(4e9))
+    assert eight.with_threads(9) == replace(eight, cpu_threads=9, cpu_scattered_bandwidth=1e6)

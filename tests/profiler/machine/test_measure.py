@@ -14,10 +14,9 @@ from profiler.machine.measure import measure_hardware
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(cpu, "WIDTH", 128)
-    monkeypatch.setattr(cpu, "_NEURONS", 256)
-    for name, value in (("WIDTH", 128), ("_SECONDS", 0.0), ("_GEMM_ROWS", 8)):
-        monkeypatch.setattr(timing, name, value)
+    for name, value in (("WIDTH", 128), ("_NEURONS", 256), ("_GEMM_TOKENS", 16), ("_GEMM_ROWS", 8)):
+        monkeypatch.setattr(cpu, name, value)
+    monkeypatch.setattr(timing, "_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +37,9 @@ def test_a_machine_without_a_gpu(quick, monkeypatch, tmp_path):
     # Any machine reads between 1 MB/s and 100 TB/s: this catches a wrong unit, not a slow machine.
     for bandwidth in (*found.cpu_bandwidths[0][1:], found.cpu_read_bandwidth, found.scattered_bandwidth):
         assert 1e6 < bandwidth < 1e14
-    assert 1e6 < found.cpu_gemm_flops < 1e15 and 0 <= found.cpu_layer_seconds < 1
+    for flops in (found.cpu_gemm_flops, found.cpu_fast_gemm_flops):
+        assert 1e6 < flops < 1e15
+    assert found.gpu_gemm_flops == found.gpu_tensor_flops == 0 <= found.cpu_layer_seconds < 1
     found.save(tmp_path / "h.json")
     assert HardwareProfile.load(tmp_path / "h.json") == found
 
@@ -93,3 +94,13 @@ def test_measured_profile_of_the_cpu_has_no_gpu(monkeypatch, tmp_path):
     assert 1e7 < profile.cpu_read_bandwidth < 1e14
     profile.save(tmp_path / "hardware.json")
     assert HardwareProfile.load(tmp_path / "hardware.json") == profile
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_of_a_gpu():
+    from profiler.machine.gpu import gemm_flops
+
+    device = torch.device("cuda", 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert 1e11 < gemm_flops(device, dtype) < 1e16

@@ -1,5 +1,6 @@
 """Prefill on the GPU against the CPU's, for families, weights, placements and both ways of the cold neurons."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, KVPool, Row
 from hybrid.model.loader import ModelFolder
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.prefill import GpuPrefill
 from hybrid.runtime.gpu.step import GpuStep
 from hybrid.runtime.gpu.weights import GpuWeights
@@ -75,7 +77,10 @@ def stored(tmp_path_factory):
 
 
 class Case:
-    """A model placed by `share` of hot neurons, with `on_cpu` layers on the CPU, and its prefill."""
+    """A model placed by `share` of hot neurons, with `on_cpu` layers on the CPU, and its prefill.
+
+    split: the share of cold neurons that the CPU computes; registered: whether the others go from where they lie.
+    """
 
     def __init__(
         self,
@@ -83,7 +88,8 @@ class Case:
         share=0.4,
         on_cpu=(),
         head=True,
-        streams=lambda tokens, layer: True,
+        split=lambda tokens, start, layer: 0.0,
+        registered=True,
         few=0,
         shared=False,
         kv="auto",
@@ -96,7 +102,8 @@ class Case:
         self.runtime = FFNRuntime("dense", WorkerPool(2), spec.d_model, spec.d_ff, few=few)
         self.model = opened.build(self.runtime, placed, None)
         self.pool = KVPool(spec, 5 * CAPACITY, 4) if shared else None
-        self.cache, self.placed, self.streams = KVCache(spec, CAPACITY, self.pool), placed, streams
+        self.cache, self.placed, self.split = KVCache(spec, CAPACITY, self.pool), placed, split
+        self.host = HostRows(self.model, placed, torch.device(DEVICE), limit=None if registered else 0)
         counting = DeviceArena(torch.device(DEVICE))
         self.take(counting)
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -107,7 +114,12 @@ class Case:
         found = self.model.step_rotations(CAPACITY)
         angles = tuple(tuple(arena.put("angles", angle.contiguous()) for angle in rotation) for rotation in found)
         logits = arena.empty("logits", (3, self.model.spec.vocab_size))
-        return GpuPrefill(self.model, weights, self.cache, self.runtime, arena, self.streams, angles, logits)
+        given = self.model, weights, self.cache, self.runtime, arena, self.by_cpu, angles, logits
+        return GpuPrefill(*given, self.host.cold)
+
+    def by_cpu(self, tokens, start, layer):
+        cold = self.model.spec.d_ff - self.model.ffns[layer].hot
+        return round(self.split(tokens, start, layer) * cold)
 
     def expected(self, tokens):
         hidden = self.model(torch.tensor(tokens), KVCache(self.model.spec, CAPACITY))
@@ -147,11 +159,38 @@ def test_families(name, stored):
 
 @pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "int8", "int4"])
-@pytest.mark.parametrize("streamed", [True, False])
-def test_stored_types(dtype, streamed, stored):
-    case = Case(stored("llama-relu", dtype), streams=lambda tokens, layer: streamed)
+@pytest.mark.parametrize("by_cpu", [0, 0.3, 1])
+def test_stored_types(dtype, by_cpu, stored):
+    case = Case(stored("llama-relu", dtype), split=lambda tokens, start, layer: by_cpu)
     assert case.model.ffns[0].up.dtype == dtype
     check(case, some_tokens(20))
+
+
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("name", ["llama-tied-mha-bias", "opt", "gemma3", "falcon"])
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("few", [0, 11])
+def test_layers_that_are_split_among_both_ways(name, registered, few, stored):
+    """Layer 0 in halves, of layer 1 all but one neuron by the CPU, layer 2 streamed; three chunks, as below."""
+    gc.collect()  # what earlier tests have registered may share pages with these
+    case = Case(
+        stored(name, "f32"), split=lambda tokens, start, layer: (0.5, 0.99, 0.0)[layer], registered=registered, few=few
+    )
+    assert list(case.host.cold) == ([0, 1, 2] if registered else [])
+    check(case, some_tokens(25), TOLERANCE if few == 0 else 1e-4)
+    counters = case.prefill.counters
+    assert (counters.streamed, counters.computed, counters.on_cpu) == (9, 6, 0)
+
+
+@pytest.mark.usefixtures("_references")
+def test_some_layers_are_registered_and_others_are_not(stored):
+    gc.collect()
+    case = Case(stored("llama-tied-mha-bias", "f32"))
+    case.host.cold = {1: case.host.cold[1]}
+    case.prefill = case.take(DeviceArena(torch.device(DEVICE), case.arena.used))
+    for _ in range(2):
+        check(case, some_tokens(25))
+        case.cache.truncate(0)
 
 
 @pytest.mark.usefixtures("_references")
@@ -160,7 +199,7 @@ def test_stored_types(dtype, streamed, stored):
 @pytest.mark.parametrize("share", [0, 0.4, 1])
 def test_placements(share, on_cpu, name, stored):
     """Counts are of three chunks: one of the first call, two of the second; layer 0 is streamed, layer 2 is not."""
-    case = Case(stored(name, "f32"), share, on_cpu, head=share == 1, streams=lambda tokens, layer: layer == 0)
+    case = Case(stored(name, "f32"), share, on_cpu, head=share == 1, split=lambda tokens, start, layer: layer != 0)
     check(case, some_tokens(20))
     counters, cold = case.prefill.counters, share < 1
     assert counters.on_cpu == 3 * len(on_cpu)
@@ -172,12 +211,12 @@ def test_placements(share, on_cpu, name, stored):
 def test_the_choice_is_asked_for_each_chunk_and_layer_with_cold_neurons(stored):
     asked = []
 
-    def streams(tokens, layer):
-        asked.append((tokens, layer))
-        return tokens > 5
+    def split(tokens, start, layer):
+        asked.append((tokens, start, layer))
+        return tokens <= 5
 
-    check(Case(stored("llama-relu", "f32"), on_cpu=(1,), streams=streams, few=5), some_tokens(18), 1e-4)
-    assert asked == [(count, layer) for count in (3, 11, 4) for layer in (0, 2)]
+    check(Case(stored("llama-relu", "f32"), on_cpu=(1,), split=split, few=5), some_tokens(18), 1e-4)
+    assert asked == [(count, start, layer) for count, start in ((3, 0), (11, 3), (4, 14)) for layer in (0, 2)]
 
 
 @pytest.mark.usefixtures("_references")
@@ -240,13 +279,14 @@ def test_what_does_not_fit_is_refused(stored):
     arena = DeviceArena(torch.device(DEVICE))
     weights = GpuWeights.take(arena, case.model, case.placed, case.cache)
     with pytest.raises(ValueError, match="cosines and sines"):
-        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.streams, (), torch.empty(1, VOCAB))
+        GpuPrefill(case.model, weights, case.cache, case.runtime, arena, case.by_cpu, (), torch.empty(1, VOCAB))
 
 
 @pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("failing", ["hybrid.runtime.gpu.cold_stream._sources", "hybrid.runtime.gpu.gemm.hidden_terms"])
-def test_a_call_that_fails_leaves_the_cache_and_the_next_goes_on(failing, stored, monkeypatch):
-    case, tokens = Case(stored("llama-relu", "f32")), some_tokens(20)
+def test_a_call_that_fails_leaves_the_cache_and_the_next_goes_on(failing, registered, stored, monkeypatch):
+    case, tokens = Case(stored("llama-relu", "f32"), registered=registered), some_tokens(20)
     case.prefill.read(tokens[:3])
 
     def fail(*args):
@@ -280,7 +320,7 @@ def test_decoding_goes_on_from_its_cache(on_cpu, stored, monkeypatch):
 
     def both(arena):
         step = GpuStep(case.model, case.cache, case.runtime, case.placed, arena)
-        given = (case.model, step.weights, case.cache, case.runtime, arena, case.streams)
+        given = (case.model, step.weights, case.cache, case.runtime, arena, case.by_cpu)
         return step, GpuPrefill(*given, step.rotations, step.logits)
 
     counting = DeviceArena(torch.device(DEVICE))

@@ -1,19 +1,14 @@
 """What goes to the GPU: byte for byte the CPU's, where the placement says, and in the bytes that the plan has."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from gpu_cases import DEVICE
 from step_cases import CAPACITY, StepCase, random_predictor, tiny_model
 
-from cpu_kernels.matrix import Matrix
-from hybrid.model.ffn import FFNMatrices
 from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.weights import DENSE, HEAD, HOT, KV, PREDICTORS, GpuWeights
-from hybrid.runtime.gpu.zero_copy import ZeroCopyNeurons
 from placement.plan import VramPlan, aligned
 from placement.workspace import predictor_bytes
 
@@ -27,7 +22,7 @@ def models(tmp_path_factory):
 
 def take(case):
     """The weights of a case's model in an arena of exactly their size."""
-    given = case.model, case.placement, case.cache, case.zero_copy.layers
+    given = case.model, case.placement, case.cache, case.host.zero_copy
     counting = DeviceArena(torch.device(DEVICE))
     GpuWeights.take(counting, *given)
     arena = DeviceArena(torch.device(DEVICE), counting.used)
@@ -142,41 +137,4 @@ def test_scales_of_int8_are_in_the_plan(models):
     plan = VramPlan(spec, CAPACITY, (0,) * spec.n_layers)
     assert arena.spent[KV] == dict(plan.rows(case.placement.choice))["KV cache"]
     assert arena.spent[KV] < VramPlan(replace(spec, kv="auto"), CAPACITY, (0,) * spec.n_layers).kv_bytes * spec.n_layers
-    case.close()
-
-
-def test_rows_that_cannot_be_registered_are_left_to_the_cpu(monkeypatch):
-    """A refusal of CUDA's in the second of three layers."""
-    matrix = Matrix.of(torch.zeros(8, 4))
-    ffns = [SimpleNamespace(matrices=FFNMatrices(None, matrix, matrix), hot=2) for _ in range(3)]
-    results = iter((True, False))
-    monkeypatch.setattr("hybrid.runtime.gpu.zero_copy._register", lambda *_: next(results))
-    placement = SimpleNamespace(zero_copy=np.array([3, 2, 1]), layer_on_gpu=np.ones(3, bool))
-    zero_copy = ZeroCopyNeurons(SimpleNamespace(ffns=ffns), placement, torch.device("cuda"))
-    assert {layer: len(rows.up.rows) for layer, rows in zero_copy.layers.items()} == {0: 3}
-    assert zero_copy.most == 3 and zero_copy.refused == 3
-
-
-def test_rows_of_a_packed_model_are_copied(models):
-    """Its rows are a mapped file, which CUDA does not register."""
-    case = StepCase(tiny_model("llama-relu", models, "int4"), share=0.4, zero_copy=20)
-    matrices, zero_copy, hot = case.model.ffns[0].matrices, case.zero_copy.layers[0], case.model.ffns[0].hot
-    for found, matrix in (
-        (zero_copy.gate, matrices.gate),
-        (zero_copy.up, matrices.up),
-        (zero_copy.down, matrices.down),
-    ):
-        assert found.rows.flags.writeable and not np.shares_memory(found.rows, matrix.rows)
-        assert np.array_equal(found.rows, matrix.rows[hot : hot + 20])
-    case.close()
-
-
-def test_only_predicted_neurons_of_layers_on_the_gpu_are_registered(models):
-    """One after another, as CUDA does not register the same rows twice."""
-    case, device = StepCase(tiny_model("llama-relu", models), share=0.4), torch.device(DEVICE)
-    case.placement.zero_copy[:] = 20
-    assert ZeroCopyNeurons(case.model, case.placement, device).layers.keys() == {0, 1}
-    assert not ZeroCopyNeurons(case.model, case.placement, device, predicted=False).layers
-    case.placement.layer_on_gpu[0] = False
-    assert ZeroCopyNeurons(case.model, case.placement, device).layers.keys() == {1}
     case.close()

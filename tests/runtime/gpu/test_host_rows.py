@@ -1,0 +1,184 @@
+"""Cold rows that the GPU reads in host memory: which are registered, up to where, and what is let go."""
+
+import gc
+from mmap import PAGESIZE
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from gpu_cases import DEVICE
+from step_cases import StepCase, tiny_model
+
+from cpu_kernels.matrix import Matrix
+from hybrid.model.ffn import FFNMatrices
+from hybrid.runtime.gpu import host_rows
+from hybrid.runtime.gpu.host_rows import HostRows, memory_limit
+
+pytest.importorskip("transformers")
+NEURONS, HOT, WIDTH = 48, 16, PAGESIZE // 64  # 16 neurons of f32 fill 4 pages
+NEURON_BYTES = 2 * 4 * WIDTH
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+class FakeCuda:
+    """Registers spans but those that begin in `refused`."""
+
+    def __init__(self, monkeypatch):
+        self.spans, self.refused, self.let_go = [], lambda span: False, []
+        monkeypatch.setattr(host_rows, "_register", self.register)
+        cudart = SimpleNamespace(cudaHostUnregister=self.let_go.append)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def register(self, span):
+        known = [each for each in self.spans if each[0] not in self.let_go]
+        assert all(span[1] <= start or stop <= span[0] for start, stop in known), "a page is registered twice"
+        assert span[0] % PAGESIZE == span[1] % PAGESIZE == 0
+        if self.refused(span):
+            return False
+        self.spans.append(span)
+        return True
+
+    def knows(self, matrix):
+        start = matrix.rows.ctypes.data
+        return any(span[0] <= start and start + matrix.nbytes <= span[1] for span in self.spans)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return FakeCuda(monkeypatch)
+
+
+def model_of(layers=3, hot=HOT, width=WIDTH):
+    """Layers without a gate whose matrices lie one after another in one block of memory."""
+    rows = np.zeros((2 * layers, NEURONS, width), np.float32)
+    matrices = [
+        FFNMatrices(None, Matrix(up, width), Matrix(down, width))
+        for up, down in rows.reshape(layers, 2, NEURONS, width)
+    ]
+    return SimpleNamespace(ffns=[SimpleNamespace(matrices=m, hot=hot) for m in matrices])
+
+
+def placed(zero_copy, on_gpu=None):
+    on_gpu = np.ones(len(zero_copy), bool) if on_gpu is None else np.array(on_gpu)
+    return SimpleNamespace(zero_copy=np.array(zero_copy), layer_on_gpu=on_gpu)
+
+
+def registered(model, zero_copy=(3, 2, 0), limit=None, **given):
+    return HostRows(model, placed(zero_copy, **given), torch.device("cuda"), limit=limit)
+
+
+def counts(neurons):
+    return {layer: len(m.up.rows) for layer, m in neurons.items()}
+
+
+def test_all_cold_rows_are_registered_once_for_both(cuda):
+    model = model_of()
+    host = registered(model)
+    assert counts(host.cold) == dict.fromkeys(range(3), NEURONS - HOT) and counts(host.zero_copy) == {0: 3, 1: 2}
+    assert host.most_zero_copy == 3 and not host.refused and not host.notices
+    for m in (*host.cold.values(), *host.zero_copy.values()):
+        assert cuda.knows(m.up) and cuda.knows(m.down)
+    assert np.shares_memory(host.zero_copy[0].up.rows, model.ffns[0].matrices.up.rows)
+
+
+def test_matrices_that_share_a_page_are_registered_together(cuda):
+    host = registered(model_of(hot=0, width=10))
+    assert counts(host.cold) == dict.fromkeys(range(3), NEURONS) and len(cuda.spans) == 1
+    assert counts(host.zero_copy) == {0: 3, 1: 2}
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2])
+def test_up_to_a_limit_beside_which_the_kernels_rows_have_their_place(cuda, layers):
+    neurons = layers * (NEURONS - HOT) + sum((3, 2, 4)[layers:])
+    host = registered(model_of(), (3, 2, 4), neurons * NEURON_BYTES)
+    assert list(registered(model_of(), (3, 2, 4), neurons * NEURON_BYTES - 1).cold) == list(range(layers - 1))
+    assert list(host.cold) == list(range(layers)) and counts(host.zero_copy) == {0: 3, 1: 2, 2: 4}
+    assert not host.refused and all(cuda.knows(m.down) for m in host.zero_copy.values())
+    assert f"at most 50% of memory is pinned, which leaves out cold neurons of {3 - layers} layers" in host.notices[0]
+
+
+def test_where_cuda_refuses_the_kernels_rows_are_tried_alone(cuda):
+    """Of layer 1 the second matrix is refused whole; of layer 2 its zero-copy rows, too."""
+    model = model_of()
+    down, last = (model.ffns[n].matrices.down.rows[HOT:] for n in (1, 2))
+    pages = down.nbytes // PAGESIZE * PAGESIZE
+
+    def refused(span):
+        whole = span[1] - span[0] >= pages and span[0] <= down.ctypes.data < span[1]
+        return whole or span[0] <= last.ctypes.data < span[1]
+
+    cuda.refused = refused
+    host = registered(model, (3, 2, 4))
+    assert list(host.cold) == [0] and counts(host.zero_copy) == {0: 3, 1: 2} and host.refused == 4
+    assert len(cuda.let_go) >= 1 and host.notices[0].startswith("4 neurons are left to the CPU")
+    assert "CUDA pins no more, which leaves out cold neurons of 2 layers" in host.notices[1]
+
+
+def test_all_is_let_go_before_the_memory_is(cuda):
+    model = model_of()
+    host = registered(model)
+    starts = [span[0] for span in cuda.spans]
+    del host
+    gc.collect()
+    assert cuda.let_go == starts
+
+
+def test_nothing_where_all_are_hot_or_on_the_cpu(cuda):
+    assert not registered(model_of(hot=NEURONS), (0, 0, 0)).cold
+    host = registered(model_of(), on_gpu=[False, True, False])
+    assert list(host.cold) == [1] and list(host.zero_copy) == [1]
+    assert len(cuda.spans) == 2
+
+
+def test_half_of_the_memory_is_the_limit():
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal"))
+    assert memory_limit() == pytest.approx(512 * kilobytes, rel=0.01)
+
+
+def test_rows_of_a_packed_model_are_copied_for_kernels_and_not_registered_for_prompts(models):
+    """Its rows are a mapped file, which CUDA does not register."""
+    case = StepCase(tiny_model("llama-relu", models, "int4"), share=0.4, zero_copy=20)
+    matrices, zero_copy, hot = case.model.ffns[0].matrices, case.host.zero_copy[0], case.model.ffns[0].hot
+    for found, matrix in (
+        (zero_copy.gate, matrices.gate),
+        (zero_copy.up, matrices.up),
+        (zero_copy.down, matrices.down),
+    ):
+        assert found.rows.flags.writeable and not np.shares_memory(found.rows, matrix.rows)
+        assert np.array_equal(found.rows, matrix.rows[hot : hot + 20])
+    assert not case.host.cold and not case.host.notices
+    case.close()
+
+
+def test_kernels_read_only_predicted_neurons_of_layers_on_the_gpu(models):
+    case, device = StepCase(tiny_model("llama-relu", models), share=0.4), torch.device(DEVICE)
+    case.placement.zero_copy[:] = 20
+    case.host = None  # as CUDA does not register the same rows twice
+    case.step._host = None
+    gc.collect()
+    for predicted, on_gpu, layers in ((True, True, {0, 1}), (False, True, set()), (True, False, {1})):
+        case.placement.layer_on_gpu[0] = on_gpu
+        host = HostRows(case.model, case.placement, device, predicted)
+        assert host.zero_copy.keys() == layers and host.cold.keys() == ({0, 1} if on_gpu else {1})
+        del host
+        gc.collect()
+    case.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_registered_rows_are_pinned_for_torch(models):
+    gc.collect()  # what earlier tests have registered may share pages with these
+    case = StepCase(tiny_model("llama-tied-mha-bias", models), share=0.4, zero_copy=20)
+    assert case.host.cold.keys() == {0, 1}
+    for m in case.host.cold.values():
+        assert m.up.tensor().is_pinned() and m.down.tensor().is_pinned() and m.up_bias.is_pinned()
+    case.close()
