@@ -42,16 +42,23 @@ def gemm_floats(tokens: int, n: int, d: int) -> int:
 
 
 @triton.jit
+def powers(largest):  # type: ignore[no-untyped-def]
+    """A power of two that brings `largest` between 2^14 and 2^15, and the one that takes that back."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both are to be normal numbers
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _terms_kernel(x, x_stride, terms, scales, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """A row's terms and scale; axis 0 of the grid is the rows."""
     begin(PDL)
     t, tokens = tl.program_id(0), tl.num_programs(0)
     at = tl.arange(0, BLOCK)
     rest = tl.load(x + t * x_stride + at, mask=at < K, other=0.0)
-    exponent = (tl.max(tl.abs(rest), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both powers of two are to be normal numbers
-    tl.store(scales + t, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
-    rest *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down, up = powers(tl.max(tl.abs(rest), 0))
+    tl.store(scales + t, up)
+    rest *= down
     for i in tl.static_range(3):
         term = rest.to(terms.dtype.element_ty)
         tl.store(terms + (i * tokens + t) * K + at, term, mask=at < K)

@@ -24,9 +24,8 @@ STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so
 # tensor, 268 once a short prompt was read, 308 after one of 2048 tokens. Blocks need no products in bf16: 269 at most.
 _RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
-PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
+PREFILL_WIDE = 512  # of those, for which QKV and hidden values are computed at once
 PREFILL_ROWS = 2048  # of a matrix that are widened to f32 at a time
-_PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
 _TERMS, _TERM_COLUMNS = 3, 1024  # in which f32 inputs are split for bf16 products, and columns of these at a time
 
 # Of `gpu_kernels.attention`, `sparse_ffn`, `sampling`, `row_gemm` and `row_ffn`, which need triton, as a plan must not.
@@ -166,8 +165,8 @@ class Workspace:
 
     @property
     def prefill(self) -> dict[str, int]:
-        """Buffers of a chunk of a prompt: its vectors, those of `PREFILL_WIDE` of its tokens, keys and values in order,
-        and scratch for inputs and weights of products, and for scores."""
+        """Buffers of a chunk of a prompt: its vectors, those of `PREFILL_WIDE` of its tokens, and scratch of products,
+        for inputs and weights."""
         spec, chunk = self.spec, min(self.prefill_chunk, self.context)
         queries, both, wide = (
             spec.n_heads * spec.head_dim,
@@ -185,22 +184,18 @@ class Workspace:
             "attended": aligned(4 * wide * queries),
             "first": aligned(4 * wide * self.staging_neurons),
             "second": aligned(4 * wide * self.staging_neurons * spec.gated),
-            "keys and values": aligned(4 * cached_tokens(self.context, self.block) * both),
             "scratch": aligned(4 * self._scratch(wide)),
             "table": aligned(4 * self.blocks),
         }
 
     def _scratch(self, wide: int) -> int:
-        """f32 values: rows of weights as f32, or inputs in terms with their products, or scores with their queries."""
+        """f32 values: rows of weights as f32, or inputs in terms with their products."""
         spec = self.spec
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
         widest = max(spec.d_model, queries, self.staging_neurons)
         rows = min(PREFILL_ROWS, max(self.staging_neurons, queries + both))
         terms = -(-_TERMS * wide * widest // 2) + 64 + _TERMS * wide * min(widest, _TERM_COLUMNS)
-        scores = (
-            spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context, self.block) + 2 * spec.head_dim)
-        )
-        return max(rows * widest, terms, scores)
+        return max(rows * widest, terms)
 
     @property
     def staging_neurons(self) -> int:

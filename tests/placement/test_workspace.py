@@ -66,15 +66,14 @@ def test_prefill_by_hand():
         "qkv": 512 * 512 * 4,
         "attended": 512 * 256 * 4,
         **dict.fromkeys(("first", "second"), 512 * 1000 * 4),
-        "keys and values": 768 * 256 * 4,
         "scratch": (768_000 + 64 + 3 * 512 * 1000) * 4 + 256,  # three bf16 terms of 512 x 1000 and their products
         "table": 512,
     }
     wide_rows = Workspace(small_spec(d_model=4096, d_ff=4000), 64, 0, 2048, 1).prefill
     assert wide_rows["scratch"] == 1000 * 4096 * 4 and wide_rows["x"] == 64 * 4096 * 4
     assert Workspace(small_spec(gated=False), 8, 0, 7, 1).prefill["second"] == 0
-    scores = Workspace(small_spec(n_heads=100, max_context=10**5), 10**5, 0, 64, 1).prefill["scratch"]
-    assert scores == aligned(4 * 100 * 8 * (cached_tokens(10**5) + 8))
+    short, long = (Workspace(small_spec(max_context=10**5), context, 0, 64, 1).prefill for context in (64, 10**5))
+    assert short | {"table": long["table"]} == long and long["table"] == aligned(4 * 391)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 8, 32, 300])

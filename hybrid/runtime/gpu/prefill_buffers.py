@@ -13,7 +13,6 @@ from hybrid.runtime.gpu.gemm import scratch_floats
 from placement.workspace import PREFILL_ROWS
 
 PART = "workspace: prefill"
-_LEAST_QUERIES = 8  # whose scores fit the scratch
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +21,6 @@ class PrefillBuffers:
     those at once.
 
     rotations: cosines, then sines [capacity, head_dim / 2] of a RoPE that depends on how long the text is.
-    keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
     """
 
     x: torch.Tensor
@@ -34,7 +32,6 @@ class PrefillBuffers:
     attended: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor
-    keys_values: torch.Tensor
     scratch: torch.Tensor
     positions: torch.Tensor
     table: torch.Tensor
@@ -50,7 +47,6 @@ class PrefillBuffers:
         blocks = len(cache.table)
         widest = max(spec.d_model, queries, neurons)
         rows = min(PREFILL_ROWS, max(neurons, queries + both))
-        scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
 
         def floats(*shape: int) -> torch.Tensor:
             return arena.empty(PART, shape)
@@ -66,8 +62,7 @@ class PrefillBuffers:
             attended=floats(wide, queries),
             first=floats(wide * neurons),
             second=floats(wide * neurons if spec.gated else 0),
-            keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
-            scratch=floats(max(scratch_floats(wide, widest, rows), scores)),
+            scratch=floats(scratch_floats(wide, widest, rows)),
             positions=arena.empty(PART, (chunk,), torch.int32),
             table=arena.empty(PART, (blocks,), torch.int32),
         )

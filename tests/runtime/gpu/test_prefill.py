@@ -10,7 +10,7 @@ from packed_cases import pack
 from step_cases import use_references
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import dense, gemv, norm, rope
+from gpu_kernels import dense, gemv, norm, prompt_attention, rope
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, KVPool, Row
@@ -29,8 +29,7 @@ KERNELS = {
     "split": dense,
     "widen": dense,
     "activate_product": dense,
-    "causal_softmax": dense,
-    "gather": dense,
+    "prompt_attention": prompt_attention,
     "residual_norm": norm,
     "rope": rope,
     "gemv": gemv,
