@@ -1,10 +1,8 @@
 """What a dense pass over many tokens does between its GEMMs, in place or into given buffers: nothing is allocated.
 
     widen     out[i, j] = weight[i, j] as f32 or f16
-    softmax   scores[h, r] = softmax over the keys that row r may see, 0 elsewhere
     sum       out[t] (= or +=) scales[t] * (products[1, t] + products[0, t]) + bias
     hidden    terms and scale of act(gate[t]) * up[t], each such a sum; of dReLU relu(gate[t]) * relu(up[t])
-    gather    out[:, h, i] = the keys and values of position i, wherever its block lies
 
 A GEMM takes a token x as `row_gemm.split_rows` gives it: terms of the weights' type that add up to x / scale. Two
 16-bit ones leave out 2^-18 of a value at most, which is less than what tensor cores cut off as they add up.
@@ -20,12 +18,10 @@ from cpu_kernels.contract import SCALE_BYTES, activation_word
 from gpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from gpu_kernels.constants import BLOCK_WEIGHTS, GROUP_WEIGHTS, INT4_OFFSET
 from gpu_kernels.matrix import DeviceMatrix
-from gpu_kernels.rope import check_scales
 from gpu_kernels.row_gemm import split_rows_ref, store_terms
 
 _BLOCK = 1024
 _WORDS = {"int8": torch.int8, "int4": torch.int16}  # what codes are loaded as
-_UNBOUNDED = 2**30  # a window that sees every key
 
 
 @triton.jit
@@ -65,59 +61,6 @@ def widen(matrix: DeviceMatrix, out: torch.Tensor) -> None:
 def widen_ref(matrix: DeviceMatrix, out: torch.Tensor) -> None:
     """`widen` in torch."""
     out.copy_(matrix.widen())
-
-
-@triton.jit
-def _softmax_kernel(scores, rows, group, first_query, first_key, keys, window, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0)
-    query = first_query + row % rows // group
-    end = tl.minimum(query + 1 - first_key, keys)
-    begin = tl.maximum(query + 1 - window - first_key, 0)
-    base = scores + row.to(tl.int64) * keys
-    columns = tl.arange(0, BLOCK)
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(begin // BLOCK * BLOCK, end, BLOCK):
-        c = start + columns
-        highest = tl.maximum(highest, tl.load(base + c, mask=(c >= begin) & (c < end), other=float("-inf")))
-    top = tl.max(highest, axis=0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(begin // BLOCK * BLOCK, end, BLOCK):
-        c = start + columns
-        total += tl.exp(tl.load(base + c, mask=(c >= begin) & (c < end), other=float("-inf")) - top)
-    scale = 1.0 / tl.sum(total, axis=0)
-    for start in range(0, keys, BLOCK):
-        c = start + columns
-        share = tl.exp(tl.load(base + c, mask=(c >= begin) & (c < end), other=float("-inf")) - top) * scale
-        tl.store(base + c, share, mask=c < keys)
-
-
-def causal_softmax(
-    scores: torch.Tensor, group: int, first_query: int, first_key: int = 0, window: int | None = None
-) -> None:
-    """Softmax of each row over the keys it may see, in place; 0 for the others.
-
-    scores: contiguous f32 [heads, queries * group, keys]: `group` rows for each query, from position `first_query` on,
-    over keys from position `first_key` on. A query sees itself and keys before it, of which `window` in all; every
-    query must see one of these keys. Raises `ValueError` for a misfit.
-    """
-    if scores.ndim != 3 or scores.dtype != torch.float32 or not scores.is_contiguous() or scores.shape[1] % group:
-        raise ValueError(f"causal_softmax wants contiguous f32 [heads, queries * {group}, keys], got {scores.dtype}")
-    heads, rows, keys = scores.shape
-    block = min(_BLOCK, triton.next_power_of_2(keys))
-    _softmax_kernel[(heads * rows,)](
-        scores, rows, group, first_query, first_key, keys, _UNBOUNDED if window is None else window, BLOCK=block
-    )  # fmt: skip
-
-
-def causal_softmax_ref(
-    scores: torch.Tensor, group: int, first_query: int, first_key: int = 0, window: int | None = None
-) -> None:
-    """`causal_softmax` in torch, in f64."""
-    rows, keys = scores.shape[1:]
-    queries = first_query + torch.arange(rows, device=scores.device) // group
-    ahead = queries[:, None] - first_key - torch.arange(keys, device=scores.device)
-    seen = (ahead >= 0) & (ahead < (_UNBOUNDED if window is None else window))
-    scores.copy_(scores.double().masked_fill(~seen, -torch.inf).softmax(-1))
 
 
 @triton.jit
@@ -253,61 +196,3 @@ def _checked(
             f"{tuple(products.shape)}, {tuple(scales.shape)}, {None if bias is None else tuple(bias.shape)}"
         )
     return products.shape[0], products.shape[1], products.shape[2]
-
-
-@triton.jit
-def _gather_kernel(  # type: ignore[no-untyped-def]
-    cache,
-    scales,
-    table,
-    out,
-    stride,
-    HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """SIZE values of one block, of the keys or the values of one head."""
-    number, row = tl.program_id(0), tl.program_id(1)
-    block = tl.load(table + number).to(tl.int64)
-    source = cache + (block * (2 * HEADS) + row) * SIZE
-    target = out + row.to(tl.int64) * stride + number.to(tl.int64) * SIZE
-    for first in range(0, SIZE, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        value = tl.load(source + at, mask=at < SIZE, other=0).to(tl.float32)
-        if SCALED:
-            of = scales + (block * (2 * HEADS) + row) * (SIZE // HEAD_DIM)
-            value *= tl.load(of + at // HEAD_DIM, mask=at < SIZE, other=0.0)
-        tl.store(target + at, value, mask=at < SIZE)
-
-
-def gather(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None = None) -> None:
-    """Copy the keys and values of a sequence's blocks to `out` in order.
-
-    cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32 or f16, or int8 with `scales` f32 [blocks, 2, n_kv_heads,
-    block_size]; table: int32 [n] ids of the blocks; out: f32 [2, n_kv_heads, n * block_size, head_dim], which may be
-    the first positions of a longer one. Raises `ValueError` for a misfit.
-    """
-    check_scales("gather", cache, scales)
-    _, _, heads, size, head_dim = cache.shape
-    fits = table.ndim == 1 and table.dtype == torch.int32 and out.shape == (2, heads, len(table) * size, head_dim)
-    dense = out.stride() == (heads * out.stride(1), out.stride(1), head_dim, 1) and cache.is_contiguous()
-    if not fits or out.dtype != torch.float32 or not dense:
-        raise ValueError(
-            f"gather wants a contiguous cache, int32 [n] and f32 [2, {heads}, n * {size}, {head_dim}], got "
-            f"{table.dtype} {tuple(table.shape)} and {out.dtype} {tuple(out.shape)} with strides {out.stride()}"
-        )
-    values = size * head_dim
-    block = min(4 * _BLOCK, triton.next_power_of_2(values))
-    _gather_kernel[(len(table), 2 * heads)](
-        cache, scales, table, out, out.stride(1),
-        HEADS=heads, SIZE=values, HEAD_DIM=head_dim, SCALED=scales is not None, BLOCK=block,
-    )  # fmt: skip
-
-
-def gather_ref(cache: torch.Tensor, table: torch.Tensor, out: torch.Tensor, scales: torch.Tensor | None = None) -> None:
-    """`gather` in torch."""
-    blocks = cache[table.long()].float()
-    blocks = blocks if scales is None else blocks * scales[table.long()][..., None]
-    out.copy_(blocks.permute(1, 2, 0, 3, 4).flatten(2, 3))

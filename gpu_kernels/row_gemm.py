@@ -42,12 +42,19 @@ def gemm_floats(tokens: int, n: int, d: int) -> int:
 
 
 @triton.jit
+def powers(largest):  # type: ignore[no-untyped-def]
+    """A power of two that brings `largest` between 2^14 and 2^15, and the one that takes that back."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both are to be normal numbers
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_terms(rest, terms, step, scale, mask, TERMS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A row's scale, and its terms, `step` apart; `rest` is 0 where it has no column."""
-    exponent = (tl.max(tl.abs(rest), 0).to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.minimum(tl.maximum(exponent, 15), 254)  # both powers of two are to be normal numbers
-    tl.store(scale, ((exponent - 14) << 23).to(tl.float32, bitcast=True))
-    rest *= ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down, up = powers(tl.max(tl.abs(rest), 0))
+    tl.store(scale, up)
+    rest *= down
     for i in tl.static_range(TERMS):
         term = rest.to(terms.dtype.element_ty)
         tl.store(terms + i * step, term, mask=mask)

@@ -24,10 +24,9 @@ STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so
 # tensor, 268 once a short prompt was read, 308 after one of 2048 tokens. Blocks need no products in bf16: 269 at most.
 _RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
-PREFILL_WIDE = 512  # of those, for which QKV, hidden values and scores are computed at once
+PREFILL_WIDE = 512  # of those, for which QKV and hidden values are computed at once
 PREFILL_COLUMNS = 4096  # neurons of an FFN computed at once, up to a third of them, and half of other products' columns
 _GEMM_ALIGNED = 64  # f32 elements that parts of its scratch are a multiple of
-_PREFILL_QUERIES = 8  # the fewest whose scores are computed at once
 _TERMS = 3  # in which f32 rows are split for 16-bit products of a decode step
 
 # Of `gpu_kernels.attention`, `sparse_ffn`, `sampling`, `row_gemm` and `row_ffn`, which need triton, as a plan must not.
@@ -189,8 +188,8 @@ class Workspace:
 
     @property
     def prefill(self) -> dict[str, int]:
-        """Buffers of a chunk of a prompt: its vectors, those of `PREFILL_WIDE` of its tokens, keys and values in order,
-        and scratch for inputs and weights of products, and for scores."""
+        """Buffers of a chunk of a prompt: its vectors, those of `PREFILL_WIDE` of its tokens, and scratch of products,
+        for inputs and weights."""
         spec, chunk = self.spec, min(self.prefill_chunk, self.context)
         queries, both, wide = (
             spec.n_heads * spec.head_dim,
@@ -206,8 +205,7 @@ class Workspace:
             "positions": aligned(4 * chunk),
             "qkv": aligned(4 * wide * (queries + both)),
             "attended": aligned(4 * wide * queries),
-            "keys and values": aligned(4 * cached_tokens(self.context, self.block) * both),
-            "scratch": aligned(4 * self._scratch(wide)),
+            "scratch": aligned(4 * sum(self.prefill_gemm.parts)),
             "table": aligned(4 * self.blocks),
         }
 
@@ -219,14 +217,6 @@ class Workspace:
         third = -(-spec.d_ff // (3 * _GEMM_ALIGNED)) * _GEMM_ALIGNED
         tokens = min(PREFILL_WIDE, self.prefill_chunk, self.context)
         return GemmSizes(tokens, max(spec.d_model, queries), min(PREFILL_COLUMNS, third), LAYOUTS[spec.dtype].in_blocks)
-
-    def _scratch(self, wide: int) -> int:
-        """f32 values of the scratch of products, or scores with their queries."""
-        spec = self.spec
-        scores = (
-            spec.n_heads * min(_PREFILL_QUERIES, wide) * (cached_tokens(self.context, self.block) + 2 * spec.head_dim)
-        )
-        return max(sum(self.prefill_gemm.parts), scores)
 
     @property
     def staging_neurons(self) -> int:

@@ -16,7 +16,19 @@ from model_cases import make_model
 from packed_cases import pack
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import attention, dense, gemv, low_rank, mailbox, norm, rope, row_gemm, sampling, sparse_ffn
+from gpu_kernels import (
+    attention,
+    dense,
+    gemv,
+    low_rank,
+    mailbox,
+    norm,
+    prompt_attention,
+    rope,
+    row_gemm,
+    sampling,
+    sparse_ffn,
+)
 from gpu_kernels.box import Mailbox
 from hybrid import Engine, EngineConfig, SamplingSettings
 from hybrid.model.ffn import FFNRuntime, HybridFFN
@@ -39,8 +51,8 @@ GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
 _USERS = (gpu_gemm, gpu_prefill, gpu_sampler, gpu_step)
 _KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
 _KERNELS |= {"top_k", "log_sum_exp", "sample"}
-_KERNELS |= {"ask", "post", "receive", "send"} | {"split_rows", "widen", "sum_products", "causal_softmax", "gather"}
-_KERNELS |= {"hidden_terms"}
+_KERNELS |= {"ask", "post", "receive", "send"} | {"split_rows", "widen", "sum_products", "hidden_terms"}
+_KERNELS |= {"prompt_attention"}
 
 
 def tiny_model(name: str, folder: Path, dtype: str = "f32", layers: int = 2) -> Path:
@@ -162,7 +174,8 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(Mailbox, "new", partial(Mailbox.new, timeout=60.0))
         for module, user in product(
-            (attention, dense, gemv, low_rank, mailbox, norm, rope, row_gemm, sampling, sparse_ffn), _USERS
+            (attention, dense, gemv, low_rank, mailbox, norm, prompt_attention, rope, row_gemm, sampling, sparse_ffn),
+            _USERS,
         ):
             for name in _KERNELS & set(vars(module)) & set(vars(user)):
                 monkeypatch.setattr(user, name, getattr(module, f"{name}_ref"))

@@ -15,6 +15,18 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+def compile(kernel, known, types, aligned, path, **options):
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    Path(path).write_bytes(made.asm["cubin"])
+    (reader,) = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
+    subprocess.run([reader, "--dump-resource-usage", path], check=True)
+"""
+
+RECEIVE = """
 from gpu_kernels.mailbox import _POLLING_WARPS, _receive_kernel
 from gpu_kernels.norm import row_sizes
 
@@ -26,27 +38,45 @@ warps = sizes.pop("num_warps")
 sizes.pop("launch_pdl", None)
 known = {"added": None, "bias": None, "PARTS": parts, "ADDED": False, "ASKED": True, "SEVERAL": True, "REPLACE": False}
 known |= {"NORM": 0, "NATIVE": True} | sizes
-types = floats | whole | {"eps": "fp32"} | dict.fromkeys(known, "constexpr")
-signature = {name: types[name] for name in _receive_kernel.arg_names}
-aligned = {*floats, "d", "part_stride"}
-attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
-source = ASTSource(fn=_receive_kernel, signature=signature, constexprs=known, attrs=attributes)
-made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-path = Path(sys.argv[3])
-path.write_bytes(made.asm["cubin"])
-(reader,) = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
-subprocess.run([reader, "--dump-resource-usage", path], check=True)
+types = floats | whole | {"eps": "fp32"}
+compile(_receive_kernel, known, types, {*floats, "d", "part_stride"}, sys.argv[3], num_warps=warps)
 """
+
+ATTENTION = """
+import torch
+import triton.language as tl
+from gpu_kernels.prompt_attention import _prompt_kernel, tile_for
+
+terms, tile = int(sys.argv[1]), tile_for(128, torch.float16)
+floats = {"q": "*fp32", "cache": "*fp16", "table": "*i32", "out": "*fp32"}
+whole = dict.fromkeys(("q_stride", "start", "tokens", "window"), "i32")
+known = {"HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 128, "BLOCK_SIZE": 256, "ROWS": tile.rows, "KEYS": tile.keys}
+known |= {"PADDED": 128, "KEY": tl.float16, "VALUE": tl.float16, "TERMS": terms, "SCALED": False, "WINDOWED": False}
+known |= {"NATIVE": True, "scales": None}
+options = {"num_warps": tile.warps, "num_stages": tile.stages}
+compile(_prompt_kernel, known, floats | whole, {*floats, "q_stride"}, sys.argv[2], **options)
+"""
+
+
+def resources(script, *arguments, folder):
+    """What a compiled kernel takes: bytes of stack and of local memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    file = folder / "compile.py"  # a file, as Triton reads a kernel's source
+    file.write_text(COMPILE + script)
+    command = [sys.executable, str(file), *map(str, arguments), str(folder / "kernel.cubin")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    return re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", ran.stdout)
 
 
 @pytest.mark.parametrize(("d", "parts"), [(4096, 8), (5120, 6)])
 def test_the_waiting_kernel_does_not_spill(d, parts, tmp_path):
     """Parts of hot neurons and of those read over PCIe, at the width of a 7B and of a 13B model."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    script = tmp_path / "compile.py"  # a file, as Triton reads a kernel's source
-    script.write_text(COMPILE)
-    command = [sys.executable, str(script), str(d), str(parts), str(tmp_path / "kernel.cubin")]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    assert re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", ran.stdout) == [("0", "0")], ran.stdout
+    assert resources(RECEIVE, d, parts, folder=tmp_path) == [("0", "0")]
+
+
+@pytest.mark.parametrize("terms", [2, 3])
+def test_attention_of_a_prompt_does_not_spill(terms, tmp_path):
+    """f16 keys and values of 128 each, as most models have them."""
+    assert resources(ATTENTION, terms, folder=tmp_path) == [("0", "0")]

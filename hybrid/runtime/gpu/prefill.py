@@ -1,9 +1,9 @@
 """`GpuPrefill`: reads a prompt, many tokens at once, with dense parts and hot neurons on the GPU.
 
 A prompt passes through in chunks, so that a layer's cold neurons come to the GPU once for many tokens; within a layer,
-what is wide (QKV, hidden values, scores) is computed for fewer tokens at a time. Nearly every neuron fires for some
-token of a prompt, so all are computed: hot ones from the GPU's rows, of the cold ones as many as `split` says by the
-CPU, while the others are streamed to the GPU (`cold_stream`) and computed there after the hot ones.
+what is wide (QKV, hidden values) is computed for fewer tokens at a time. Nearly every neuron fires for some token of a
+prompt, so all are computed: hot ones from the GPU's rows, of the cold ones as many as `split` says by the CPU, while
+the others are streamed to the GPU (`cold_stream`) and computed there after the hot ones.
 
 Activations are f32 and every product is as exact as f32 arithmetic, as on the CPU. Everything on the device comes out
 of the arena. Who waits: the caller, once per chunk for all of it, and where the CPU has a part in a layer for its
@@ -20,9 +20,9 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from gpu_kernels.dense import causal_softmax, gather
 from gpu_kernels.gemv import gemv
 from gpu_kernels.norm import residual_norm
+from gpu_kernels.prompt_attention import prompt_attention
 from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import DeviceFFNView
 from gpu_kernels.tiles import TOGETHER
@@ -96,6 +96,7 @@ class GpuPrefill:
             raise ValueError("prefill needs cosines and sines for each RoPE of the model, and none without any")
         self._model, self._weights, self._cache, self._runtime = model, weights, cache, runtime
         self._own, self._out = cache, logits[:TOGETHER]
+        self._terms = 2 if runtime.precision == "fast" else 3  # of queries and of shares in attention
         self._split, self._eps = split, float(model.spec.norm_eps)
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
@@ -103,8 +104,7 @@ class GpuPrefill:
         planned = Workspace(model.spec, cache.capacity, 0, self._chunk, 1)
         sizes, self._wide = planned.prefill_gemm, planned.prefill_gemm.tokens
         self._buffers = PrefillBuffers.take(arena, model, cache, self._chunk, sizes)
-        products = self._buffers.scratch[: sum(sizes.parts)]
-        self._gemm = GpuGemm(products, sizes, runtime.precision == "precise")
+        self._gemm = GpuGemm(self._buffers.scratch, sizes, runtime.precision == "precise")
         cold = {
             number: ffn
             for number, (layer, ffn) in enumerate(zip(weights.layers, model.ffns, strict=True))
@@ -226,7 +226,10 @@ class GpuPrefill:
             qkv, cos, sin, norms.q, norms.k, self._eps, b.positions[part], b.table.expand(count, -1), layer.cache,
             spec.n_heads, norms.q_bias, norms.k_bias, layer.scales,
         )  # fmt: skip
-        self._attend(qkv, layer, start + part.start, attended)
+        queries = qkv.unflatten(1, (-1, spec.head_dim))[:, : spec.n_heads]
+        prompt_attention(
+            queries, layer.cache, b.table, start + part.start, layer.window, attended, layer.scales, self._terms
+        )  # fmt: skip
         if layer.attention_post is None:
             self._gemm.project(attended, layer.out, layer.out_bias, x, add=True)
         else:
@@ -237,45 +240,6 @@ class GpuPrefill:
         """x += the norm of values, in whose place it is."""
         residual_norm(values, norm.weight, norm.bias, self._eps, values)
         x += values
-
-    def _attend(self, qkv: torch.Tensor, layer: GpuLayer, start: int, out: torch.Tensor) -> None:
-        """Attention of tokens at `start` over the cache, some queries at a time: their scores fill the scratch.
-
-        Queries that share a key-value head are rows of one matrix, query by query.
-        """
-        spec, count = self._model.spec, qkv.shape[0]
-        keys, values = self._gather(layer, start + count)
-        heads, dim = spec.n_kv_heads, spec.head_dim
-        group = spec.n_heads // heads
-        most = self._buffers.scratch.numel() // (spec.n_heads * (start + count + 2 * dim))
-        for some in pieces(count, most):
-            first, rows = start + some.start, (some.stop - some.start) * group
-            low = 0 if layer.window is None else max(0, first + 1 - layer.window)
-            seen = slice(low, start + some.stop)
-            q, y, scores = self._cut((heads, rows, dim), (heads, rows, dim), (heads, rows, seen.stop - low))
-            queries = qkv[some].unflatten(1, (-1, dim))[:, : spec.n_heads]
-            q.view(heads, -1, group, dim).copy_(_by_kv_head(queries, heads))
-            torch.baddbmm(scores, q, keys[:, seen].transpose(1, 2), beta=0, alpha=dim**-0.5, out=scores)
-            causal_softmax(scores, group, first, low, layer.window)
-            torch.bmm(scores, values[:, seen], out=y)
-            _by_kv_head(out[some].unflatten(1, (-1, dim)), heads).copy_(y.view(heads, -1, group, dim))
-
-    def _gather(self, layer: GpuLayer, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [kv_heads, end, head_dim] of a layer in order, wherever the sequence's blocks lie."""
-        size = layer.cache.shape[3]
-        blocks = -(-end // size)
-        target = self._buffers.keys_values[:, :, : blocks * size]
-        gather(layer.cache, self._buffers.table[:blocks], target, layer.scales)
-        return target[0, :, :end], target[1, :, :end]
-
-    def _cut(self, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
-        """Tensors of these shapes, one after another in the scratch."""
-        cut, at = [], 0
-        for shape in shapes:
-            size = int(np.prod(shape))
-            cut.append(self._buffers.scratch[at : at + size].view(shape))
-            at += size
-        return cut
 
     def _ffn(self, number: int, layer: GpuLayer, normed: torch.Tensor, by_cpu: int) -> None:
         """x += FFN of `normed`, which is then used up; the first `by_cpu` cold neurons by the CPU, once all is asked of
@@ -350,8 +314,3 @@ class GpuPrefill:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-
-
-def _by_kv_head(heads: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """A view [kv_heads, t, group, dim] of [t, n_heads, dim]."""
-    return heads.unflatten(1, (kv_heads, -1)).transpose(0, 1)

@@ -12,7 +12,6 @@ from hybrid.runtime.gpu.arena import DeviceArena
 from placement.workspace import GemmSizes
 
 PART = "workspace: prefill"
-_LEAST_QUERIES = 8  # whose scores fit the scratch
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +20,6 @@ class PrefillBuffers:
     those at once.
 
     rotations: cosines, then sines [capacity, head_dim / 2] of a RoPE that depends on how long the text is.
-    keys_values: [2, kv_heads, tokens, head_dim], those so far of one layer in order.
     """
 
     x: torch.Tensor
@@ -31,7 +29,6 @@ class PrefillBuffers:
     rotations: torch.Tensor
     qkv: torch.Tensor
     attended: torch.Tensor
-    keys_values: torch.Tensor
     scratch: torch.Tensor
     positions: torch.Tensor
     table: torch.Tensor
@@ -45,7 +42,6 @@ class PrefillBuffers:
         queries, both = spec.n_heads * spec.head_dim, 2 * spec.n_kv_heads * spec.head_dim
         blocks = len(cache.table)
         wide = gemm.tokens
-        scores = spec.n_heads * min(_LEAST_QUERIES, wide) * (blocks * cache.block_size + 2 * spec.head_dim)
 
         def floats(*shape: int) -> torch.Tensor:
             return arena.empty(PART, shape)
@@ -59,8 +55,7 @@ class PrefillBuffers:
             rotations=floats(2 * cache.capacity * following, spec.head_dim // 2),
             qkv=floats(wide, queries + both),
             attended=floats(wide, queries),
-            keys_values=floats(2, spec.n_kv_heads, blocks * cache.block_size, spec.head_dim),
-            scratch=floats(max(sum(gemm.parts), scores)),
+            scratch=floats(sum(gemm.parts)),
             positions=arena.empty(PART, (chunk,), torch.int32),
             table=arena.empty(PART, (blocks,), torch.int32),
         )

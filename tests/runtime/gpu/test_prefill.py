@@ -11,7 +11,7 @@ from packed_cases import pack
 from step_cases import use_references
 
 from cpu_kernels.worker_pool import WorkerPool
-from gpu_kernels import dense, gemv, norm, rope, row_gemm
+from gpu_kernels import dense, gemv, norm, prompt_attention, rope, row_gemm
 from hybrid.errors import ContextError
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, KVPool, Row
@@ -32,8 +32,7 @@ KERNELS = {
     "widen": dense,
     "sum_products": dense,
     "hidden_terms": dense,
-    "causal_softmax": dense,
-    "gather": dense,
+    "prompt_attention": prompt_attention,
     "residual_norm": norm,
     "rope": rope,
     "gemv": gemv,
