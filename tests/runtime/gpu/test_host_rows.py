@@ -56,8 +56,11 @@ def cuda(monkeypatch):
 
 
 def model_of(layers=3, hot=HOT, width=WIDTH):
-    """Layers without a gate whose matrices lie one after another in one block of memory."""
-    rows = np.zeros((2 * layers, NEURONS, width), np.float32)
+    """Layers without a gate whose matrices lie one after another in one block of memory, from a page's start on."""
+    size = 4 * 2 * layers * NEURONS * width
+    block = np.zeros(size + PAGESIZE, np.uint8)
+    start = -block.ctypes.data % PAGESIZE
+    rows = block[start : start + size].view(np.float32)
     matrices = [
         FFNMatrices(None, Matrix(up, width), Matrix(down, width))
         for up, down in rows.reshape(layers, 2, NEURONS, width)
