@@ -3,8 +3,9 @@
 Two read them: the decode step's kernels, which compute the hottest of the cold neurons over PCIe while the CPU computes
 the others (zero-copy), and prefill, which copies all of them to the GPU piece by piece. CUDA must know such memory:
 each row is registered once, which keeps its pages where they are, and let go before it is freed. Registered memory
-cannot be swapped out, so there is a limit to it. Rows of a packed model are a mapped file, which cannot be registered:
-those for the kernels are copied first, prefill's pass through pinned buffers (`cold_stream`).
+cannot be swapped out, so there is a limit to it. Rows of a packed model are a mapped file, which not every system lets
+be registered: where it does not, those for the kernels are copied first, and prefill's pass through pinned buffers
+(`cold_stream`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from placement.placement import Placement
 
 # Of the machine's memory, the most that is registered.
 SHARE_OF_MEMORY = 0.5
+_READ_ONLY = 8  # cudaHostRegisterReadOnly, without which memory that may only be read is refused
 
 Span = tuple[int, int]  # addresses of the first byte and of that after the last
 
@@ -58,15 +60,14 @@ class HostRows:
         counts = {n: int(placement.zero_copy[n]) if predicted else 0 for n in on_gpu}
         every = {n: cold_neurons(model.ffns[n]) for n in on_gpu}
         cold = {n: m for n, m in every.items() if len(m.up.rows)}
-        ours = {n: m for n, m in cold.items() if m.up.rows.flags.writeable}
-        fit = _within(ours, counts, memory_limit() if limit is None else limit)
-        self.cold = {n: self._pinned(ours[n]) for n in self._register({n: ours[n] for n in fit})}
+        fit = _within(cold, counts, memory_limit() if limit is None else limit)
+        self.cold = {n: self._pinned(cold[n]) for n in self._register({n: cold[n] for n in fit})}
         wanted = {n: some_neurons(m, slice(0, counts[n])) for n, m in cold.items() if counts[n]}
         others = {n: _writeable(m) for n, m in wanted.items() if n not in self.cold}
         kept = {*self.cold, *self._register(others)}
         self.zero_copy = {n: others.get(n, m) for n, m in wanted.items() if n in kept}
         self.refused = sum(counts[n] for n in wanted if n not in kept)
-        self.notices = tuple(_notices(self.refused, len(ours), len(fit), len(self.cold)))
+        self.notices = tuple(_notices(self.refused, len(cold), len(fit), len(self.cold)))
 
     @property
     def most_zero_copy(self) -> int:
@@ -81,10 +82,10 @@ class HostRows:
         spans, done = _spans(wanted), list[int]()
         for number, m in wanted.items():
             new = dict.fromkeys(span for matrix in _matrices(m) for span in spans if _lies_in(matrix, span))
-            before = len(self._registered.spans)
+            before, flags = len(self._registered.spans), 0 if m.up.rows.flags.writeable else _READ_ONLY
             self._registered.rows.append(m)
             for span in (span for span in new if span not in self._registered.spans):
-                if not _register(span):
+                if not _register(span, flags):
                     _let_go(self._registered, before)
                     return done
                 self._registered.spans.append(span)
@@ -180,9 +181,9 @@ def _lies_in(matrix: Matrix, span: Span) -> bool:
     return span[0] <= matrix.rows.ctypes.data < span[1]
 
 
-def _register(span: Span) -> bool:
+def _register(span: Span, flags: int) -> bool:
     """False where CUDA refuses."""
-    if int(torch.cuda.cudart().cudaHostRegister(span[0], span[1] - span[0], 0)) == 0:
+    if int(torch.cuda.cudart().cudaHostRegister(span[0], span[1] - span[0], flags)) == 0:
         return True
     with suppress(RuntimeError):  # the refusal is also the next launch's error, which ends there
         torch.zeros(1, device="cuda")

@@ -30,19 +30,21 @@ class FakeCuda:
     """Registers spans but those that begin in `refused`."""
 
     def __init__(self, monkeypatch):
-        self.spans, self.refused, self.let_go = [], lambda span: False, []
+        self.spans, self.refused, self.let_go, self.flags = [], lambda span: False, [], []
+        self.refused_flags = set()
         monkeypatch.setattr(host_rows, "_register", self.register)
         cudart = SimpleNamespace(cudaHostUnregister=self.let_go.append)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
-    def register(self, span):
+    def register(self, span, flags):
         known = [each for each in self.spans if each[0] not in self.let_go]
         assert all(span[1] <= start or stop <= span[0] for start, stop in known), "a page is registered twice"
         assert span[0] % PAGESIZE == span[1] % PAGESIZE == 0
-        if self.refused(span):
+        if self.refused(span) or flags in self.refused_flags:
             return False
         self.spans.append(span)
+        self.flags.append(flags)
         return True
 
     def knows(self, matrix):
@@ -146,18 +148,30 @@ def test_half_of_the_memory_is_the_limit():
     assert memory_limit() == pytest.approx(512 * kilobytes, rel=0.01)
 
 
-def test_rows_of_a_packed_model_are_copied_for_kernels_and_not_registered_for_prompts(models):
-    """Its rows are a mapped file, which CUDA does not register."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_rows_of_a_mapped_file_are_registered_as_read_only_or_copied_for_the_kernels(cuda, refused):
+    model = model_of()
+    for ffn in model.ffns:
+        for matrix in (ffn.matrices.up, ffn.matrices.down):
+            matrix.rows.flags.writeable = False
+    cuda.refused_flags = {8} if refused else set()
+    host = registered(model)
+    assert list(host.cold) == ([] if refused else [0, 1, 2]) and counts(host.zero_copy) == {0: 3, 1: 2}
+    assert set(cuda.flags) == ({0} if refused else {8})
+    for layer, m in host.zero_copy.items():
+        own = model.ffns[layer].matrices
+        assert np.shares_memory(m.up.rows, own.up.rows) != refused and m.down.rows.flags.writeable == refused
+        assert np.array_equal(m.up.rows, own.up.rows[HOT : HOT + len(m.up.rows)])
+
+
+def test_rows_of_a_packed_model_are_read_where_they_lie(models):
+    """Its rows are a mapped file."""
     case = StepCase(tiny_model("llama-relu", models, "int4"), share=0.4, zero_copy=20)
     matrices, zero_copy, hot = case.model.ffns[0].matrices, case.host.zero_copy[0], case.model.ffns[0].hot
-    for found, matrix in (
-        (zero_copy.gate, matrices.gate),
-        (zero_copy.up, matrices.up),
-        (zero_copy.down, matrices.down),
-    ):
-        assert found.rows.flags.writeable and not np.shares_memory(found.rows, matrix.rows)
-        assert np.array_equal(found.rows, matrix.rows[hot : hot + 20])
-    assert not case.host.cold and not case.host.notices
+    for name in ("gate", "up", "down"):
+        found, rows = getattr(zero_copy, name).rows, getattr(matrices, name).rows
+        assert np.array_equal(found, rows[hot : hot + 20]) and not rows.flags.writeable
+    assert case.host.cold.keys() == {0, 1} and not case.host.notices
     case.close()
 
 
