@@ -14,7 +14,6 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from mmap import PAGESIZE
 
 import numpy as np
@@ -28,8 +27,6 @@ from placement.placement import Placement
 # Of the machine's memory, the most that is registered.
 SHARE_OF_MEMORY = 0.5
 _READ_ONLY = 8  # cudaHostRegisterReadOnly, without which memory that may only be read is refused
-
-Span = tuple[int, int]  # addresses of the first byte and of that after the last
 
 
 class HostRows:
@@ -54,7 +51,7 @@ class HostRows:
         predicted: whether neurons are, as kernels read no cold ones otherwise.
         """
         self._native = device.type == "cuda"
-        self._registered = _Registered()
+        self._registered: list[Matrix] = []
         weakref.finalize(self, _let_go, self._registered)
         on_gpu = np.flatnonzero(placement.layer_on_gpu).tolist()
         counts = {n: int(placement.zero_copy[n]) if predicted else 0 for n in on_gpu}
@@ -77,18 +74,14 @@ class HostRows:
     def _register(self, wanted: Mapping[int, FFNMatrices]) -> list[int]:
         """Register the rows of these layers, up to the one where CUDA refuses some, of which then none is; returns
         those that are. A device that is no GPU reads all memory."""
-        if not self._native:
-            return list(wanted)
-        spans, done = _spans(wanted), list[int]()
+        done = list[int]()
         for number, m in wanted.items():
-            new = dict.fromkeys(span for matrix in _matrices(m) for span in spans if _lies_in(matrix, span))
-            before, flags = len(self._registered.spans), 0 if m.up.rows.flags.writeable else _READ_ONLY
-            self._registered.rows.append(m)
-            for span in (span for span in new if span not in self._registered.spans):
-                if not _register(span, flags):
+            before = len(self._registered)
+            for matrix in _matrices(m) if self._native else ():
+                if not _register(matrix):
                     _let_go(self._registered, before)
                     return done
-                self._registered.spans.append(span)
+                self._registered.append(matrix)
             done.append(number)
         return done
 
@@ -96,14 +89,6 @@ class HostRows:
         """The same rows, with biases of which a copy does not wait either."""
         biases = (None if b is None else b.pin_memory() if self._native else b for b in (m.gate_bias, m.up_bias))
         return FFNMatrices(m.gate, m.up, m.down, *biases)
-
-
-@dataclass(frozen=True, eq=False)
-class _Registered:
-    """Spans of whole pages that CUDA knows, and rows in them, which must not be freed before."""
-
-    spans: list[Span] = field(default_factory=list)
-    rows: list[FFNMatrices] = field(default_factory=list)
 
 
 def _within(cold: Mapping[int, FFNMatrices], counts: Mapping[int, int], limit: int) -> list[int]:
@@ -161,40 +146,22 @@ def _row_bytes(m: FFNMatrices) -> int:
     return sum(matrix.row_bytes for matrix in _matrices(m))
 
 
-def _spans(wanted: Mapping[int, FFNMatrices]) -> list[Span]:
-    """The pages of all these rows. Small matrices may share one, which may not be registered twice: together, then."""
-    spans: list[Span] = []
-    for start, end in sorted(_pages(matrix) for m in wanted.values() for matrix in _matrices(m)):
-        if spans and start < spans[-1][1]:
-            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
-        else:
-            spans.append((start, end))
-    return spans
-
-
-def _pages(matrix: Matrix) -> Span:
-    start = int(matrix.rows.ctypes.data)
-    return start // PAGESIZE * PAGESIZE, -(-(start + matrix.nbytes) // PAGESIZE) * PAGESIZE
-
-
-def _lies_in(matrix: Matrix, span: Span) -> bool:
-    return span[0] <= matrix.rows.ctypes.data < span[1]
-
-
-def _register(span: Span, flags: int) -> bool:
+def _register(matrix: Matrix) -> bool:
     """False where CUDA refuses."""
-    if int(torch.cuda.cudart().cudaHostRegister(span[0], span[1] - span[0], flags)) == 0:
+    flags = 0 if matrix.rows.flags.writeable else _READ_ONLY
+    # Not a byte more, though whole pages are kept: a copy that is partly of registered memory is refused.
+    if int(torch.cuda.cudart().cudaHostRegister(matrix.rows.ctypes.data, matrix.nbytes, flags)) == 0:
         return True
     with suppress(RuntimeError):  # the refusal is also the next launch's error, which ends there
         torch.zeros(1, device="cuda")
     return False
 
 
-def _let_go(registered: _Registered, first: int = 0) -> None:
-    """Let go spans from the `first` on."""
-    if registered.spans[first:]:
+def _let_go(registered: list[Matrix], first: int = 0) -> None:
+    """Let go matrices from the `first` on."""
+    if registered[first:]:
         with suppress(RuntimeError):  # an interrupted prompt may have left a copy of them under way
             torch.cuda.synchronize()
-    for start, _ in registered.spans[first:]:
-        torch.cuda.cudart().cudaHostUnregister(start)
-    del registered.spans[first:]
+    for matrix in registered[first:]:
+        torch.cuda.cudart().cudaHostUnregister(matrix.rows.ctypes.data)
+    del registered[first:]

@@ -1,7 +1,6 @@
 """Cold rows that the GPU reads in host memory: which are registered, up to where, and what is let go."""
 
 import gc
-from mmap import PAGESIZE
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from hybrid.runtime.gpu import host_rows
 from hybrid.runtime.gpu.host_rows import HostRows, memory_limit
 
 pytest.importorskip("transformers")
-NEURONS, HOT, WIDTH = 48, 16, PAGESIZE // 64  # 16 neurons of f32 fill 4 pages
+NEURONS, HOT, WIDTH = 48, 16, 64
 NEURON_BYTES = 2 * 4 * WIDTH
 
 
@@ -27,25 +26,24 @@ def models(tmp_path_factory):
 
 
 class FakeCuda:
-    """Registers spans but those that begin in `refused`."""
+    """Registers memory but what begins where `refused` says, or with refused flags."""
 
     def __init__(self, monkeypatch):
-        self.spans, self.refused, self.let_go, self.flags = [], lambda span: False, [], []
+        self.spans, self.refused, self.let_go, self.flags = [], lambda start, size: False, [], []
         self.refused_flags = set()
-        monkeypatch.setattr(host_rows, "_register", self.register)
-        cudart = SimpleNamespace(cudaHostUnregister=self.let_go.append)
+        cudart = SimpleNamespace(cudaHostRegister=self.register, cudaHostUnregister=self.let_go.append)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(host_rows.torch, "zeros", lambda *size, device: None)
 
-    def register(self, span, flags):
+    def register(self, start, size, flags):
         known = [each for each in self.spans if each[0] not in self.let_go]
-        assert all(span[1] <= start or stop <= span[0] for start, stop in known), "a page is registered twice"
-        assert span[0] % PAGESIZE == span[1] % PAGESIZE == 0
-        if self.refused(span) or flags in self.refused_flags:
-            return False
-        self.spans.append(span)
+        assert all(start + size <= first or stop <= start for first, stop in known), "memory is registered twice"
+        if self.refused(start, size) or flags in self.refused_flags:
+            return 1
+        self.spans.append((start, start + size))
         self.flags.append(flags)
-        return True
+        return 0
 
     def knows(self, matrix):
         start = matrix.rows.ctypes.data
@@ -58,11 +56,8 @@ def cuda(monkeypatch):
 
 
 def model_of(layers=3, hot=HOT, width=WIDTH):
-    """Layers without a gate whose matrices lie one after another in one block of memory, from a page's start on."""
-    size = 4 * 2 * layers * NEURONS * width
-    block = np.zeros(size + PAGESIZE, np.uint8)
-    start = -block.ctypes.data % PAGESIZE
-    rows = block[start : start + size].view(np.float32)
+    """Layers without a gate whose matrices lie one after another in one block of memory."""
+    rows = np.zeros((2 * layers, NEURONS, width), np.float32)
     matrices = [
         FFNMatrices(None, Matrix(up, width), Matrix(down, width))
         for up, down in rows.reshape(layers, 2, NEURONS, width)
@@ -93,12 +88,6 @@ def test_all_cold_rows_are_registered_once_for_both(cuda):
     assert np.shares_memory(host.zero_copy[0].up.rows, model.ffns[0].matrices.up.rows)
 
 
-def test_matrices_that_share_a_page_are_registered_together(cuda):
-    host = registered(model_of(hot=0, width=10))
-    assert counts(host.cold) == dict.fromkeys(range(3), NEURONS) and len(cuda.spans) == 1
-    assert counts(host.zero_copy) == {0: 3, 1: 2}
-
-
 @pytest.mark.parametrize("layers", [0, 1, 2])
 def test_up_to_a_limit_beside_which_the_kernels_rows_have_their_place(cuda, layers):
     neurons = layers * (NEURONS - HOT) + sum((3, 2, 4)[layers:])
@@ -113,13 +102,7 @@ def test_where_cuda_refuses_the_kernels_rows_are_tried_alone(cuda):
     """Of layer 1 the second matrix is refused whole; of layer 2 its zero-copy rows, too."""
     model = model_of()
     down, last = (model.ffns[n].matrices.down.rows[HOT:] for n in (1, 2))
-    pages = down.nbytes // PAGESIZE * PAGESIZE
-
-    def refused(span):
-        whole = span[1] - span[0] >= pages and span[0] <= down.ctypes.data < span[1]
-        return whole or span[0] <= last.ctypes.data < span[1]
-
-    cuda.refused = refused
+    cuda.refused = lambda start, size: (start, size) == (down.ctypes.data, down.nbytes) or start == last.ctypes.data
     host = registered(model, (3, 2, 4))
     assert list(host.cold) == [0] and counts(host.zero_copy) == {0: 3, 1: 2} and host.refused == 4
     assert len(cuda.let_go) >= 1 and host.notices[0].startswith("4 neurons are left to the CPU")
