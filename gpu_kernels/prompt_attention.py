@@ -2,8 +2,8 @@
 
     out[t, h] = sum over i of  p[i] * V[i],     p = softmax over i of  q[t, h] . K[i] / sqrt(head_dim)
 
-for the positions i in [max(0, position + 1 - window), position], where position = start + t, with the keys K and values
-V of KV head h // (n_heads // n_kv_heads).
+for the positions i in [max(0, position + 1 - window), position] of the token's, with the keys K and values V of KV head
+h // (n_heads // n_kv_heads).
 
 A program has `rows` queries, token by token all heads of a group, so that a key is read once for them, and goes through
 their keys, a tile at a time, with an online softmax. Most tiles are seen whole by all of its queries: these need no
@@ -143,9 +143,9 @@ def _through(  # type: ignore[no-untyped-def]
     return out, largest, total
 
 
-@triton.jit(do_not_specialize=["start", "tokens", "window"])
+@triton.jit(do_not_specialize=["tokens", "window"])
 def _prompt_kernel(  # type: ignore[no-untyped-def]
-    q, q_stride, cache, scales, table, start, tokens, window, out,
+    q, q_stride, cache, scales, table, positions, tokens, window, out,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
     TERMS: tl.constexpr, SCALED: tl.constexpr, WINDOWED: tl.constexpr, NATIVE: tl.constexpr
@@ -164,8 +164,11 @@ def _prompt_kernel(  # type: ignore[no-untyped-def]
     down, scale = powers(tl.max(tl.abs(query), 1))
     query *= down[:, None]
 
-    low_query, end = start + tile * ROWS // GROUP, start + tl.minimum(((tile + 1) * ROWS - 1) // GROUP + 1, tokens)
-    position = tl.minimum(start + token, end - 1)
+    start, last = tl.load(positions), tl.load(positions + tokens - 1)
+    start, last = tl.maximum(start, ~start), tl.maximum(last, ~last)
+    position = tl.minimum(start + token, last)  # without a load for each row
+    low_query = tl.minimum(start + tile * ROWS // GROUP, last)
+    end = tl.minimum(start + ((tile + 1) * ROWS - 1) // GROUP, last) + 1
     whole = (low_query + 1) // KEYS * KEYS  # keys from here on are not seen by all
     result = tl.zeros([ROWS, PADDED], tl.float32)
     largest, total = tl.full([ROWS], LEAST, tl.float32), tl.zeros([ROWS], tl.float32)
@@ -193,30 +196,31 @@ def prompt_attention(
     q: torch.Tensor,
     cache: torch.Tensor,
     table: torch.Tensor,
-    start: int,
+    positions: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
     terms: int = 2,
 ) -> None:
-    """Attention of the queries at positions from `start` on over their own and those before, at most `window` in all.
+    """Attention of each token's query over its own position and those before it, at most `window` in all.
 
     q: [t, n_heads, head_dim] f32, which may be a view inside qkv: heads contiguous, the token's stride free. cache:
     [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, or int8 with `scales` f32 [blocks, 2, n_kv_heads,
     block_size], keys at 0 and values at 1, which hold all positions up to the last token's. table: [n] int32 ids of the
-    sequence's blocks in order. out: [t, n_heads * head_dim] f32. terms: 2 or 3, in which q and p are split. Raises
-    `ValueError` when shapes, types, strides, positions, terms or the window do not fit.
+    sequence's blocks in order. positions: [t] int32, one after another, of which the last may be repeated; ~p is p, as
+    for `rope`; each within `table` (not checked: it is device memory). out: [t, n_heads * head_dim] f32. terms: 2 or 3,
+    in which q and p are split. Raises `ValueError` when shapes, types, strides, terms or the window do not fit.
     """
     check_scales("prompt_attention", cache, scales)
-    _check(q, cache, table, start, window, out, terms)
-    launch(q, cache, table, start, window, out, scales, terms, tile_for(q.shape[2], cache.dtype))
+    _check(q, cache, table, positions, window, out, terms)
+    launch(q, cache, table, positions, window, out, scales, terms, tile_for(q.shape[2], cache.dtype))
 
 
 def launch(
     q: torch.Tensor,
     cache: torch.Tensor,
     table: torch.Tensor,
-    start: int,
+    positions: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
     scales: torch.Tensor | None,
@@ -228,7 +232,7 @@ def launch(
     key, value = _TYPES[cache.dtype]
     tiles = triton.cdiv(tokens * (heads // kv_heads), tile.rows)
     _prompt_kernel[(kv_heads, tiles)](
-        q, q.stride(0), cache, scales, table, start, tokens, 0 if window is None else window, out,
+        q, q.stride(0), cache, scales, table, positions, tokens, 0 if window is None else window, out,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         ROWS=tile.rows, KEYS=tile.keys, PADDED=max(16, triton.next_power_of_2(head_dim)), KEY=key, VALUE=value,
         TERMS=terms, SCALED=scales is not None, WINDOWED=window is not None, NATIVE=is_native(),
@@ -240,7 +244,7 @@ def prompt_attention_ref(
     q: torch.Tensor,
     cache: torch.Tensor,
     table: torch.Tensor,
-    start: int,
+    positions: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
@@ -249,11 +253,13 @@ def prompt_attention_ref(
     """`prompt_attention` in torch, in f64, with a plain softmax over all scores."""
     tokens, head_dim = q.shape[0], q.shape[2]
     kv_heads, block_size = cache.shape[2:4]
-    ids, end = table[: -(-(start + tokens) // block_size)].long(), start + tokens
+    own = torch.maximum(positions, ~positions)
+    end = int(own.max()) + 1
+    ids = table[: -(-end // block_size)].long()
     blocks = cache[ids].double()
     blocks = blocks if scales is None else blocks * scales[ids][..., None]
     keys, values = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :end]
-    ahead = torch.arange(start, end, device=q.device)[:, None] - torch.arange(end, device=q.device)
+    ahead = own[:, None] - torch.arange(end, device=q.device)
     seen = (ahead >= 0) & (ahead < (end if window is None else window))
     grouped = q.double().view(tokens, kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     scores = grouped @ keys[:, None].mT / math.sqrt(head_dim)
@@ -265,7 +271,7 @@ def _check(
     q: torch.Tensor,
     cache: torch.Tensor,
     table: torch.Tensor,
-    start: int,
+    positions: torch.Tensor,
     window: int | None,
     out: torch.Tensor,
     terms: int,
@@ -286,10 +292,10 @@ def _check(
         )
     if table.ndim != 1 or table.dtype != torch.int32 or not table.is_contiguous():
         raise ValueError(f"prompt_attention wants a contiguous int32 table [n], got {table.dtype} {tuple(table.shape)}")
-    if start < 0 or start + q.shape[0] > table.shape[0] * cache.shape[3]:
+    if positions.shape != (q.shape[0],) or positions.dtype != torch.int32 or not positions.is_contiguous():
         raise ValueError(
-            f"prompt_attention positions {start} to {start + q.shape[0] - 1} are not within "
-            f"{table.shape[0]} blocks of {cache.shape[3]}"
+            f"prompt_attention wants contiguous int32 positions [{q.shape[0]}], got {positions.dtype} "
+            f"{tuple(positions.shape)}"
         )
     if (window is not None and window < 1) or terms not in (2, 3):
         raise ValueError(

@@ -85,12 +85,12 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     head = h + tl.zeros_like(j)  # masks of one shape: not all versions of the interpreter mix them
     is_query, is_value = head < HEADS, (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
-    is_kept = is_key | is_value
-    in_a, in_b = (j < HALF) & (is_query | is_kept), (HALF + j < HEAD_DIM) & (is_query | is_kept)
+    in_a, in_b = (j < HALF) & (is_query | is_key | is_value), (HALF + j < HEAD_DIM) & (is_query | is_key | is_value)
     x = qkv + (t * (HEADS + 2 * KV_HEADS) + h) * HEAD_DIM
     a = tl.load(x + j, mask=in_a, other=0.0)
     b = tl.load(x + HALF + j, mask=in_b, other=0.0)
-    position = tl.load(positions + t)
+    given = tl.load(positions + t)
+    position, kept = tl.maximum(given, ~given), head * 0 + given >= 0
     block = tl.load(table + t * table_stride + position // BLOCK_SIZE).to(tl.int64)
     if LAYER:
         mean = (tl.sum(a, axis=1, keep_dims=True) + tl.sum(b, axis=1, keep_dims=True)) / HEAD_DIM
@@ -117,12 +117,12 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
         largest = tl.maximum(tl.max(tl.abs(a), axis=1, keep_dims=True), tl.max(tl.abs(b), axis=1, keep_dims=True))
         # Not a number where one of them is not: max skips it.
         scale = largest / 127.0 + tl.sum(a * 0.0, axis=1, keep_dims=True) + tl.sum(b * 0.0, axis=1, keep_dims=True)
-        tl.store(scales + row, scale, mask=(h >= HEADS) & (h < HEADS + 2 * KV_HEADS))
+        tl.store(scales + row, scale, mask=(h >= HEADS) & (h < HEADS + 2 * KV_HEADS) & (h * 0 + given >= 0))
         a, b = _codes(a, scale), _codes(b, scale)
     else:
         a, b = _kept(a, cache), _kept(b, cache)
-    tl.store(place + j, a, mask=in_a & is_kept)
-    tl.store(place + HALF + j, b, mask=in_b & is_kept)
+    tl.store(place + j, a, mask=in_a & (is_key | is_value) & kept)
+    tl.store(place + HALF + j, b, mask=in_b & (is_key | is_value) & kept)
 
 
 def rope(
@@ -145,7 +145,8 @@ def rope(
     qkv: [t, (n_heads + 2 * n_kv_heads) * head_dim] f32, heads of q, then k, then v; keys in it stay as they are. cos,
     sin: [capacity, head_dim / 2] f32, or None for a model without RoPE. q_norm, k_norm: weights [head_dim] f32 of an
     RMSNorm before it with `eps`, or None; q_bias, k_bias: [head_dim] f32 where that is a LayerNorm. positions: [t]
-    int32, each within `table` (not checked: it is device memory). table: [t, max_blocks] int32 ids of a token's blocks
+    int32, each within `table` (not checked: it is device memory), or for a position p whose key and value are not to be
+    kept ~p, which is negative. table: [t, max_blocks] int32 ids of a token's blocks
     in order; the row stride may be 0. cache: [blocks, 2, n_kv_heads, block_size, head_dim] f32, f16 or bf16, or int8
     with `scales` f32 [blocks, 2, n_kv_heads, block_size], keys at 0 and values at 1. Raises `ValueError` when shapes,
     types or strides do not fit.
@@ -199,7 +200,8 @@ def rope_ref(
 ) -> None:
     """`rope` in torch, in f64."""
     kv_heads, block_size, head_dim = cache.shape[2:]
-    for t, position in enumerate(positions.tolist()):
+    for t, given in enumerate(positions.tolist()):
+        position = max(given, ~given)
         heads = qkv[t].double().view(-1, head_dim)
         q, k, v = heads.split([n_heads, kv_heads, kv_heads])
         if q_bias is not None:
@@ -211,6 +213,8 @@ def rope_ref(
         if cos is not None and sin is not None:
             q, k = (_rotated(x, cos[position].double(), sin[position].double()) for x in (q, k))
         qkv[t, : n_heads * head_dim] = q.flatten()
+        if given < 0:
+            continue
         block, slot = int(table[t, position // block_size]), position % block_size
         kept = torch.stack((k, v))
         if scales is not None:

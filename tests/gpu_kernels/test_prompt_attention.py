@@ -28,17 +28,18 @@ def make(heads, kv_heads, head_dim, start, tokens, block_size=32, kind="f16", se
     if kind == "int8":
         scales = cache.abs().amax(-1) / 127
         cache = (cache / scales[..., None]).nan_to_num(99).round().to(torch.int8)
-    return qkv[:, :heads], cache.to(TYPES.get(kind, cache.dtype)), table, start, out, scales
+    positions = torch.arange(start, end, dtype=torch.int32, device=DEVICE)
+    return qkv[:, :heads], cache.to(TYPES.get(kind, cache.dtype)), table, positions, out, scales
 
 
 def check(case, window=None, terms=2, tile=None, tolerance=None):
-    q, cache, table, start, out, scales = case
+    q, cache, table, positions, out, scales = case
     expected = torch.empty_like(out)
-    prompt_attention_ref(q, cache, table, start, window, expected, scales)
+    prompt_attention_ref(q, cache, table, positions, window, expected, scales)
     if tile is None:
-        prompt_attention(q, cache, table, start, window, out, scales, terms)
+        prompt_attention(q, cache, table, positions, window, out, scales, terms)
     else:
-        launch(q, cache, table, start, window, out, scales, terms, tile)
+        launch(q, cache, table, positions, window, out, scales, terms, tile)
     kind = {dtype: name for name, dtype in TYPES.items()}.get(cache.dtype, "int8")
     assert_close(out, expected, tolerance or TOLERANCES.get((kind, terms), 4e-6))
 
@@ -110,8 +111,8 @@ def test_a_key_that_takes_all_in_any_tile():
 
 
 def test_is_torchs_attention():
-    q, cache, table, start, out, _ = make(4, 2, 32, 0, 50, 64, "f32")
-    prompt_attention(q, cache, table, start, None, out)
+    q, cache, table, positions, out, _ = make(4, 2, 32, 0, 50, 64, "f32")
+    prompt_attention(q, cache, table, positions, None, out)
     keys, values = cache[table[0], :, :, :50]
     y = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None], keys[None], values[None], is_causal=True, enable_gqa=True
@@ -121,12 +122,28 @@ def test_is_torchs_attention():
 
 @pytest.mark.parametrize("kind", ["f16", "int8"])
 def test_is_what_decode_does(kind):
-    q, cache, table, start, out, scales = make(2, 1, 24, 60, 3, kind=kind)
-    prompt_attention(q, cache, table, start, 40, out, scales, 3)
-    expected, positions = torch.empty_like(out), torch.arange(60, 63, dtype=torch.int32, device=DEVICE)
-    scratch = attention_scratch(3, 2, 24, 1, DEVICE)
+    q, cache, table, positions, out, scales = make(2, 1, 24, 60, 3, kind=kind)
+    prompt_attention(q, cache, table, positions, 40, out, scales, 3)
+    expected, scratch = torch.empty_like(out), attention_scratch(3, 2, 24, 1, DEVICE)
     decode_attention(q, cache, table.expand(3, -1), positions, 40, expected, scratch, scales)
     assert_close(out, expected, 4e-6)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("start", "tokens", "more"), [(0, 1, 40), (37, 3, 1), (14, 20, 60)])
+def test_the_last_position_may_be_repeated(start, tokens, more, window):
+    """As where a piece of a prompt is filled up: the others come out as without, and what is unseen stays so."""
+    q, cache, table, positions, out, _ = make(3, 1, 16, start, tokens, 16)
+    filled = torch.cat([positions, (~positions[-1:]).expand(more)])
+    queries, found = random_input(tokens + more, 3 * 16).view(-1, 3, 16), torch.full((tokens + more, 48), torch.nan)
+    queries[:tokens] = q
+    found = found.to(DEVICE)
+    launch(queries, cache, table, filled, window, found, None, 2, SMALL)
+    launch(q, cache, table, positions, window, out, None, 2, SMALL)
+    assert torch.equal(found[:tokens], out) and found.isfinite().all()
+    expected = torch.empty_like(found)
+    prompt_attention_ref(queries, cache, table, filled, window, expected)
+    assert_close(found, expected, 4e-6)
 
 
 def test_every_type_and_head_size_has_a_tile():
@@ -137,8 +154,8 @@ def test_every_type_and_head_size_has_a_tile():
 
 
 def test_rejects_what_does_not_fit():
-    q, cache, table, start, out, _ = make(4, 2, 16, 5, 6)
-    right = {"q": q, "cache": cache, "table": table, "start": start, "window": None, "out": out}
+    q, cache, table, positions, out, _ = make(4, 2, 16, 5, 6)
+    right = {"q": q, "cache": cache, "table": table, "positions": positions, "window": None, "out": out}
     for wrong in (
         {"q": q[:, :3]},
         {"q": q.double()},
@@ -148,9 +165,8 @@ def test_rejects_what_does_not_fit():
         {"cache": cache.transpose(0, 1)},
         {"table": table.long()},
         {"table": table[None]},
-        {"table": table[:0]},
-        {"start": -1},
-        {"start": 27},
+        {"positions": positions[1:]},
+        {"positions": positions.long()},
         {"window": 0},
         {"out": out[:1]},
         {"out": out.double()},
@@ -159,4 +175,4 @@ def test_rejects_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match="prompt_attention"):
             prompt_attention(**{**right, **wrong})
-    prompt_attention(**right | {"start": 26})
+    prompt_attention(**right)

@@ -48,8 +48,8 @@ import triton.language as tl
 from gpu_kernels.prompt_attention import _prompt_kernel, tile_for
 
 terms, tile = int(sys.argv[1]), tile_for(128, torch.float16)
-floats = {"q": "*fp32", "cache": "*fp16", "table": "*i32", "out": "*fp32"}
-whole = dict.fromkeys(("q_stride", "start", "tokens", "window"), "i32")
+floats = {"q": "*fp32", "cache": "*fp16", "table": "*i32", "positions": "*i32", "out": "*fp32"}
+whole = dict.fromkeys(("q_stride", "tokens", "window"), "i32")
 known = {"HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 128, "BLOCK_SIZE": 256, "ROWS": tile.rows, "KEYS": tile.keys}
 known |= {"PADDED": 128, "KEY": tl.float16, "VALUE": tl.float16, "TERMS": terms, "SCALED": False, "WINDOWED": False}
 known |= {"NATIVE": True, "scales": None}

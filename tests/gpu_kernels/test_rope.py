@@ -61,6 +61,29 @@ def test_many_tokens(heads, kv_heads, head_dim, normed):
     assert_same_cache(found[1], truth[1], TOLERANCE["f32"])
 
 
+@pytest.mark.parametrize("tokens", [4, 33])
+@pytest.mark.parametrize("kind", ["f32", "int8"])
+def test_what_is_not_to_be_kept_is_not(kind, tokens):
+    """Tokens with the complement of their position: turned as others are, and the cache stays as it is there."""
+    found, truth = (
+        make(tokens, 4, 2, 24, normed=True) if kind == "f32" else make_int8(tokens, 4, 2, 24, normed=True)
+        for _ in range(2)
+    )
+    whole = [x.clone() if isinstance(x, torch.Tensor) else x for x in found]
+    for case in (found, truth):
+        case[6][2:] = ~case[6][2:]
+    for case in (found, whole):
+        rope(*case)
+    rope_ref(*truth)
+    assert torch.equal(found[0], whole[0])
+    assert_same_cache(found[8].float(), truth[8].float(), 1e-5 if kind == "f32" else 0.02)
+    blocks = found[7][2:].flatten().long()
+    before = (make if kind == "f32" else make_int8)(tokens, 4, 2, 24, normed=True)
+    assert torch.equal(found[8][blocks].nan_to_num(), before[8][blocks].nan_to_num())
+    if kind == "int8":
+        assert torch.equal(found[12][blocks].nan_to_num(), before[12][blocks].nan_to_num())
+
+
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_narrow_cache(kind):
     found, truth = both(2, 2, 1, 64, normed=True, kind=kind)

@@ -3,16 +3,18 @@
 A prompt passes through in chunks, so that a layer's cold neurons come to the GPU once for many tokens; within a layer,
 what is wide (QKV, hidden values) is computed for fewer tokens at a time. Nearly every neuron fires for some token of a
 prompt, so all are computed: hot ones from the GPU's rows, of the cold ones as many as `split` says by the CPU, while
-the others are streamed to the GPU (`cold_stream`) and computed there after the hot ones.
+the others are streamed to the GPU (`cold_stream`) and computed there after the hot ones. Where all of the model is on
+the GPU, a prompt goes in smaller pieces, as CUDA graphs (`prompt_graphs`).
 
-Activations are f32 and every product is as exact as f32 arithmetic, as on the CPU. Everything on the device comes out
-of the arena. Who waits: the caller, once per chunk for all of it, and where the CPU has a part in a layer for its
-input. Without a GPU, as in tests, the same code runs on the CPU, one thing after another.
+Activations are f32; how exact products are, `gemm` says. Everything on the device comes out of the arena. Who waits:
+the caller, once per chunk for all of it, and where the CPU has a part in a layer for its input. Without a GPU, as in
+tests, the same code runs on the CPU, one thing after another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -35,6 +37,7 @@ from hybrid.runtime.gpu.arena import DeviceArena
 from hybrid.runtime.gpu.cold_stream import ColdStream
 from hybrid.runtime.gpu.gemm import GpuGemm, pieces
 from hybrid.runtime.gpu.prefill_buffers import PrefillBuffers
+from hybrid.runtime.gpu.prompt_graphs import Piece, PromptGraphs, pieces_of
 from hybrid.runtime.gpu.weights import GpuLayer, GpuNorm, GpuWeights, normed_heads
 from placement.workspace import PREFILL_CHUNK, Workspace
 from profiler.common.openmp import torch_threads
@@ -119,6 +122,10 @@ class GpuPrefill:
             torch.empty(0 if arena.counts_only else rows, model.spec.d_model, pin_memory=pinned)
             for rows in (self._chunk, self._chunk if cold else 0)
         )
+        self._places = torch.empty(0 if arena.counts_only else self._chunk, dtype=torch.int32, pin_memory=pinned)
+        self._graphs: PromptGraphs | None = None
+        if not cold and all(layer is not None for layer in weights.layers):
+            self._graphs = PromptGraphs(self._all_here, self._blank, self._wide, arena.device, pinned)
 
     @torch.inference_mode()
     def read(
@@ -167,18 +174,71 @@ class GpuPrefill:
         if not len(tokens):
             raise ValueError("prefill needs at least one token")
         self._runtime.as_decode = False
-        with torch_threads(1):  # others would take the cores from the pool's
-            self._wait()  # for what an interrupted call left under way
+        self._wait()  # for what an interrupted call left under way
+        with torch_threads(1), nullcontext() if self._graphs is None else self._graphs.stream():
             self._turn(max(end, length or 0))
+            parts = self._pieces(len(tokens))
             self._buffers.table[: len(self._cache.table)].copy_(torch.from_numpy(self._cache.table))
-            for at in range(0, len(tokens), self._chunk):
-                progress(at, len(tokens))
-                some = tokens[at : at + self._chunk]
-                self._layers(some)
-                take(at + len(some), len(some))
-                self._wait()
-                self._cache.advance(len(some))
+            for number, (some, size) in enumerate(parts):
+                progress(some.start, len(tokens))
+                rows = self._rows_for(number)
+                self._begin(tokens[some], size, rows)
+                if self._graphs is not None:
+                    self._graphs.queue(size)
+                else:
+                    self._layers(size, self._shared_out(size))
+                take(some.stop, some.stop - some.start)
+                self._cache.advance(some.stop - some.start)
+            self._wait()
         progress(len(tokens), len(tokens))
+
+    @torch.inference_mode()
+    def load_kernels(self) -> None:
+        """Compile what reads prompts, and where all is on the GPU capture it; sequences stay as they are."""
+        if self._device.type != "cuda":
+            return
+        if self._graphs is not None:
+            with self._graphs.stream():
+                self._turn(1)
+                for size in self._graphs.sizes:
+                    self._graphs.capture(size)
+            return
+        self._blank()
+        b, count = self._buffers, self._wide
+        for number, layer in enumerate(self._weights.layers):
+            if layer is not None:
+                self._attention(number, layer, slice(0, count))
+                if layer.ffn is not None:
+                    self._neurons_of(layer.ffn, b.x[:count], b.normed[:count])
+                break
+        self._wait()
+
+    def _blank(self) -> None:
+        """Tokens in the buffers that are not kept."""
+        self._buffers.positions.fill_(~0)
+        self._buffers.table.zero_()
+        self._buffers.x.zero_()
+
+    def _all_here(self, size: int) -> None:
+        self._layers(size, {})
+
+    def _pieces(self, count: int) -> list[Piece]:
+        """A prompt of `count` tokens in what goes through the layers at once, for which all is then there."""
+        if self._graphs is not None:
+            found = pieces_of(count, self._graphs.sizes)
+            for piece in found:
+                self._graphs.capture(piece.size)
+            return found
+        starts = range(0, count, self._chunk)
+        return [Piece(slice(at, min(at + self._chunk, count)), min(self._chunk, count - at)) for at in starts]
+
+    def _rows_for(self, number: int) -> int:
+        """Where in the host's buffers a piece begins: they have room for some small ones, which are prepared while the
+        GPU computes those before."""
+        room = 1 if self._graphs is None else self._chunk // self._wide
+        if number % room == 0:
+            self._wait()
+        return number % room * self._wide
 
     def _turn(self, length: int) -> None:
         """Cosines and sines for a text of `length` tokens, of RoPEs that depend on it."""
@@ -191,29 +251,41 @@ class GpuPrefill:
                     target[:count].copy_(angles)
                 self._rotations[number] = (own[0], own[1])
 
-    def _layers(self, tokens: Sequence[int]) -> None:
-        """All layers for a chunk; x then holds what the final norm takes."""
+    def _begin(self, tokens: Sequence[int], size: int, at: int) -> None:
+        """Bring a piece to x and positions, through rows of the host's buffers from `at` on; it is filled up to `size`
+        by tokens of its last position, which are not kept."""
         count, start = len(tokens), self._cache.length
-        by_cpu = {n: self._split(count, start, n) for n in self._cold}
+        places = self._places[at : at + size]
+        places.numpy()[:] = ~(start + count - 1)
+        places.numpy()[:count] = np.arange(start, start + count)
+        self._buffers.positions[:size].copy_(places, non_blocking=True)
+        with torch_threads(self._runtime.pool.threads):
+            self._to_device(self._model.embed(np.array(tokens), start), self._buffers.x, at)
+
+    def _shared_out(self, count: int) -> dict[int, int]:
+        """How many of a layer's first cold neurons the CPU is to compute, of each layer that has some; the others'
+        stream begins."""
+        by_cpu = {n: self._split(count, self._cache.length, n) for n in self._cold}
         if self._stream is not None:
             self._stream.begin({n: first for n, first in by_cpu.items() if first < self._cold[n]})
-        with torch_threads(self._runtime.pool.threads):
-            self._to_device(self._model.embed(np.array(tokens), start), self._buffers.x)
-        torch.arange(start, start + count, out=self._buffers.positions[:count])
+        return by_cpu
+
+    def _layers(self, count: int, by_cpu: Mapping[int, int]) -> None:
+        """All layers for the tokens in x, which then holds what the final norm takes."""
         for number, layer in enumerate(self._weights.layers):
             if layer is None:
-                self._layer_on_cpu(number, count, start)
+                self._layer_on_cpu(number, count, self._cache.length)
                 continue
             x, ahead = self._buffers.x[:count], self._buffers.ahead[:count]
             if self._model.spec.parallel:  # before attention adds to what both of them take
                 residual_norm(x, layer.ffn_norm.weight, layer.ffn_norm.bias, self._eps, ahead)
             for part in pieces(count, self._wide):
-                self._attention(number, layer, part, start)
+                self._attention(number, layer, part)
             if not self._model.spec.parallel:
                 residual_norm(x, layer.ffn_norm.weight, layer.ffn_norm.bias, self._eps, ahead)
             self._ffn(number, layer, ahead, by_cpu.get(number, 0))
 
-    def _attention(self, number: int, layer: GpuLayer, part: slice, start: int) -> None:
+    def _attention(self, number: int, layer: GpuLayer, part: slice) -> None:
         """x += attention of its norm, for some tokens of the chunk."""
         b, spec, count = self._buffers, self._model.spec, part.stop - part.start
         x, normed, qkv, attended = b.x[part], b.normed[part], b.qkv[:count], b.attended[:count]
@@ -227,9 +299,8 @@ class GpuPrefill:
             spec.n_heads, norms.q_bias, norms.k_bias, layer.scales,
         )  # fmt: skip
         queries = qkv.unflatten(1, (-1, spec.head_dim))[:, : spec.n_heads]
-        prompt_attention(
-            queries, layer.cache, b.table, start + part.start, layer.window, attended, layer.scales, self._terms
-        )  # fmt: skip
+        window, scales = layer.window, layer.scales
+        prompt_attention(queries, layer.cache, b.table, b.positions[part], window, attended, scales, self._terms)
         if layer.attention_post is None:
             self._gemm.project(attended, layer.out, layer.out_bias, x, add=True)
         else:
@@ -295,9 +366,9 @@ class GpuPrefill:
             found[part] = out
         return self._model.capped(found)
 
-    def _to_device(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy rows to the first ones of `target`. The last copy from or to the host must be over."""
-        host = self._host[: values.shape[0]]
+    def _to_device(self, values: torch.Tensor, target: torch.Tensor, at: int = 0) -> None:
+        """Copy rows to the first ones of `target`, through the host's from `at` on, which no copy may be using."""
+        host = self._host[at : at + values.shape[0]]
         host.copy_(values)
         target[: values.shape[0]].copy_(host, non_blocking=True)
 

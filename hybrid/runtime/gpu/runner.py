@@ -85,6 +85,7 @@ class GpuRunner:
     @torch_threads(1)
     def load_kernels(self) -> None:
         self.step.load_kernels(self._runtime.strategy)
+        self.prefill.load_kernels()
 
     def read(self, tokens: Sequence[int], length: int | None = None, cache: KVCache | None = None) -> torch.Tensor:
         if self._are_rows(len(tokens)):
