@@ -16,9 +16,10 @@ from profiler.common.spec import ModelSpec
 
 GROUP = 64  # neurons that go one way together
 TERMS: dict[Precision, int] = {"precise": 3, "fast": 2}  # of 16 bits, which an f32 input of a product is split in
-# Of the rate of a plain product, what products of terms reach, their splitting and summing counted in: a 7B shape takes
-# 80 ms for 512 tokens on an H200, of which plain products would be some 31.
-PRODUCT_SHARE = 0.4
+# Of the rate of a plain product as `hybrid hardware` measures it, what those of terms reach in a whole prompt, their
+# splitting and summing counted in: a 7B layer takes 0.75 ms for 512 tokens on an H200, where 414 Gflop at 509 Tflop/s
+# would be 0.81.
+PRODUCT_SHARE = 1.1
 # Tokens whose products take the CPU as long as bringing the weights into panels, once for all tokens of a call; and as
 # long as those of one token in the kernels of decode, which few tokens take. On 2 cores, bf16: 3.3 and 0.8 ms of 0.19.
 _PANEL_TOKENS, _FEW_COST = 16, 4
@@ -26,6 +27,10 @@ _PANEL_TOKENS, _FEW_COST = 16, 4
 _STAGED_SHARE = 0.13
 # While the CPU computes, the caller launches nothing: the GPU waits for the first kernels after the CPU's part.
 _RESUME_SECONDS = 1e-4
+# Beside a stream the CPU's products reach this share of their rate, and a layer costs so much more, as the CPU's sums
+# wait behind pieces on the same bus. With 14 threads beside an H200, 8 layers of d=4096, splits that were to take 38 ms
+# for 512 tokens and 29 for 64 took 120 and 85, where streaming alone took 40 and 39.
+_BESIDE_SHARE, _BESIDE_SECONDS = 0.25, 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class ColdPrefill:
         if not by_cpu:
             return max(on_gpu, sent)
         on_cpu = by_cpu * self.cpu_neuron_seconds(tokens, beside_pcie=streamed > 0)
-        return max(on_gpu, sent, before + self.exchange_seconds(tokens) + on_cpu) + _RESUME_SECONDS
+        resumed = _RESUME_SECONDS + (_BESIDE_SECONDS if streamed else 0.0)
+        return max(on_gpu, sent, before + self.exchange_seconds(tokens) + on_cpu) + resumed
 
     def by_cpu(self, tokens: int, hot: int, cold: int, before: float = 0.0, registered: bool = True) -> int:
         """How many of the cold neurons the CPU had best compute: none, all, or some groups, so that both ways end
@@ -94,6 +100,7 @@ class ColdPrefill:
         few = tokens <= self.few
         passes = math.ceil(tokens / MAX_BATCH) if few else 1
         cost = _FEW_COST * tokens if few else tokens + _PANEL_TOKENS
+        flops *= _BESIDE_SHARE if beside_pcie else 1.0
         return max(passes * read / bandwidth, 2.0 * cost * weights / flops)
 
     def cpu_neuron_seconds(self, tokens: int, beside_pcie: bool = False) -> float:

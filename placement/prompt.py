@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from placement.plan import Choice
 from placement.prefill import ColdPrefill
-from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE
+from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE, Workspace
 
-# Kernels of a layer beside its products: norms, RoPE, gathered keys and values, softmax, sums.
-_LAUNCHES = 24
-# Python and torch take so long to launch a layer's kernels, those of a piece of its neurons, and what is there once.
-_LAYER_CALLS, _PIECE_CALLS, _PROMPT_CALLS = 250e-6, 60e-6, 1e-3
-_PIECES = 4  # in which a layer's neurons come at least
+# Kernels of a layer beside its products: norms, terms, RoPE, attention, sums.
+_LAUNCHES = 16
+# Python takes so long for each call of kernels, of which attention has so many for `PREFILL_WIDE` tokens, and so has a
+# piece of neurons; CUDA graphs, where all is on the GPU, take none. Once a prompt: what comes before the first layer.
+_CALL_SECONDS, _ATTENTION_CALLS, _PIECE_CALLS, _PROMPT_SECONDS = 45e-6, 13, 8, 2e-3
 _EMBEDDED = 4  # passes over a prompt's f32 embeddings in host memory, until they are sent
 # Of products with weights, the rate that the CPU's attention reaches.
 _CPU_ATTENTION_SHARE = 0.5
@@ -35,7 +35,7 @@ class PromptTime:
         layers = sum(
             self._chunk_seconds(min(PREFILL_CHUNK, tokens - start), start) for start in range(0, tokens, PREFILL_CHUNK)
         )
-        return _PROMPT_CALLS + layers + self._head_seconds()
+        return _PROMPT_SECONDS + layers + self._head_seconds()
 
     def seconds_alone(self, tokens: int, piece: int) -> float:
         """The same by the CPU alone, `piece` tokens at a time."""
@@ -68,7 +68,16 @@ class PromptTime:
         before = self._attention(tokens, start, layer)
         by_cpu = self.by_cpu(tokens, start, layer)
         seconds = self.cost.seconds(tokens, hot, cold, by_cpu, before, layer in self.registered)
-        return max(seconds, _LAYER_CALLS + _PIECES * _PIECE_CALLS)
+        return max(seconds, self._calls(tokens, hot, cold - by_cpu) * _CALL_SECONDS)
+
+    def _calls(self, tokens: int, hot: int, streamed: int) -> int:
+        """Calls that queue a layer."""
+        choice, spec = self.choice, self.cost.spec
+        if min(choice.hot) == spec.d_ff and all(choice.layer_on_gpu):
+            return 0
+        planned = Workspace(spec, tokens, 0, tokens, 1)
+        pieces = -(-hot // planned.prefill_gemm.columns) + -(-streamed // planned.staging_neurons)
+        return -(-tokens // PREFILL_WIDE) * (_ATTENTION_CALLS + _PIECE_CALLS * pieces)
 
     def _neurons(self, layer: int) -> tuple[int, int]:
         hot = int(self.choice.hot[layer])

@@ -96,9 +96,9 @@ def test_a_layer_is_split_so_that_both_ways_end_together(hot, cold, before, flop
 
 def test_the_cpu_computes_less_the_more_tokens_there_are():
     spec = small_spec(d_model=4096, d_ff=11008, dtype="bf16")
-    cost = ColdPrefill(HardwareProfile.load(), spec)
-    shares = [cost.by_cpu(tokens, 3008, 8000) for tokens in (9, 16, 32, 64, 128, 256, 512)]
-    assert shares == sorted(shares, reverse=True) and 0 < shares[-2] < shares[0] < 8000
+    cost = ColdPrefill(replace(HardwareProfile.load(), cpu_gemm_flops=2e12), spec)
+    shares = [cost.by_cpu(tokens, 3008, 8000) for tokens in (9, 32, 40, 52, 64, 128, 512)]
+    assert shares == sorted(shares, reverse=True) and shares[0] == 8000 and 0 < shares[4] < 8000 and not shares[-1]
 
 
 def test_reading_for_the_cpu_is_slower_while_rows_are_sent():

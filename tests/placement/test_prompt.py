@@ -22,7 +22,7 @@ SEVEN_B = small_spec(
 
 @pytest.fixture(autouse=True)
 def _no_calls(monkeypatch):
-    for name in ("_LAYER_CALLS", "_PIECE_CALLS", "_PROMPT_CALLS", "_EMBEDDED"):
+    for name in ("_CALL_SECONDS", "_PROMPT_SECONDS", "_EMBEDDED"):
         monkeypatch.setattr(prompt, name, 0.0)
 
 
@@ -72,10 +72,14 @@ def test_windows_bound_the_keys_and_chunks_follow_each_other():
 
 
 def test_calls_bound_short_prompts_from_below(monkeypatch):
-    time = time_of([1000] * 2, [True] * 2, hardware=replace(HARDWARE, gpu_launch_seconds=0.0))
-    before = time.seconds(1)
-    monkeypatch.setattr(prompt, "_LAYER_CALLS", 1.0)
-    assert time.seconds(1) > 2.0 > before
+    """Of two layers for two times 512 tokens: attention and three pieces of hot neurons each; graphs have none."""
+    spec = small_spec(n_layers=2, d_ff=1000, max_context=2048)
+    given = {"hardware": replace(HARDWARE, gpu_launch_seconds=0.0), "spec": spec}
+    before = [time_of([hot] * 2, [True] * 2, **given).seconds(1000) for hot in (992, 1000)]
+    monkeypatch.setattr(prompt, "_CALL_SECONDS", 1.0)
+    some, every = (time_of([hot] * 2, [True] * 2, **given) for hot in (992, 1000))
+    assert some._calls(1000, 992, 8) == 2 * (13 + 8 * 4) and every._calls(1000, 1000, 0) == 0
+    assert some.seconds(1000) > 2 * some._calls(1000, 992, 0) > before[0] and every.seconds(1000) == before[1]
 
 
 def test_more_on_the_gpu_is_faster_and_so_are_registered_rows():
@@ -87,13 +91,16 @@ def test_more_on_the_gpu_is_faster_and_so_are_registered_rows():
     assert seconds == sorted(seconds, reverse=True)
     time = time_of([3000] * layers, [True] * layers, spec=SEVEN_B, hardware=hardware)
     assert replace(time, registered=()).seconds(512) > 1.5 * time.seconds(512)
-    assert 0 < time.by_cpu(512, 0, 0) < 8008
+    strong = replace(hardware, cpu_gemm_flops=1e13)
+    assert 0 < time_of([3000] * layers, [True] * layers, spec=SEVEN_B, hardware=strong).by_cpu(512, 0, 0) < 8008
     some = time_of([0] * 16 + [3000] * 16, [False] * 16 + [True] * 16, spec=SEVEN_B, hardware=hardware)
     assert some.seconds(512) > time.seconds(512)
 
 
 def test_what_the_cpu_computes_follows_the_attention_before():
     """The longer attention takes, the more rows are sent meanwhile, until there is nothing to do for the CPU."""
-    time = time_of([3000] * 32, [True] * 32, spec=SEVEN_B, hardware=HardwareProfile.load())
+    time = time_of(
+        [3000] * 32, [True] * 32, spec=SEVEN_B, hardware=replace(HardwareProfile.load(), cpu_gemm_flops=4e12)
+    )
     found = [time.by_cpu(256, start, 0) for start in (0, 1024, 4096)]
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
