@@ -99,8 +99,7 @@ def test_more_on_the_gpu_is_faster_and_so_are_registered_rows():
 
 def test_what_the_cpu_computes_follows_the_attention_before():
     """The longer attention takes, the more rows are sent meanwhile, until there is nothing to do for the CPU."""
-    time = time_of(
-        [3000] * 32, [True] * 32, spec=SEVEN_B, hardware=replace(HardwareProfile.load(), cpu_gemm_flops=4e12)
-    )
-    found = [time.by_cpu(256, start, 0) for start in (0, 1024, 4096)]
-    assert found == sorted(found, reverse=True) and found[0] > found[-1]
+    strong = replace(HardwareProfile.load(), cpu_gemm_flops=8e12)
+    time = time_of([3000] * 32, [True] * 32, spec=SEVEN_B, hardware=strong)
+    found = [time.by_cpu(256, start, 0) for start in (0, 1024, 2048, 4096, 8192)]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1] and any(0 < count < 8008 for count in found)
