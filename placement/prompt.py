@@ -13,7 +13,7 @@ from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE, Workspace
 _LAUNCHES = 16
 # Python takes so long for each call of kernels, of which attention has so many for `PREFILL_WIDE` tokens, and so has a
 # piece of neurons; CUDA graphs, where all is on the GPU, take none. Once a prompt: what comes before the first layer.
-_CALL_SECONDS, _ATTENTION_CALLS, _PIECE_CALLS, _PROMPT_SECONDS = 45e-6, 13, 8, 2e-3
+_CALL_SECONDS, _ATTENTION_CALLS, _PIECE_CALLS, _PROMPT_SECONDS = 34e-6, 13, 8, 2e-3
 _EMBEDDED = 4  # passes over a prompt's f32 embeddings in host memory, until they are sent
 # Of products with weights, the rate that the CPU's attention reaches.
 _CPU_ATTENTION_SHARE = 0.5

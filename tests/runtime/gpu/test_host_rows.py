@@ -52,6 +52,7 @@ class FakeCuda:
 
 @pytest.fixture
 def cuda(monkeypatch):
+    gc.collect()  # what other tests have registered is let go by the real one
     return FakeCuda(monkeypatch)
 
 
