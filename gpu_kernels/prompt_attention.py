@@ -51,11 +51,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(head_dim: int, dtype: torch.dtype) -> Tile:
-    """What fits the registers of an H100 or H200, and its shared memory twice, for a type of the cache."""
+def tile_for(head_dim: int, dtype: torch.dtype, terms: int) -> Tile:
+    """What fits the registers of an H100 or H200, and its shared memory twice, for a type of the cache; and once the
+    100 KB of smaller GPUs."""
     if dtype == torch.float32:
-        return Tile(64, 16, 4, 2) if head_dim <= 128 else Tile(16, 32, 8, 2)
-    return Tile(64, 64, 4, 3) if head_dim <= 128 else Tile(32, 32, 8, 2)
+        return Tile(64, 16, 4, 2) if head_dim <= 128 else Tile(16, 16, 8, 2)
+    return Tile(64, 64 if terms == 2 else 32, 4, 3) if head_dim <= 128 else Tile(32, 32, 8, 2)
 
 
 @triton.jit
@@ -213,7 +214,7 @@ def prompt_attention(
     """
     check_scales("prompt_attention", cache, scales)
     _check(q, cache, table, positions, window, out, terms)
-    launch(q, cache, table, positions, window, out, scales, terms, tile_for(q.shape[2], cache.dtype))
+    launch(q, cache, table, positions, window, out, scales, terms, tile_for(q.shape[2], cache.dtype, terms))
 
 
 def launch(

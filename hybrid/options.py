@@ -151,7 +151,7 @@ PREFILL = click.option(
     type=click.Choice(["auto", "fast", "precise"]),
     default="auto",
     show_default=True,
-    help="How a prompt's tokens are multiplied: fast, which is auto, in 14 to 18 bits; precise, in f32.",
+    help="How a prompt's tokens are multiplied: fast, which is auto, in 11 to 22 bits; precise, in f32.",
 )
 EVAL_PREFILL = click.option(
     "--prefill",

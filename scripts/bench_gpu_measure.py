@@ -240,7 +240,7 @@ def _read(engine: Engine, prompt: list[int], streams: bool | None) -> tuple[floa
     """Seconds to the first token after a prompt, and layers by the way that they went."""
     runner, before = gpu_runner(engine), PrefillWays.so_far(engine)
     if runner is not None:
-        runner.streams = streams
+        runner.prefill.streams = streams
     engine.reset()
     step = next(engine.generate(prompt, SamplingSettings(temperature=0, max_new_tokens=1)))
     return step.stats.ttft_seconds, vars(PrefillWays.so_far(engine).since(before)).copy()

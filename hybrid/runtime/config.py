@@ -29,7 +29,7 @@ class EngineConfig:
     as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
     sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
     kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the tokens of a prompt are
-    multiplied, `fast`, which is `auto`, in 14 to 18 bits, or `precise`, in f32.
+    multiplied, `fast`, which is `auto`, in 11 to 22 bits, or `precise`, in f32.
     """
 
     sparsity: str = "auto"

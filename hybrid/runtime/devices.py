@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,12 +76,17 @@ def placement_for(
         notices.append(f"placed for a default GPU: `hybrid hardware -o {bundle.hardware}` measures this one")
     made = {} if stored is None else stored.made_from
     wanted = int(made.get("vram_budget", UNLIMITED)) if budget is None else budget
-    now = {"vram_budget": wanted, "context": context, "hardware_profile": hardware_of(bundle).to_json()}
-    now |= {"kv_tokens": kv_tokens}
+    now = {"vram_budget": wanted, "context": context, "kv_tokens": kv_tokens}
     fits = folder.spec.kv == "auto" and wanted <= most  # a stored one is for keys and values as they are by default
-    if stored is not None and fits and all(made.get(name) == value for name, value in now.items()):
+    fits = fits and all(made.get(name) == value for name, value in now.items())
+    if stored is not None and fits and _knew(made.get("hardware_profile"), hardware_of(bundle).to_json()):
         return stored
     return solve_within(bundle, folder, strategy, context, min(wanted, most), kv_tokens)
+
+
+def _knew(then: object, now: dict[str, Any]) -> bool:
+    """Whether a placement's hardware profile is this one, as far as it went: later versions measure more."""
+    return isinstance(then, dict) and bool(then) and all(now.get(name) == value for name, value in then.items())
 
 
 def hardware_of(bundle: Bundle) -> HardwareProfile:

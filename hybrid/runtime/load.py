@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from cpu_kernels.contract import LAYOUTS
 from cpu_kernels.worker_pool import WorkerPool
@@ -17,6 +19,9 @@ from hybrid.runtime.devices import hardware_of
 from hybrid.runtime.plan import RunPlan
 from hybrid.runtime.runner import CpuRunner, Runner
 from placement.workspace import ENGINE_ROWS
+
+if TYPE_CHECKING:
+    from hybrid.runtime.gpu.host_rows import HostRows
 
 # Pieces of a prompt this short go through the kernels of decode: bringing all weights into panels takes longer.
 # Codes of blocks are multiplied token by token there, two tokens' products of floats cost little more than one's.
@@ -53,8 +58,19 @@ class LoadedModel:
             raise InputError(
                 f"a GPU needs the package {error.name}: pip install {error.name}; or give a VRAM budget of 0"
             ) from error
+        advise(False)  # cold rows of a file are read one after another, as they are registered
+        host = self._host_rows
+        advise(self.runtime.strategy != "dense")
         hardware = hardware_of(plan.bundle)
-        return GpuRunner(self.model, cache, self.runtime, plan.placement, plan.gpu, hardware, advise, rows)
+        return GpuRunner(self.model, cache, self.runtime, plan.placement, plan.gpu, hardware, advise, rows, host)
+
+    @cached_property
+    def _host_rows(self) -> HostRows:
+        """What runners share, as CUDA takes no row twice."""
+        from hybrid.runtime.gpu.host_rows import HostRows
+
+        assert self.plan.gpu is not None
+        return HostRows(self.model, self.plan.placement, self.plan.gpu, self.runtime.strategy == "learned")
 
 
 def load_model(plan: RunPlan) -> LoadedModel:

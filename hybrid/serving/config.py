@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from hybrid.errors import InputError
 from hybrid.runtime.config import MOST_KV_TOKENS
 from hybrid.runtime.plan import RunPlan
+from profiler.common.memory import free_memory
 
 _MEMORY_SHARE = 4  # of the memory that is free, the KV pool takes one part in so many
 _MOST = 2**16  # sequences or requests
@@ -61,19 +59,3 @@ def pool_tokens(serving: ServingConfig, plan: RunPlan, free: int | None = None) 
     share = (free_memory() if free is None else free) // _MEMORY_SHARE
     fits = share // max(1, plan.spec.n_layers * plan.spec.kv_bytes_per_layer(1))
     return min(max(fits, plan.context), serving.max_running * plan.context)
-
-
-def free_memory() -> int:
-    """Bytes of memory that this process may still take; 0 where the system does not say."""
-    found = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
-    if not found:
-        with suppress(OSError, ValueError, AttributeError):  # no such figure: half of what there is
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    with suppress(OSError, ValueError):  # a container's own limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        found.append(max(0, int(limit) - int(used)))
-    return min(found, default=0)

@@ -149,8 +149,9 @@ def test_the_last_position_may_be_repeated(start, tokens, more, window):
 def test_every_type_and_head_size_has_a_tile():
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
         for head_dim in (16, 128, 256):
-            tile = tile_for(head_dim, dtype)
-            assert tile.rows % 16 == tile.keys % 16 == 0
+            for terms in (2, 3):
+                tile = tile_for(head_dim, dtype, terms)
+                assert tile.rows % 16 == tile.keys % 16 == 0
 
 
 def test_rejects_what_does_not_fit():

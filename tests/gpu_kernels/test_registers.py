@@ -16,13 +16,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-def compile(kernel, known, types, aligned, path, **options):
+def compile(kernel, known, types, aligned, path, capability=90, **options):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     Path(path).write_bytes(made.asm["cubin"])
     (reader,) = Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")
+    print("SHARED:", made.metadata.shared)
     subprocess.run([reader, "--dump-resource-usage", path], check=True)
 """
 
@@ -47,19 +48,22 @@ import torch
 import triton.language as tl
 from gpu_kernels.prompt_attention import _prompt_kernel, tile_for
 
-terms, tile = int(sys.argv[1]), tile_for(128, torch.float16)
-floats = {"q": "*fp32", "cache": "*fp16", "table": "*i32", "positions": "*i32", "out": "*fp32"}
+terms, capability, dim = map(int, sys.argv[1:4])
+types = {"f16": (torch.float16, tl.float16, "*fp16"), "f32": (torch.float32, tl.float32, "*fp32")}
+stored, kind, own = types[sys.argv[4]]
+tile = tile_for(dim, stored, terms)
+floats = {"q": "*fp32", "cache": own, "table": "*i32", "positions": "*i32", "out": "*fp32"}
 whole = dict.fromkeys(("q_stride", "tokens", "window"), "i32")
-known = {"HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": 128, "BLOCK_SIZE": 256, "ROWS": tile.rows, "KEYS": tile.keys}
-known |= {"PADDED": 128, "KEY": tl.float16, "VALUE": tl.float16, "TERMS": terms, "SCALED": False, "WINDOWED": False}
+known = {"HEADS": 32, "KV_HEADS": 32, "HEAD_DIM": dim, "BLOCK_SIZE": 256, "ROWS": tile.rows, "KEYS": tile.keys}
+known |= {"PADDED": dim, "KEY": kind, "VALUE": kind, "TERMS": terms, "SCALED": False, "WINDOWED": False}
 known |= {"NATIVE": True, "scales": None}
 options = {"num_warps": tile.warps, "num_stages": tile.stages}
-compile(_prompt_kernel, known, floats | whole, {*floats, "q_stride"}, sys.argv[2], **options)
+compile(_prompt_kernel, known, floats | whole, {*floats, "q_stride"}, sys.argv[5], capability, **options)
 """
 
 
-def resources(script, *arguments, folder):
-    """What a compiled kernel takes: bytes of stack and of local memory."""
+def compiled(script, *arguments, folder):
+    """What is said of a compiled kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     file = folder / "compile.py"  # a file, as Triton reads a kernel's source
@@ -67,7 +71,12 @@ def resources(script, *arguments, folder):
     command = [sys.executable, str(file), *map(str, arguments), str(folder / "kernel.cubin")]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    return re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", ran.stdout)
+    return ran.stdout
+
+
+def resources(script, *arguments, folder):
+    """Bytes of stack and of local memory that it takes."""
+    return re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", compiled(script, *arguments, folder=folder))
 
 
 @pytest.mark.parametrize(("d", "parts"), [(4096, 8), (5120, 6)])
@@ -79,4 +88,13 @@ def test_the_waiting_kernel_does_not_spill(d, parts, tmp_path):
 @pytest.mark.parametrize("terms", [2, 3])
 def test_attention_of_a_prompt_does_not_spill(terms, tmp_path):
     """f16 keys and values of 128 each, as most models have them."""
-    assert resources(ATTENTION, terms, folder=tmp_path) == [("0", "0")]
+    assert resources(ATTENTION, terms, 90, 128, "f16", folder=tmp_path) == [("0", "0")]
+
+
+@pytest.mark.parametrize(
+    ("terms", "head_dim", "kind"), [(2, 128, "f16"), (3, 128, "f16"), (3, 256, "f16"), (2, 256, "f32")]
+)
+def test_attention_of_a_prompt_fits_a_smaller_gpu(terms, head_dim, kind, tmp_path):
+    """The shared memory of a program on cards such as the RTX 3090 and 4090."""
+    said = compiled(ATTENTION, terms, 89, head_dim, kind, folder=tmp_path)
+    assert int(re.search(r"SHARED: (\d+)", said)[1]) <= 101_376

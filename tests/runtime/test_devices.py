@@ -135,6 +135,18 @@ def test_the_stored_placement_where_it_was_made_for_the_same(bundle):
 
 
 @pytest.mark.usefixtures("free")
+def test_one_made_before_more_was_measured_is_kept(bundle):
+    stored = store(bundle, GIB)
+    for gone in ("gpu_tensor_flops", "cpu_fast_gemm_flops"):
+        del stored.made_from["hardware_profile"][gone]
+    stored.save(bundle.placement)
+    assert same(choose(bundle)[0], stored)
+    stored.made_from["hardware_profile"].clear()
+    stored.save(bundle.placement)
+    assert not same(choose(bundle)[0], stored)
+
+
+@pytest.mark.usefixtures("free")
 def test_one_for_other_hardware_is_solved_anew(bundle):
     stored = store(bundle, GIB, hardware=replace(ROUND_HARDWARE, gpu_read_bandwidth=5e11))
     found, notices = choose(bundle)

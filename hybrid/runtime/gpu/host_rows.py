@@ -14,7 +14,6 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from mmap import PAGESIZE
 
 import numpy as np
 import torch
@@ -23,8 +22,9 @@ from cpu_kernels.matrix import Matrix
 from hybrid.model.ffn import FFNMatrices, HybridFFN
 from hybrid.model.transformer import Transformer
 from placement.placement import Placement
+from profiler.common.memory import whole_memory
 
-# Of the machine's memory, the most that is registered.
+# Of the machine's memory, or the container's, the most that is registered.
 SHARE_OF_MEMORY = 0.5
 _READ_ONLY = 8  # cudaHostRegisterReadOnly, without which memory that may only be read is refused
 
@@ -45,14 +45,15 @@ class HostRows:
         predicted: bool = True,
         limit: int | None = None,
     ) -> None:
-        """Registers rows of layers on the GPU: `placement.zero_copy` neurons of each, and of layer after layer all cold
-        ones, until CUDA refuses or more than `limit` bytes would be registered, by default `SHARE_OF_MEMORY`.
+        """Registers rows of layers on the GPU: `placement.zero_copy` neurons of each, whatever they take, and of layer
+        after layer all cold ones, until CUDA refuses or more than `limit` bytes would be registered in all, by default
+        `SHARE_OF_MEMORY`.
 
         predicted: whether neurons are, as kernels read no cold ones otherwise.
         """
         self._native = device.type == "cuda"
         self._registered: list[Matrix] = []
-        weakref.finalize(self, _let_go, self._registered)
+        weakref.finalize(self, _let_go_of_own, self._registered, os.getpid())
         on_gpu = np.flatnonzero(placement.layer_on_gpu).tolist()
         counts = {n: int(placement.zero_copy[n]) if predicted else 0 for n in on_gpu}
         every = {n: cold_neurons(model.ffns[n]) for n in on_gpu}
@@ -112,7 +113,7 @@ def _notices(refused: int, layers: int, fit: int, registered: int) -> Iterator[s
 
 def memory_limit() -> int:
     """Bytes that may be registered."""
-    return int(SHARE_OF_MEMORY * PAGESIZE * os.sysconf("SC_PHYS_PAGES"))
+    return int(SHARE_OF_MEMORY * whole_memory())
 
 
 def cold_neurons(ffn: HybridFFN) -> FFNMatrices:
@@ -155,6 +156,12 @@ def _register(matrix: Matrix) -> bool:
     with suppress(RuntimeError):  # the refusal is also the next launch's error, which ends there
         torch.zeros(1, device="cuda")
     return False
+
+
+def _let_go_of_own(registered: list[Matrix], owner: int) -> None:
+    """Let go all, but not in a child of `fork`, which has no CUDA."""
+    if os.getpid() == owner:
+        _let_go(registered)
 
 
 def _let_go(registered: list[Matrix], first: int = 0) -> None:

@@ -72,7 +72,8 @@ class GpuPrefill:
     """A model's prefill over two devices. It holds the model and a cache, whose pool may not be replaced; sequences of
     that pool may have as many tokens as this one.
 
-    counters: what was done with cold neurons so far.
+    counters: what was done with cold neurons so far; streams: whether all layers' cold neurons are streamed, or none's;
+    None leaves it to `split`.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class GpuPrefill:
         self._own, self._out = cache, logits[:TOGETHER]
         self._terms = 2 if runtime.precision == "fast" else 3  # of queries and of shares in attention
         self._split, self._eps = split, float(model.spec.norm_eps)
+        self.streams: bool | None = None
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
         self._chunk = min(PREFILL_CHUNK, cache.capacity)
@@ -125,7 +127,7 @@ class GpuPrefill:
         self._places = torch.empty(0 if arena.counts_only else self._chunk, dtype=torch.int32, pin_memory=pinned)
         self._graphs: PromptGraphs | None = None
         if not cold and all(layer is not None for layer in weights.layers):
-            self._graphs = PromptGraphs(self._all_here, self._blank, self._wide, arena.device, pinned)
+            self._graphs = PromptGraphs(self._wide, arena.device, pinned)
 
     @torch.inference_mode()
     def read(
@@ -174,22 +176,23 @@ class GpuPrefill:
         if not len(tokens):
             raise ValueError("prefill needs at least one token")
         self._runtime.as_decode = False
-        self._wait()  # for what an interrupted call left under way
+        self._wait()  # for decode steps, which run in another stream than graphs
         with torch_threads(1), nullcontext() if self._graphs is None else self._graphs.stream():
-            self._turn(max(end, length or 0))
-            parts = self._pieces(len(tokens))
-            self._buffers.table[: len(self._cache.table)].copy_(torch.from_numpy(self._cache.table))
-            for number, (some, size) in enumerate(parts):
-                progress(some.start, len(tokens))
-                rows = self._rows_for(number)
-                self._begin(tokens[some], size, rows)
-                if self._graphs is not None:
-                    self._graphs.queue(size)
-                else:
-                    self._layers(size, self._shared_out(size))
-                take(some.stop, some.stop - some.start)
-                self._cache.advance(some.stop - some.start)
-            self._wait()
+            try:
+                self._turn(max(end, length or 0))
+                parts = self._pieces(len(tokens))
+                self._buffers.table[: len(self._cache.table)].copy_(torch.from_numpy(self._cache.table))
+                for number, (some, size) in enumerate(parts):
+                    progress(some.start, len(tokens))
+                    self._begin(tokens[some], size, self._rows_for(number))
+                    if self._graphs is not None:
+                        self._graphs.queue(size, self._all_here)
+                    else:
+                        self._layers(size, self._shared_out(size))
+                    take(some.stop, some.stop - some.start)
+                    self._cache.advance(some.stop - some.start)
+            finally:
+                self._wait()  # also for what a call that ends early has queued
         progress(len(tokens), len(tokens))
 
     @torch.inference_mode()
@@ -201,7 +204,7 @@ class GpuPrefill:
             with self._graphs.stream():
                 self._turn(1)
                 for size in self._graphs.sizes:
-                    self._graphs.capture(size)
+                    self._graphs.capture(size, self._all_here, self._blank)
             return
         self._blank()
         b, count = self._buffers, self._wide
@@ -210,7 +213,11 @@ class GpuPrefill:
                 self._attention(number, layer, slice(0, count))
                 if layer.ffn is not None:
                     self._neurons_of(layer.ffn, b.x[:count], b.normed[:count])
-                break
+        if self._stream is not None:
+            number = next(iter(self._cold))
+            self._stream.begin({number: 0})
+            for view in self._stream.layer(number):
+                self._neurons_of(view, b.x[:count], b.normed[:count])
         self._wait()
 
     def _blank(self) -> None:
@@ -227,7 +234,7 @@ class GpuPrefill:
         if self._graphs is not None:
             found = pieces_of(count, self._graphs.sizes)
             for piece in found:
-                self._graphs.capture(piece.size)
+                self._graphs.capture(piece.size, self._all_here, self._blank)
             return found
         starts = range(0, count, self._chunk)
         return [Piece(slice(at, min(at + self._chunk, count)), min(self._chunk, count - at)) for at in starts]
@@ -265,7 +272,10 @@ class GpuPrefill:
     def _shared_out(self, count: int) -> dict[int, int]:
         """How many of a layer's first cold neurons the CPU is to compute, of each layer that has some; the others'
         stream begins."""
-        by_cpu = {n: self._split(count, self._cache.length, n) for n in self._cold}
+        if self.streams is None:
+            by_cpu = {n: self._split(count, self._cache.length, n) for n in self._cold}
+        else:
+            by_cpu = {n: 0 if self.streams else cold for n, cold in self._cold.items()}
         if self._stream is not None:
             self._stream.begin({n: first for n, first in by_cpu.items() if first < self._cold[n]})
         return by_cpu

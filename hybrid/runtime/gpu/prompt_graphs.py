@@ -8,6 +8,7 @@ takes memory for each. Without a GPU, as in tests, pieces are filled up the same
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -43,13 +44,15 @@ def pieces_of(count: int, sizes: tuple[int, ...]) -> list[Piece]:
 
 
 class PromptGraphs:
-    """`run(size)` queues all layers for so many tokens, which it finds in buffers; `most`: of them."""
+    """Graphs of up to `most` tokens; `run(size)` is to queue all layers for so many, which it finds in buffers.
 
-    def __init__(
-        self, run: Callable[[int], None], blank: Callable[[], None], most: int, device: torch.device, native: bool
-    ) -> None:
-        """blank: puts tokens in the buffers that are not kept; native: whether there is a GPU to capture for."""
-        self._run, self._blank, self.sizes = run, blank, sizes_up_to(most)
+    It is given anew each time: an owner that its graphs point back to would keep its memory until Python's collector
+    runs.
+    """
+
+    def __init__(self, most: int, device: torch.device, native: bool) -> None:
+        """native: whether there is a GPU to capture for."""
+        self.sizes = sizes_up_to(most)
         self._stream = torch.cuda.Stream(device) if native else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -57,21 +60,25 @@ class PromptGraphs:
         """What `capture` and `queue` are to be called within, and copies to the buffers are to be made."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def capture(self, size: int) -> None:
-        """Run the layers once for blank tokens, which compiles their kernels, and capture them, if they are not yet."""
+    def capture(self, size: int, run: Callable[[int], None], blank: Callable[[], None]) -> None:
+        """Run the layers once, which compiles their kernels, and capture them, if they are not yet.
+
+        blank: puts tokens in the buffers that are not kept.
+        """
         if self._stream is None or size in self._graphs:
             return
-        self._blank()
-        self._run(size)
+        blank()
+        run(size)
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what is let go may wait for the GPU, which would end a capture
         with torch.cuda.graph(graph, stream=self._stream):
-            self._run(size)
+            run(size)
         self._graphs[size] = graph
 
-    def queue(self, size: int) -> None:
+    def queue(self, size: int, run: Callable[[int], None]) -> None:
         """All layers for the tokens in the buffers; captured before."""
         if self._stream is None:
-            self._run(size)
+            run(size)
         else:
             self._graphs[size].replay()

@@ -29,11 +29,7 @@ FEW_TOKENS = 8
 
 
 class GpuRunner:
-    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways.
-
-    streams: whether prefill streams all layers' cold neurons, or none's; None leaves it to the cost model, which may
-    have the CPU compute some of a layer's while the others are streamed.
-    """
+    """A `Runner` on `device`. `arena`: what it takes there, in one allocation; `prefill`: with counters of its ways."""
 
     chunk = PREFILL_CHUNK
 
@@ -47,19 +43,19 @@ class GpuRunner:
         hardware: HardwareProfile,
         expect_scattered_reads: Callable[[bool], None] = lambda scattered: None,
         rows: int = ENGINE_ROWS,
+        host: HostRows | None = None,
     ) -> None:
         """Copies the GPU's part there. `hardware` says how prefill's cold neurons are best computed;
         `expect_scattered_reads` is as for `CpuRunner`. rows: the most of a step, at least `FEW_TOKENS`, which more
-        memory there must be for."""
+        memory there must be for. host: the model's, where other runners have it too, as CUDA takes no row twice."""
         self.most_rows = rows
         self._expect_scattered_reads = expect_scattered_reads
         self._model, self._cache, self._runtime, self._placement = model, cache, runtime, placement
-        self.streams: bool | None = None
         self._owner = os.getpid() if device.type == "cuda" else None
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         self._turns_with_length = any(rope.follows_length for rope in model.ropes)
-        self._host = HostRows(model, placement, device, runtime.strategy == "learned")
+        self._host = host or HostRows(model, placement, device, runtime.strategy == "learned")
         cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), model.spec, runtime.precision, runtime.few)
         self._prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
         counting = DeviceArena(device)
@@ -70,12 +66,7 @@ class GpuRunner:
     def _take(self, arena: DeviceArena) -> tuple[GpuStep, GpuPrefill]:
         step = GpuStep(self._model, self._cache, self._runtime, self._placement, arena, self._host, self.most_rows)
         given = (self._model, step.weights, self._cache, self._runtime, arena)
-        return step, GpuPrefill(*given, self._by_cpu, step.rotations, step.logits, self._host.cold)
-
-    def _by_cpu(self, tokens: int, start: int, layer: int) -> int:
-        if self.streams is None:
-            return self._prompts.by_cpu(tokens, start, layer)
-        return 0 if self.streams else self._model.spec.d_ff - int(self._placement.hot[layer])
+        return step, GpuPrefill(*given, self._prompts.by_cpu, step.rotations, step.logits, self._host.cold)
 
     @property
     def notices(self) -> tuple[str, ...]:
