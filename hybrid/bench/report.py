@@ -37,8 +37,8 @@ _READ_IN = {
 @dataclass
 class BenchResult:
     """Runs of each strategy, in turn, bytes a token by part, and counters summed over them; bandwidths of host memory,
-    bytes/s, and how many cores the process had while each was measured; gpu: what is to be said of a second device; rows: of
-    steps of many rows, None where it is not known."""
+    bytes/s, and how many cores the process had while each was measured; gpu: what is to be said of a second device;
+    rows: of steps of many rows, None where it is not known."""
 
     runs: dict[str, list[GreedyRun]]
     bytes: dict[str, dict[str, int]]

@@ -1,6 +1,7 @@
 """Steps of many rows by the cost model: unions and times by hand, and what must hold for any model."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_more_rows_never_cost_less_and_the_union_stays_a_share(seed):
     model = replace(model, strategy="learned", hardware=replace(model.hardware, cpu_gemm_flops=1e8))
     choice = Choice(np.full(model.plan.spec.n_layers, 1), np.ones(model.plan.spec.n_layers, bool), True)
     times = [RowsTime.of(model, choice, rows) for rows in (1, 2, 4, 8, 16, 32)]
-    for few, more in zip(times, times[1:], strict=False):
+    for few, more in pairwise(times):
         assert few.union_share <= more.union_share <= 1
         assert few.dense_seconds <= more.dense_seconds * (1 + 1e-12)
         assert more.learned_seconds <= 2.1 * few.learned_seconds
