@@ -111,14 +111,16 @@ class AsyncEngine:
         finally:
             self._stepper.cancel(answer)
 
-    async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+    async def score(self, prompt: Sequence[int], top: int = 0, deadline: float | None = None) -> list[TokenLogprob]:
         """Log-probabilities of the prompt's tokens, each by those before it, with the `top` likeliest in its place.
+        deadline: as of a `Request`.
 
         Raises as `generate` does.
         """
         if not 0 <= top <= MOST_LOGPROBS:
             raise InputError(f"top is {top}, expected 0 to {MOST_LOGPROBS}")
-        answer, mailbox = self._begin(Request(tuple(prompt), SamplingSettings(temperature=0)), top)
+        request = Request(tuple(prompt), SamplingSettings(temperature=0), deadline=deadline)
+        answer, mailbox = self._begin(request, top)
         try:
             await mailbox.next()
         finally:
