@@ -154,6 +154,11 @@ class AsyncEngine:
             longest_pause_seconds=tally.longest_pause_seconds,
         )
 
+    def restart_longest_pause(self) -> None:
+        """Have the figure of the longest pause begin anew, for a measurement. While nothing runs: a pause that is just
+        over may count or not."""
+        self._scheduler.tally.longest_pause_seconds = 0.0
+
     async def close(self, grace: float = 0.0) -> None:
         """Take no more; finish what runs within `grace` seconds, cancel the rest, end the threads."""
         self._stepper.stop(grace)
