@@ -2,7 +2,9 @@
 
 Decoding one token is bound by memory, so a part takes the bytes that it reads over the bandwidth of the device
 that holds it, plus fixed costs. The hot and the cold neurons of a layer run at the same time. Several rows read their
-neurons once for all, and the CPU multiplies for each: it takes the longer of the two.
+neurons once for all, and the CPU multiplies for each: dense parts take the longer of the two, a union of neurons, which
+goes row by row, the one after the other. 10% of 8192 neurons of d=2048, bf16, 2 cores: 1.6, 5.0 and 8.6 ms for 4, 16
+and 32 rows, where these are 1.6, 4.7 and 7.6.
 """
 
 from __future__ import annotations
@@ -166,17 +168,16 @@ class CostModel:
         """CPU time [n_layers, n] of the neurons after the first `hot`, at `_ffn_bandwidth` where none is given."""
         read = self._read_bytes[:, -1:] - self._read_by_first(hot)
         of_a_row = self._row_bytes[:, -1:] - _at(self._row_bytes, hot)
-        reading = self._on_cpu(read, bandwidth or self._ffn_bandwidth, of_a_row, self._weight_bytes)
-        seconds = self.hardware.cpu_layer_seconds + reading
+        reading, products = read / (bandwidth or self._ffn_bandwidth), self._products(of_a_row, self._weight_bytes)
+        computing = np.maximum(reading, products) if self.strategy == "dense" else reading + products
+        seconds = self.hardware.cpu_layer_seconds + computing
         return np.where(hot < self.plan.spec.d_ff, seconds, 0.0)
 
-    def _on_cpu(self, read: np.ndarray, bandwidth: float, of_a_row: np.ndarray, weight: float) -> np.ndarray:
-        """Seconds to read so many bytes, or, where that is longer, to multiply each row with its own ones, which have
-        `weight` bytes a weight. Of one row reading is taken to be longer."""
-        if self.rows == 1:
-            return read / bandwidth
-        products = 2.0 * FEW_COST * self.rows * of_a_row / weight / self.hardware.cpu_gemm_flops
-        return np.maximum(read / bandwidth, products)
+    def _products(self, of_a_row: np.ndarray, weight: float) -> np.ndarray:
+        """CPU time to multiply each row with its own bytes, of `weight` a weight; 0 for one row, which is done while it
+        reads."""
+        flops = 2.0 * FEW_COST * of_a_row / weight * self.rows * (self.rows > 1)
+        return flops / self.hardware.cpu_gemm_flops
 
     @property
     def _weight_bytes(self) -> float:
@@ -279,17 +280,12 @@ class CostModel:
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
         """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
         bandwidth, matrices = self._dense_bandwidth, np.array(self.plan.spec.layer_dense_bytes)
-        products = self._on_cpu(matrices, bandwidth, matrices, self._weight_bytes)
+        predictors = np.array(self.plan.predictor_bytes)  # a byte a weight
+        products = np.maximum(matrices / bandwidth, self._products(matrices, self._weight_bytes))
         attention = products + self._kv_bytes() / bandwidth
-        predictor = self._predictor_on_cpu
+        predictor = np.maximum(predictors / bandwidth, self._products(predictors, 1.0))
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
-
-    @property
-    def _predictor_on_cpu(self) -> np.ndarray:
-        """Seconds [n_layers]; a weight of theirs is a byte."""
-        sizes = np.array(self.plan.predictor_bytes)
-        return self._on_cpu(sizes, self._dense_bandwidth, sizes, 1.0)
 
     @property
     def _token_seconds(self) -> float:

@@ -31,7 +31,7 @@ def test_the_table_says_from_when_dense_is_cheaper():
     # Of neurons of 48 bytes a step of 4 rows reads 1 - 0.8^4 = 59%, at half the speed.
     lines = [" ".join(line.split()) for line in crossing().text().splitlines()]
     assert lines[0].endswith("round numbers; cheaper is dense from 4 rows on")
-    assert "4 59.0% 5,767.8 4,900.0 dense" in lines and "2 36.0% 3,556.0 4,900.0 learned" in lines
+    assert "4 59.0% 5,767.9 4,900.0 dense" in lines and "2 36.0% 3,556.0 4,900.0 learned" in lines
     assert "no answer may depend on what runs beside it" in lines[-1]
     rare = crossing(firing=1e-4)
     assert rare.dense_from is None and "cheaper is learned up to 32 rows" in rare.text()
