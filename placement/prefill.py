@@ -22,7 +22,7 @@ TERMS: dict[Precision, int] = {"precise": 3, "fast": 2}  # of 16 bits, which an 
 PRODUCT_SHARE = 1.1
 # Tokens whose products take the CPU as long as bringing the weights into panels, once for all tokens of a call; and as
 # long as those of one token in the kernels of decode, which few tokens take. On 2 cores, bf16: 3.3 and 0.8 ms of 0.19.
-_PANEL_TOKENS, _FEW_COST = 16, 4
+_PANEL_TOKENS, FEW_COST = 16, 4
 # Of the host's read bandwidth, how fast pageable rows pass through pinned buffers: 16 of 120 GB/s.
 _STAGED_SHARE = 0.13
 # While the CPU computes, the caller launches nothing: the GPU waits for the first kernels after the CPU's part.
@@ -99,7 +99,7 @@ class ColdPrefill:
         flops = hardware.cpu_gemm_flops if precise else hardware.cpu_fast_gemm_flops
         few = tokens <= self.few
         passes = math.ceil(tokens / MAX_BATCH) if few else 1
-        cost = _FEW_COST * tokens if few else tokens + _PANEL_TOKENS
+        cost = FEW_COST * tokens if few else tokens + _PANEL_TOKENS
         flops *= _BESIDE_SHARE if beside_pcie else 1.0
         return max(passes * read / bandwidth, 2.0 * cost * weights / flops)
 

@@ -7,9 +7,10 @@
 `batches`: so many answers begin together; tokens/s of all of them from the last one's first token on, best of three.
 `load`: capacity is what as many callers as may run get who ask again at once; then requests arrive by chance (Poisson)
 at a share of it. For each, the time to its first token (TTFT), mean time per token after it (TPOT) and its longest gap
-between two tokens; goodput is the share that met both limits. Beside the longest pause stands what a virtual machine's
-host took of its CPUs meanwhile, and the most within a quarter of a second. `prefix`: TTFT of a long prompt, of the same
-chat's next turn, and of the prompt asked again. The last line is JSON.
+between two tokens; goodput is the share that met both limits. The longest pause is that of these requests, beside that
+of the capacity's; what a virtual machine's host took of its CPUs meanwhile, and the most within a quarter of a second,
+stands there too. `prefix`: TTFT of a long prompt, of the same chat's next turn, and of the prompt asked again. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ async def load(engine: AsyncEngine, share: float, seconds: float, tokens: int, s
     longest = min(1500, engine.context - tokens - 1)
     asked = requests(engine.plan.spec.vocab_size, 16, longest, tokens, seed)
     most = await capacity(engine, asked, max(2.0, seconds / 10))
+    before_load = engine.figures()
+    engine.restart_longest_pause()
     before, tasks, stolen, longest_stolen = resident_bytes(), [], stolen_seconds(), [0.0]
     watch, start = asyncio.create_task(watch_stolen(longest_stolen)), perf_counter()
     async for _ in arrivals(share * most, seconds, seed):
@@ -152,9 +155,10 @@ async def load(engine: AsyncEngine, share: float, seconds: float, tokens: int, s
         **found,
         "grown_mib": round((resident_bytes() - before) / 2**20, 1),
         "longest_pause_ms": round(1000 * figures.longest_pause_seconds, 2),
+        "longest_pause_of_capacity_ms": round(1000 * before_load.longest_pause_seconds, 2),
         "stolen_share": round((stolen_seconds() - stolen) / (perf_counter() - start), 4),
         "stolen_longest_ms": round(1000 * longest_stolen[0], 1),
-        "preempted": figures.preempted_total,
+        "preempted": figures.preempted_total - before_load.preempted_total,
         "kv_blocks_used": figures.kv_blocks_used,
     }
 
@@ -230,7 +234,7 @@ def run_load(engine: AsyncEngine, share: float, seconds: float, tokens: int, see
     async def measure() -> None:
         found = await load(engine, share, seconds, tokens, seed)
         for name, value in found.items():
-            click.echo(f"{name:22} {value}")
+            click.echo(f"{name:28} {value}")
         click.echo(json.dumps(found))
         await engine.close()
 

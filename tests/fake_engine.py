@@ -16,7 +16,7 @@ from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.formats.text import StreamDecoder, TextCodec
 from hybrid.generation import GenerationStats, GenerationStep, SamplingSettings
 from hybrid.serving.figures import EngineFigures
-from hybrid.serving.request import EngineStoppedError, QueueFullError, Request, ServedStep, TokenLogprob
+from hybrid.serving.request import DeadlineError, EngineStoppedError, QueueFullError, Request, ServedStep, TokenLogprob
 
 END = 1
 VOCABULARY = 8192
@@ -80,8 +80,15 @@ class FakeEngine:
             left -= 0.01
         self.cancelled = True
 
-    async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+    async def score(self, prompt: Sequence[int], top: int = 0, deadline: float | None = None) -> list[TokenLogprob]:
+        await self._wait(deadline, self.pause)
         return [self._logprob(token, top, at) for at, token in enumerate(prompt)]
+
+    async def _wait(self, deadline: float | None, after: float) -> None:
+        """One pause, at whose end `after` seconds are over."""
+        await asyncio.sleep(self.pause)
+        if deadline is not None and after >= deadline:
+            raise DeadlineError(f"not finished within {deadline:g} s, its deadline")
 
     def figures(self) -> EngineFigures:
         zeros = {each.name: 0 for each in fields(EngineFigures)} | {"hot_share": 0.75, "active_share": None}
@@ -115,7 +122,7 @@ class FakeEngine:
         tokens = [*self.codec.encode(text), END][: request.settings.max_new_tokens]
         decoder = StreamDecoder(self.codec)
         for count, token in enumerate(tokens, 1):
-            await asyncio.sleep(self.pause)
+            await self._wait(request.deadline, count * self.pause)
             if self.failure:
                 raise EngineStoppedError("the step thread ended") from self.failure
             if self.cancelled:

@@ -22,6 +22,7 @@ from hybrid.bench.devices import GpuFacts, PrefillWays, gpu_facts, gpu_result, g
 from hybrid.bench.measurements import append_csv, origin
 from hybrid.bench.peers import GreedyRun, LlamaCpp
 from hybrid.bench.report import BenchResult, csv_rows, json_line, report
+from hybrid.bench.rows import rows_result
 from hybrid.console import progress
 from hybrid.errors import ContextError, InputError
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
@@ -182,6 +183,7 @@ def bench(model: Path | None, options: Mapping[str, Any]) -> None:
         runner = Bench(engine, config, peer, gpu=gpu)
         with progress("bench", runner.turns, "run") as advance:
             result = runner.run(advance)
+        result.rows = rows_result(engine)
         setting = setting_of(model, engine, config)
     if options["csv"]:
         append_csv(options["csv"], csv_rows(result, setting))

@@ -13,6 +13,7 @@ import numpy as np
 from hybrid.bench.devices import GpuResult
 from hybrid.bench.measurements import Spread
 from hybrid.bench.peers import GreedyRun
+from hybrid.bench.rows import RowsResult
 from hybrid.console import counted, percent, table
 from hybrid.model.ffn import FFNCounters
 
@@ -36,7 +37,8 @@ _READ_IN = {
 @dataclass
 class BenchResult:
     """Runs of each strategy, in turn, bytes a token by part, and counters summed over them; bandwidths of host memory,
-    bytes/s, and how many cores the process had while each was measured; gpu: what is to be said of a second device."""
+    bytes/s, and how many cores the process had while each was measured; gpu: what is to be said of a second device;
+    rows: of steps of many rows, None where it is not known."""
 
     runs: dict[str, list[GreedyRun]]
     bytes: dict[str, dict[str, int]]
@@ -45,6 +47,7 @@ class BenchResult:
     cores: list[float] = field(default_factory=list)
     peer_runs: list[GreedyRun] = field(default_factory=list)
     gpu: GpuResult | None = None
+    rows: RowsResult | None = None
 
     @property
     def bandwidth(self) -> float:
@@ -157,6 +160,8 @@ def report(result: BenchResult, setting: Mapping[str, Any], same_text: bool) -> 
     parts = [_head_lines(result, setting), _ceiling_table(result), _speed_table(result), _time_table(result)]
     if result.gpu is not None:
         parts.append(result.gpu.memory())
+    if result.rows is not None:
+        parts.append(result.rows.text())
     if result.peer_runs:
         parts.append(_peer_lines(result, same_text))
     return "\n\n".join(parts)
@@ -302,6 +307,6 @@ def _gpu_columns(gpu: GpuResult, name: str, summary: Summary) -> dict[str, Any]:
 def json_line(result: BenchResult, setting: Mapping[str, Any]) -> str:
     """Everything measured, on one line."""
     found = {name: asdict(summary) | {"bytes": result.bytes.get(name)} for name, summary in result.summaries.items()}
-    more = {} if result.gpu is None else {"gpu": result.gpu.as_json()}
+    more = {name: part.as_json() for name, part in (("gpu", result.gpu), ("rows", result.rows)) if part is not None}
     line = {**setting, "read_bandwidth": result.bandwidth, "cores": result.cores, **more, "results": found}
     return json.dumps(line)

@@ -15,7 +15,7 @@ from hybrid.generation import GenerationStats, SamplingSettings
 from hybrid.server.calls import CallPiece, CallReader
 from hybrid.server.protocols import ServingEngine
 from hybrid.server.tools import Toolbox
-from hybrid.serving.request import Constraint, Request, TokenLogprob
+from hybrid.serving.request import Constraint, DeadlineError, Request, TokenLogprob
 
 Finish = Literal["stop", "length", "tool_calls"]
 _AHEAD = 16
@@ -23,7 +23,8 @@ _AHEAD = 16
 
 @dataclass(frozen=True)
 class Wanted:
-    """Answers that are wanted: `n` of each of `prompts`, token ids. schema: a JSON schema that they must fit."""
+    """Answers that are wanted: `n` of each of `prompts`, token ids. schema: a JSON schema that they must fit. deadline:
+    seconds after which they are given up."""
 
     prompts: tuple[tuple[int, ...], ...]
     settings: SamplingSettings
@@ -34,6 +35,7 @@ class Wanted:
     top_logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
     tools: Toolbox = field(default_factory=Toolbox)
+    deadline: float | None = None
 
     @property
     def count(self) -> int:
@@ -53,7 +55,16 @@ class Wanted:
             self.logit_bias,
             self.top_logprobs,
             self._constraint(engine),
+            self.deadline,
         )
+
+    def after(self, seconds: float) -> Wanted:
+        """The same, `seconds` later. Raises `DeadlineError` where that is too late."""
+        if self.deadline is None:
+            return self
+        if seconds >= self.deadline:
+            raise DeadlineError(f"not finished within {self.deadline:g} s, its deadline")
+        return replace(self, deadline=self.deadline - seconds)
 
     def _constraint(self, engine: ServingEngine) -> Constraint | None:
         if self.tools.forced:

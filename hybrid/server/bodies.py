@@ -16,6 +16,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 MOST_CHOICES = 128
 
 
@@ -32,7 +33,7 @@ class StreamOptions(Body):
 
 
 class Sampled(Body):
-    """What all kinds of answers have: how tokens are picked."""
+    """What all kinds of answers have: how tokens are picked, and after how many seconds the answer is given up."""
 
     model: str | None = None
     stream: bool | None = None
@@ -41,6 +42,7 @@ class Sampled(Body):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    timeout: Seconds | None = None
 
 
 class OpenAIBody(Sampled):

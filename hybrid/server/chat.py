@@ -53,6 +53,7 @@ def wanted_of(engine: ServingEngine, body: ChatBody) -> Wanted:
         top,
         schema_of(body.response_format, "response_format"),
         tools,
+        body.timeout,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from fastapi import Request, Response
@@ -37,12 +38,12 @@ async def completions(service: Service, request: Request) -> Response:
     """Go on with a text."""
     body = await read_body(request, CompletionBody)
     engine = service.ready()
-    wanted = await asyncio.to_thread(_wanted, engine, body)
+    wanted, started = await asyncio.to_thread(_wanted, engine, body), perf_counter()
     async with while_connected(request.receive):
         echoes = await _echoes(engine, body, wanted.prompts)
     if body.max_tokens == 0:
         return json_response(_whole(engine, body, wanted, echoes, [Answer() for _ in range(wanted.count)]))
-    deltas = deltas_of(engine, wanted)
+    deltas = deltas_of(engine, wanted.after(perf_counter() - started) if body.echo else wanted)
     if body.stream:
         return await stream(request, _chunks(service, body, wanted, echoes, deltas), service.settings.patience)
     async with while_connected(request.receive):
@@ -72,6 +73,7 @@ def _wanted(engine: ServingEngine, body: CompletionBody) -> Wanted:
         logit_bias_of(body),
         body.logprobs,
         schema_of(body.response_format, "response_format"),
+        deadline=body.timeout,
     )
 
 
@@ -90,7 +92,7 @@ async def _echoes(engine: ServingEngine, body: CompletionBody, prompts: Sequence
     texts = [text if isinstance(text, str) else engine.codec.decode(text) for text in given]
     if body.logprobs is None:
         return [_Echo(text) for text in texts]
-    scores = await asyncio.gather(*(engine.score(prompt, body.logprobs) for prompt in prompts))
+    scores = await asyncio.gather(*(engine.score(prompt, body.logprobs, body.timeout) for prompt in prompts))
     return [_Echo(text, tuple(found)) for text, found in zip(texts, scores, strict=True)]
 
 

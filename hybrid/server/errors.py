@@ -14,10 +14,10 @@ _ANTHROPIC_KINDS = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 
 
@@ -60,7 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
         case InputError():
             return ApiError(400, str(error), param=error.setting)
         case DeadlineError():
-            return ApiError(504, str(error), "timeout_error")
+            once = {"X-Should-Retry": "false"}  # clients would wait as long again
+            return ApiError(408, str(error), "timeout_error", param="timeout", code="timeout", headers=once)
         case EngineStoppedError():
             return ApiError(503, str(error), UNAVAILABLE, headers={"Retry-After": "5"})
         case _:

@@ -55,7 +55,7 @@ async def count_tokens(service: Service, request: Request) -> Response:
 def _wanted(engine: ServingEngine, body: MessagesBody) -> Wanted:
     tools = _toolbox(body)
     settings = settings_of(body, engine.settings, body.max_tokens, body.stop_sequences)
-    return Wanted((tuple(_prompt(engine, body, tools)),), settings, tools=tools)
+    return Wanted((tuple(_prompt(engine, body, tools)),), settings, tools=tools, deadline=body.timeout)
 
 
 def _prompt(engine: ServingEngine, body: CountBody, tools: Toolbox) -> list[int]:

@@ -52,8 +52,9 @@ class ServingEngine(Protocol):
     def constraints(self) -> ConstraintMaker:
         """Makes the constraints of requests. Raises `InputError` where the package for it is missing."""
 
-    async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
-        """The log-probability of each token of `prompt`, and the `top` likeliest in its place."""
+    async def score(self, prompt: Sequence[int], top: int = 0, deadline: float | None = None) -> list[TokenLogprob]:
+        """The log-probability of each token of `prompt`, and the `top` likeliest in its place; `DeadlineError` where
+        that takes more than `deadline` seconds."""
 
     def figures(self) -> EngineFigures:
         """Counters and gauges so far."""

@@ -31,6 +31,7 @@ def wanted_of(engine: ServingEngine, body: ResponsesBody) -> Wanted:
         top_logprobs=(body.top_logprobs or 0) if wants_logprobs else None,
         schema=schema_of(body.text.format if body.text else None, "text.format"),
         tools=tools,
+        deadline=body.timeout,
     )
 
 

@@ -16,12 +16,11 @@ _ERRORS = {
     "401": "No valid API key.",
     "403": "Web pages of this origin may not ask.",
     "404": "There is no such thing.",
-    "408": "The body did not come.",
+    "408": "The body did not come, or the answer was not finished within its timeout.",
     "413": "The body is too long.",
     "429": "Too many requests wait.",
     "500": "A failure here.",
     "503": "Loading, ending or overloaded.",
-    "504": "The deadline passed.",
 }
 
 

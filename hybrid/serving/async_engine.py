@@ -111,14 +111,16 @@ class AsyncEngine:
         finally:
             self._stepper.cancel(answer)
 
-    async def score(self, prompt: Sequence[int], top: int = 0) -> list[TokenLogprob]:
+    async def score(self, prompt: Sequence[int], top: int = 0, deadline: float | None = None) -> list[TokenLogprob]:
         """Log-probabilities of the prompt's tokens, each by those before it, with the `top` likeliest in its place.
+        deadline: as of a `Request`.
 
         Raises as `generate` does.
         """
         if not 0 <= top <= MOST_LOGPROBS:
             raise InputError(f"top is {top}, expected 0 to {MOST_LOGPROBS}")
-        answer, mailbox = self._begin(Request(tuple(prompt), SamplingSettings(temperature=0)), top)
+        request = Request(tuple(prompt), SamplingSettings(temperature=0), deadline=deadline)
+        answer, mailbox = self._begin(request, top)
         try:
             await mailbox.next()
         finally:
@@ -151,6 +153,11 @@ class AsyncEngine:
             cpu_wait_seconds_total=counters.wait_seconds,
             longest_pause_seconds=tally.longest_pause_seconds,
         )
+
+    def restart_longest_pause(self) -> None:
+        """Have the figure of the longest pause begin anew, for a measurement. While nothing runs: a pause that is just
+        over may count or not."""
+        self._scheduler.tally.longest_pause_seconds = 0.0
 
     async def close(self, grace: float = 0.0) -> None:
         """Take no more; finish what runs within `grace` seconds, cancel the rest, end the threads."""

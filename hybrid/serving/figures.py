@@ -13,7 +13,8 @@ class EngineFigures:
     Since the start (`_total`): prompt tokens found in prefixes, and computed with their seconds; tokens generated, with
     the seconds of their steps; steps, and rows in them; requests taken, given up before their end, and answers set back
     for want of blocks. Shares are of decode steps: neurons computed, and firings that hot neurons served; None where
-    there were none. longest_pause_seconds: that reading a prompt has held up answers.
+    there were none. longest_pause_seconds: that reading a prompt has held up answers, since the
+    start or `restart_longest_pause`.
     """
 
     running: int

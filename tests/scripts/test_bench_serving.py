@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +40,34 @@ def test_arrivals_come_as_often_as_asked(bench):
         return len([None async for _ in bench.arrivals(1000, 0.3, 1)])
 
     assert asyncio.run(count()) == pytest.approx(300, abs=60)
+
+
+def test_the_longest_pause_is_that_of_the_load(bench, monkeypatch):
+    """Not of the capacity before it, whose own is told beside it."""
+    state = SimpleNamespace(pause=0.0, preempted=0)
+
+    def figures():
+        return SimpleNamespace(longest_pause_seconds=state.pause, preempted_total=state.preempted, kv_blocks_used=0)
+
+    async def capacity(engine, asked, seconds):
+        state.pause, state.preempted = 0.9, 3
+        return 100.0
+
+    async def ask(engine, request):
+        state.pause, state.preempted = max(state.pause, 0.2), 5
+        return bench.Met([0.1, 0.2])
+
+    monkeypatch.setattr(bench, "capacity", capacity)
+    monkeypatch.setattr(bench, "ask", ask)
+    engine = SimpleNamespace(
+        context=100,
+        plan=SimpleNamespace(spec=SimpleNamespace(vocab_size=100)),
+        figures=figures,
+        restart_longest_pause=lambda: setattr(state, "pause", 0.0),
+    )
+    found = asyncio.run(bench.load(engine, 1.0, 0.2, 2, 0))
+    assert found["requests"] > 0 and found["preempted"] == 2
+    assert (found["longest_pause_ms"], found["longest_pause_of_capacity_ms"]) == (200, 900)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,18 @@ def test_clients_that_vanish_leave_no_block_behind(served):
     assert asyncio.run(all_of_them()).cancelled_total == before + 20
 
 
+def test_a_timeout_leaves_no_block_behind(served):
+    engine, client = served
+    body = {"messages": HELLO, "max_tokens": 900, "logit_bias": {"1": -100, "2": -100}, "timeout": 0.05, "n": 3}
+    answer = client.post(CHAT, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
+    assert "not finished within 0.05 s" in answer.json()["error"]["message"]
+    late = client.post("/v1/completions", json={"prompt": "a", "echo": True, "logprobs": 0, "timeout": 1e-9})
+    assert late.status_code == 408
+    figures = engine.figures()
+    assert (figures.running, figures.waiting, figures.kv_blocks_used) == (0, 0, 0)
+
+
 def test_the_chat_of_the_terminal_over_the_server(served):
     model = RemoteModel(str(served[1].base_url))
     settings = SamplingSettings(temperature=0, max_new_tokens=8)

@@ -40,6 +40,13 @@ def run(engine, prompt, settings=GREEDY, **more):
     return asyncio.run(steps_of(ask(engine, prompt, settings, **more)))
 
 
+def test_the_longest_pause_can_begin_anew(engine):
+    engine._scheduler.tally.longest_pause_seconds = 1.0
+    assert engine.figures().longest_pause_seconds == 1
+    engine.restart_longest_pause()
+    assert engine.figures().longest_pause_seconds == 0
+
+
 def test_a_mixed_batch_of_16_answers_as_each_alone(engine, alone):
     requests = []
     for n in range(16):
