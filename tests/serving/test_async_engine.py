@@ -9,7 +9,8 @@ from hybrid import AsyncEngine, Engine, EngineConfig, Request, SamplingSettings,
 from hybrid.errors import ContextError, InputError
 from hybrid.serving.request import EngineStoppedError
 
-CONFIG = EngineConfig(threads=1)
+# In which pieces a prompt is read depends on the moment: what must be the same then is what precise promises.
+CONFIG = EngineConfig(threads=1, prefill="precise")
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=12)
 WORDS = "Once upon a time there was a little dog who lived by the sea and liked to bark at the waves. " * 9
 
