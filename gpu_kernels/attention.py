@@ -243,7 +243,8 @@ def decode_attention(
     the window do not fit.
     """
     check_scales("decode_attention", cache, scales)
-    _check(q, cache, table, positions, window, out, scratch)
+    check_attention("decode_attention", q, cache, window, out)
+    _check(q, table, positions, scratch)
     (tokens, heads, head_dim), (kv_heads, block_size) = q.shape, cache.shape[2:4]
     padded, splits = triton.next_power_of_2(head_dim), scratch.splits
     grouped = min(MOST_GROUPED, triton.next_power_of_2(heads // kv_heads))
@@ -307,32 +308,32 @@ def decode_attention_ref(
         out[t] = (p @ values).flatten()
 
 
-def _check(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    positions: torch.Tensor,
-    window: int | None,
-    out: torch.Tensor,
-    scratch: AttentionScratch,
-) -> None:
+def check_attention(name: str, q: torch.Tensor, cache: torch.Tensor, window: int | None, out: torch.Tensor) -> None:
+    """Raise `ValueError` where queries f32 [t, n_heads, head_dim], a KV cache and an output [t, n_heads * head_dim] of
+    the kernel `name` do not fit each other, or a window is none."""
     fits = q.ndim == 3 and cache.ndim == 5 and cache.shape[1] == 2 and cache.shape[4] == q.shape[2]
-    fits = fits and q.shape[1] % cache.shape[2] == 0 and out.shape == (q.shape[0], q.shape[1] * q.shape[2])
-    if not fits or scratch.sums.shape != (*q.shape[:2], scratch.splits, q.shape[2]):
-        shapes = ", ".join(str(tuple(a.shape)) for a in (q, cache, out, scratch.sums))
-        raise ValueError(f"decode_attention shapes do not fit: q, cache, out, scratch are {shapes}")
+    if not fits or q.shape[1] % cache.shape[2] or out.shape != (q.shape[0], q.shape[1] * q.shape[2]):
+        shapes = ", ".join(str(tuple(a.shape)) for a in (q, cache, out))
+        raise ValueError(f"{name} shapes do not fit: q, cache, out are {shapes}")
     if q.dtype != torch.float32 or q.stride()[1:] != (q.shape[2], 1) or cache.dtype not in CACHE_TYPES:
         raise ValueError(
-            f"decode_attention wants f32 q with contiguous heads and a f32, f16, bf16 or int8 cache, "
+            f"{name} wants f32 q with contiguous heads and a f32, f16, bf16 or int8 cache, "
             f"got {q.dtype} with strides {q.stride()}, {cache.dtype}"
         )
     if out.dtype != torch.float32 or not out.is_contiguous() or not cache.is_contiguous():
         raise ValueError(
-            f"decode_attention wants a contiguous cache and contiguous f32 out, "
+            f"{name} wants a contiguous cache and contiguous f32 out, "
             f"got strides {cache.stride()}, {out.dtype} with strides {out.stride()}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"{name} wants a window of at least 1 or None, got {window}")
+
+
+def _check(q: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, scratch: AttentionScratch) -> None:
+    if scratch.sums.shape != (*q.shape[:2], scratch.splits, q.shape[2]):
+        raise ValueError(
+            f"decode_attention shapes do not fit: q, scratch are {tuple(q.shape)}, {tuple(scratch.sums.shape)}"
         )
     if q.shape[0] > MAX_BATCH:
         raise ValueError(f"decode_attention takes 1 to {MAX_BATCH} tokens, got {q.shape[0]}")
-    if window is not None and window < 1:
-        raise ValueError(f"decode_attention wants a window of at least 1 or None, got {window}")
     check_places("decode_attention", q.shape[0], positions, table)

@@ -26,12 +26,12 @@ import torch
 import triton
 import triton.language as tl
 
+from gpu_kernels.attention import LOG2_E, check_attention
 from gpu_kernels.launch import is_native
-from gpu_kernels.rope import CACHE_TYPES, check_scales
+from gpu_kernels.rope import check_scales
 from gpu_kernels.row_gemm import powers
 
 LEAST = tl.constexpr(-3.0e38)  # below every score but that of what is not seen, whose p is then 0, not NaN
-LOG2_E = tl.constexpr(math.log2(math.e))
 P_SCALE = tl.constexpr(2.0**15)
 # Of each type of the cache, those in which keys and values are multiplied.
 _TYPES = {
@@ -202,6 +202,7 @@ def prompt_attention(
     out: torch.Tensor,
     scales: torch.Tensor | None = None,
     terms: int = 2,
+    tile: Tile | None = None,
 ) -> None:
     """Attention of each token's query over its own position and those before it, at most `window` in all.
 
@@ -210,25 +211,13 @@ def prompt_attention(
     block_size], keys at 0 and values at 1, which hold all positions up to the last token's. table: [n] int32 ids of the
     sequence's blocks in order. positions: [t] int32, one after another, of which the last may be repeated; ~p is p, as
     for `rope`; each within `table` (not checked: it is device memory). out: [t, n_heads * head_dim] f32. terms: 2 or 3,
-    in which q and p are split. Raises `ValueError` when shapes, types, strides, terms or the window do not fit.
+    in which q and p are split. tile: by default that of `tile_for`. Raises `ValueError` when shapes, types, strides,
+    terms or the window do not fit.
     """
     check_scales("prompt_attention", cache, scales)
-    _check(q, cache, table, positions, window, out, terms)
-    launch(q, cache, table, positions, window, out, scales, terms, tile_for(q.shape[2], cache.dtype, terms))
-
-
-def launch(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    positions: torch.Tensor,
-    window: int | None,
-    out: torch.Tensor,
-    scales: torch.Tensor | None,
-    terms: int,
-    tile: Tile,
-) -> None:
-    """`prompt_attention` with a given tile, unchecked: for measuring."""
+    check_attention("prompt_attention", q, cache, window, out)
+    _check(q, table, positions, terms)
+    tile = tile or tile_for(q.shape[2], cache.dtype, terms)
     (tokens, heads, head_dim), (kv_heads, block_size) = q.shape, cache.shape[2:4]
     key, value = _TYPES[cache.dtype]
     tiles = triton.cdiv(tokens * (heads // kv_heads), tile.rows)
@@ -268,29 +257,7 @@ def prompt_attention_ref(
     out.copy_((p @ values[:, None]).permute(2, 0, 1, 3).reshape(tokens, -1))
 
 
-def _check(
-    q: torch.Tensor,
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    positions: torch.Tensor,
-    window: int | None,
-    out: torch.Tensor,
-    terms: int,
-) -> None:
-    fits = q.ndim == 3 and cache.ndim == 5 and cache.shape[1] == 2 and cache.shape[4] == q.shape[2] and q.shape[0] > 0
-    if not fits or q.shape[1] % cache.shape[2] or out.shape != (q.shape[0], q.shape[1] * q.shape[2]):
-        shapes = ", ".join(str(tuple(a.shape)) for a in (q, cache, out))
-        raise ValueError(f"prompt_attention shapes do not fit: q, cache, out are {shapes}")
-    if q.dtype != torch.float32 or q.stride()[1:] != (q.shape[2], 1) or cache.dtype not in CACHE_TYPES:
-        raise ValueError(
-            f"prompt_attention wants f32 q with contiguous heads and a f32, f16, bf16 or int8 cache, "
-            f"got {q.dtype} with strides {q.stride()}, {cache.dtype}"
-        )
-    if out.dtype != torch.float32 or not out.is_contiguous() or not cache.is_contiguous():
-        raise ValueError(
-            f"prompt_attention wants a contiguous cache and contiguous f32 out, "
-            f"got strides {cache.stride()}, {out.dtype} with strides {out.stride()}"
-        )
+def _check(q: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, terms: int) -> None:
     if table.ndim != 1 or table.dtype != torch.int32 or not table.is_contiguous():
         raise ValueError(f"prompt_attention wants a contiguous int32 table [n], got {table.dtype} {tuple(table.shape)}")
     if positions.shape != (q.shape[0],) or positions.dtype != torch.int32 or not positions.is_contiguous():
@@ -298,7 +265,5 @@ def _check(
             f"prompt_attention wants contiguous int32 positions [{q.shape[0]}], got {positions.dtype} "
             f"{tuple(positions.shape)}"
         )
-    if (window is not None and window < 1) or terms not in (2, 3):
-        raise ValueError(
-            f"prompt_attention wants a window of at least 1 or None and 2 or 3 terms, got {window}, {terms}"
-        )
+    if not len(q) or terms not in (2, 3):
+        raise ValueError(f"prompt_attention wants at least one token and 2 or 3 terms, got {len(q)}, {terms}")

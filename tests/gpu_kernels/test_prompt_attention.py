@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from gpu_cases import DEVICE, TYPES, assert_close, random_input
 
 from gpu_kernels.attention import attention_scratch, decode_attention
-from gpu_kernels.prompt_attention import Tile, launch, prompt_attention, prompt_attention_ref, tile_for
+from gpu_kernels.prompt_attention import Tile, prompt_attention, prompt_attention_ref, tile_for
 
 SMALL = Tile(16, 16, 4, 2)  # a few tokens fill several
 TOLERANCES = {("bf16", 2): 5e-5, ("int8", 2): 5e-5}  # by terms; of all others 4e-6: tensor cores cut off sums
@@ -36,10 +36,7 @@ def check(case, window=None, terms=2, tile=None, tolerance=None):
     q, cache, table, positions, out, scales = case
     expected = torch.empty_like(out)
     prompt_attention_ref(q, cache, table, positions, window, expected, scales)
-    if tile is None:
-        prompt_attention(q, cache, table, positions, window, out, scales, terms)
-    else:
-        launch(q, cache, table, positions, window, out, scales, terms, tile)
+    prompt_attention(q, cache, table, positions, window, out, scales, terms, tile)
     kind = {dtype: name for name, dtype in TYPES.items()}.get(cache.dtype, "int8")
     assert_close(out, expected, tolerance or TOLERANCES.get((kind, terms), 4e-6))
 
@@ -138,8 +135,8 @@ def test_the_last_position_may_be_repeated(start, tokens, more, window):
     queries, found = random_input(tokens + more, 3 * 16).view(-1, 3, 16), torch.full((tokens + more, 48), torch.nan)
     queries[:tokens] = q
     found = found.to(DEVICE)
-    launch(queries, cache, table, filled, window, found, None, 2, SMALL)
-    launch(q, cache, table, positions, window, out, None, 2, SMALL)
+    prompt_attention(queries, cache, table, filled, window, found, tile=SMALL)
+    prompt_attention(q, cache, table, positions, window, out, tile=SMALL)
     assert torch.equal(found[:tokens], out) and found.isfinite().all()
     expected = torch.empty_like(found)
     prompt_attention_ref(queries, cache, table, filled, window, expected)
