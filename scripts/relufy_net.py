@@ -311,6 +311,7 @@ class Network:
         f32 [L]. blend: as `block` has it."""
         spec = self._spec
         x, soft, fired = F.embedding(ids, self._embedding), [], []
+        x.requires_grad_(torch.is_grad_enabled())  # or the first layer would be compiled apart from the others
         cos, sin = self._cos[: ids.shape[1]], self._sin[: ids.shape[1]]
         for layer in weights.layers():
             x, *shares = self._block(x, cos, sin, layer, blend, spec.activation, spec.head_dim, spec.norm_eps)
