@@ -29,7 +29,7 @@ _CHUNK_TOKENS = 8192
 _READ_EVERY = 10  # steps: reading waits for the GPU
 _TELL_SECONDS = 10.0
 # Of the memory that is free, what the dense model's hidden states may take.
-_CACHE_SHARE = 0.4
+_CACHE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,11 @@ class Distillation:
         return total / ids.numel(), torch.cat(gradients)
 
 
+def _free_memory(device: torch.device) -> int:
+    """Bytes; 0 on a CPU, where memory is not ours to fill."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 class Teacher:
     """The dense model's hidden states for windows of the corpus, kept where memory allows: then each window costs its
     pass through the dense model once, however often it is trained on."""
@@ -155,7 +160,7 @@ class Teacher:
         self._base, self._network, self._windows = base, network, windows
         device, shape = base.embedding.device, (*windows.shape, base.spec.d_model)
         needed = math.prod(shape) * base.embedding.element_size()
-        fits = device.type == "cuda" and needed < _CACHE_SHARE * torch.cuda.mem_get_info(device)[0]
+        fits = needed < _CACHE_SHARE * _free_memory(device)
         self._kept = torch.empty(shape, dtype=base.embedding.dtype, device=device) if fits else None
         self._known = np.zeros(len(windows), bool)
 
@@ -164,11 +169,12 @@ class Teacher:
         """Hidden states [B, T, d] of windows of these numbers (on the CPU), whose ids [B, T] lie on the device."""
         if self._kept is None:
             return self._network(ids, self._base, None)[0]
-        where = numbers.to(ids.device)
-        if not self._known[numbers.numpy()].all():
-            self._kept[where] = self._network(ids, self._base, None)[0]
-            self._known[numbers.numpy()] = True
-        return self._kept[where]
+        where = numbers.tolist()
+        if not self._known[where].all():
+            for number, states in zip(where, self._network(ids, self._base, None)[0], strict=True):
+                self._kept[number] = states
+            self._known[where] = True
+        return torch.stack([self._kept[number] for number in where])
 
 
 class Training:

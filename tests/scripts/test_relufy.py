@@ -226,6 +226,22 @@ def test_a_stopped_run_goes_on_to_the_same_result(net, train, dense, tmp_path, m
         torch.testing.assert_close(rest.state_dict()[name], expected, atol=0, rtol=0)
 
 
+def test_kept_hidden_states_are_the_dense_models(net, train, dense, monkeypatch):
+    base, text = net.load_base(dense, "cpu", torch.float32), windows(6)
+    network, passes = net.Network(base, CONTEXT, False), []
+
+    def counted(*arguments):
+        passes.append(1)
+        return network(*arguments)
+
+    monkeypatch.setattr(train, "_free_memory", lambda device: 1 << 30)
+    teacher = train.Teacher(base, counted, text)
+    for chosen in ([0, 1, 2], [2, 3, 4], [4, 1, 0], [3, 2, 3]):
+        expected = network(text[chosen].long(), base, None)[0]
+        torch.testing.assert_close(teacher(torch.tensor(chosen), text[chosen].long()), expected, atol=1e-5, rtol=1e-5)
+    assert len(passes) == 2
+
+
 def test_checkpoints_of_other_settings_or_damaged_are_refused(net, train, dense, tmp_path):
     difference, training = make_training(net, train, dense)
     train.save_checkpoint(tmp_path / "c", training, difference, {"seed": 0, "rank": 3})
