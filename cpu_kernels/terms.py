@@ -26,6 +26,7 @@ from cpu_kernels.compiled import subroutine
 from cpu_kernels.contract import GROUP
 from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant
 from cpu_kernels.row_sum import column_bytes
+from cpu_kernels.row_type import RowType
 from cpu_kernels.row_types import type_like
 from cpu_kernels.tile_unit import ROWS, TILE_BYTES
 from cpu_kernels.widen import widen_columns
@@ -39,6 +40,11 @@ _STEPS = GROUP // STEP
 def terms_in(form: Any) -> int:
     """Terms of a token in a form, an array or its Numba type; 0 in one without."""
     return int(form.ndim) if str(form.dtype) == "uint16" else 0
+
+
+def term_products(form: Any, kind: RowType) -> int:
+    """Products of terms for each product of a weight and a token."""
+    return sum(terms_in(form) - j for j in range(min(terms_in(form), kind.terms)))
 
 
 def _weight_terms(form: Any, like: Any) -> int:
