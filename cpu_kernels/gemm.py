@@ -103,7 +103,10 @@ def products(form, like, weight, row_bytes, row, count, d, x, some, tokens, own,
         last = min(first + GROUP, d)
         pack_rows(form, like, weight + row * row_bytes, row_bytes, count, first, last, end, own)
         if in_terms(form):
-            add_term_tiles(form, like, own, x, some, tokens, last - first, count, first, which)
+            ahead, coming = weight + row * row_bytes + column_bytes(like, last), count if last < d else 0
+            add_term_tiles(
+                form, like, own, x, some, tokens, last - first, count, first, which, ahead, row_bytes, coming
+            )  # fmt: skip
             continue
         panels, place = own.panels.ctypes.data, GROUP * columns * 4
         _add_tiles(form, panels, columns * 4, own, place, x, some, tokens, last - first, count, first, which)
@@ -123,7 +126,9 @@ def row_sums(  # type: ignore[no-untyped-def]
         k = min(GROUP, rows - start)
         pack_sums(form, like, weight + start * row_bytes, row_bytes, k, first, first + count, end, own)
         if in_terms(form):
-            add_term_tiles(form, like, own, x, some, tokens, k, count, start, which)
+            ahead = weight + (start + GROUP) * row_bytes + column_bytes(like, first)
+            coming = min(GROUP, rows - start - GROUP)
+            add_term_tiles(form, like, own, x, some, tokens, k, count, start, which, ahead, row_bytes, coming)
             continue
         if in_codes(form):
             panels, width, place = own.panels.ctypes.data, columns * 4, GROUP * columns * 4

@@ -21,8 +21,7 @@ from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.contract import BLOCK, GROUP, Precision
 from cpu_kernels.inputs import LARGEST, ROUND, largest
-from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant, fetch_at
-from cpu_kernels.row_sum import column_bytes
+from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant
 from cpu_kernels.row_type import Panel
 from cpu_kernels.row_types import in_blocks, type_like
 from cpu_kernels.terms import (
@@ -36,7 +35,7 @@ from cpu_kernels.terms import (
 )
 from cpu_kernels.tile_unit import ROWS, tiles_usable
 from cpu_kernels.tiles import TOKENS, panel_columns
-from cpu_kernels.widen import widen_columns
+from cpu_kernels.widen import fetch_columns, widen_columns
 
 UNIT = 128  # rows, or columns of a sum of rows, of one piece of work
 MOST = np.float32(8191)  # code of weights and tokens that are both rounded
@@ -296,7 +295,7 @@ def pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type
         pack_row_terms(form, like, row, row_bytes, count, first, last, end, own)
     else:
         _pack_rows(form, like, row, row_bytes, count, first, last, end, own)
-    fetch_next(like, row, row_bytes, count, last)
+        fetch_columns(like, row, row_bytes, count, last)  # of the next panels, while the tokens pass by
 
 
 @subroutine
@@ -324,22 +323,11 @@ def _pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # typ
 
 
 @subroutine
-def fetch_next(like, row, row_bytes, count, column):  # type: ignore[no-untyped-def]
-    """Fetch the 128 columns of rows that come next, while the tokens pass by."""
-    size = column_bytes(like, GROUP)
-    at = row + column_bytes(like, column)
-    for i in range(count):
-        for line in range(0, size, 64):
-            fetch_at(at + i * row_bytes + line)
-
-
-@subroutine
 def pack_sums(form, like, row, row_bytes, count, first, last, end, own):  # type: ignore[no-untyped-def]
     """Columns [first, last) as `pack_rows` has them, of `count` rows, at most 128, for a sum over the rows; floats
     stay in own.wide, where tiles find them."""
     if in_terms(form):
         pack_sum_terms(form, like, row, row_bytes, count, first, last, end, own)
-        fetch_next(like, row + GROUP * row_bytes, row_bytes, count, first)
         return
     columns, stride = panel_columns(), own.wide.strides[0]
     for i in range(count):

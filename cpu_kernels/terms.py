@@ -29,12 +29,13 @@ from cpu_kernels.row_sum import column_bytes
 from cpu_kernels.row_type import RowType
 from cpu_kernels.row_types import type_like
 from cpu_kernels.tile_unit import ROWS, TILE_BYTES
-from cpu_kernels.widen import widen_columns
+from cpu_kernels.widen import fetch_columns, widen_columns
 
 # Forms as `panels.py` has others: arrays of as many axes as a token has terms.
 TWO_TERMS, THREE_TERMS = np.empty((0, 0), np.uint16), np.empty((0, 0, 0), np.uint16)
 STEP = 32  # columns of a tile
 _STEPS = GROUP // STEP
+_AHEAD = 16  # rows that are fetched with a tile: all of a unit's with those of 64 tokens
 
 
 def terms_in(form: Any) -> int:
@@ -333,16 +334,27 @@ begin_tiles, end_tiles = _unit_call("configure"), _unit_call("release")
 
 
 @subroutine
-def add_term_tiles(form, like, own, x, some, tokens, k, count, first, which):  # type: ignore[no-untyped-def]
-    """own.results[which, t, :count] += the panels times `k` columns of the inputs of `some` tokens from `first` on."""
+def add_term_tiles(  # type: ignore[no-untyped-def]
+    form, like, own, x, some, tokens, k, count, first, which, ahead, row_bytes, coming
+):  # fmt: skip
+    """own.results[which, t, :count] += the panels times `k` columns of the inputs of `some` tokens from `first` on.
+
+    Meanwhile what is packed next is fetched, 128 columns from the address `ahead` on of `coming` rows: some with every
+    tile, as many at once would be waited for.
+    """
     groups, steps, size = (tokens + ROWS - 1) // ROWS, (k + STEP - 1) // STEP, _token_bytes(form)
     panels, place, stride = own.panels.ctypes.data, _panel_bytes(form, like), own.results.strides[1]
     inputs, results = x.terms.ctypes.data + first // GROUP * groups * size, own.results[which].ctypes.data
-    end = (some[1] + ROWS - 1) // ROWS
+    end, fetched = (some[1] + ROWS - 1) // ROWS, 0
     for g in range(some[0] // ROWS, end, 2):
         for c in range(0, count, 2 * LANES):
+            if fetched < coming:
+                fetch_columns(like, ahead + fetched * row_bytes, row_bytes, min(_AHEAD, coming - fetched), 0)
+                fetched += _AHEAD
             weights, to = panels + c // LANES * place, results + g * ROWS * stride + 4 * c
             if g + 1 < end:
                 _tile_2(form, like, weights, inputs + g * size, steps, to, stride)
             else:
                 _tile_1(form, like, weights, inputs + g * size, steps, to, stride)
+    if fetched < coming:
+        fetch_columns(like, ahead + fetched * row_bytes, row_bytes, coming - fetched, 0)

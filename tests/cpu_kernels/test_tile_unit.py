@@ -22,7 +22,7 @@ from cpu_kernels.tile_unit import TileUnit, row_stride, tiles_usable
 
 TESTS = Path(__file__).parent
 # Rows as they are stored and rows that are split, whole tiles and others, and each form.
-CHOSEN = "(matches or gemm and same_bits) and (fast and bf16 or precise and f32)"
+CHOSEN = "(matches or gemm and same_bits) and fast and bf16 or dense_ffn and matches and precise and f32"
 
 PROGRAM = """
 import sys
