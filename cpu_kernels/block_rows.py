@@ -107,6 +107,7 @@ class Int4Rows(BlockRows):
 
     columns_unit = GROUP
     in_order = False
+    terms = 2  # 3 bits of a code by the 11 of its scale
 
     def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
         builder, groups = code.builder, code.groups(n)

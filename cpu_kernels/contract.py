@@ -59,7 +59,7 @@ def split_activation(name: str) -> tuple[str, float]:
 
 
 DType = Literal["bf16", "f16", "f32", "int8", "int4"]
-# Of products of many tokens. precise: in f32. fast: in integers of 14 to 16 bits, see `panels.py`.
+# Of products of many tokens. precise: as exactly as f32. fast: of 14 to 17 bits of each factor, see `panels.py`.
 Precision = Literal["precise", "fast"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Blocks = Literal["int8", "int4"]

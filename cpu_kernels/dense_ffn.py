@@ -57,7 +57,7 @@ def _dense_ffn(  # type: ignore[no-untyped-def]
     parts = parts_of(units, tokens, workers)
     piece = barrier.take(state)
     while piece < units * parts:
-        start, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
+        start, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
         count = min(UNIT, neurons - start)
         if gate:
             products(form, like, gate, row_bytes, first + start, count, d, packed, some, tokens, own, 0)
@@ -70,7 +70,7 @@ def _dense_ffn(  # type: ignore[no-untyped-def]
     parts = parts_of(units, tokens, workers)
     piece = barrier.take(state)
     while piece < units * parts:
-        column, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
+        column, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
         count = min(UNIT, d - column)
         rows = down + first * row_bytes
         row_sums(form, like, rows, row_bytes, neurons, d, column, count, hidden, some, tokens, own, 0)

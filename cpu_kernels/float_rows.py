@@ -25,6 +25,7 @@ class FloatRows(RowType):
         super().__init__(layout, array)
         self._kind: types.Type = from_dtype(array)
         self._size = array.itemsize
+        self.terms = {"bf16": 1, "f16": 2, "f32": 3}[layout.name]
 
     def dot(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
         builder, size = code.builder, self._size

@@ -20,10 +20,9 @@ from cpu_kernels.compiled import kernel, subroutine
 from cpu_kernels.contract import BLOCK, GROUP, Precision
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.panels import (
-    CODES,
-    FLOATS,
     UNIT,
     Tokens,
+    form_of,
     in_codes,
     new_own,
     new_tokens,
@@ -32,6 +31,8 @@ from cpu_kernels.panels import (
     pack_tokens,
 )
 from cpu_kernels.row_sum import column_bytes
+from cpu_kernels.terms import add_term_tiles, begin_tiles, end_tiles, in_terms
+from cpu_kernels.tile_unit import ROWS
 from cpu_kernels.tiles import (
     TOKENS,
     code_tile,
@@ -43,8 +44,6 @@ from cpu_kernels.tiles import (
     panel_columns,
 )
 from cpu_kernels.worker_pool import Each, WorkerPool
-
-_FORMS: dict[Precision, np.ndarray] = {"precise": FLOATS, "fast": CODES}
 
 
 @subroutine(forceinline=True)
@@ -99,11 +98,19 @@ def products(form, like, weight, row_bytes, row, count, d, x, some, tokens, own,
     token t's input, for `some` of the tokens, from first to last; x: `Tokens` of d columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
     own.results[which, some[0] : some[1]] = 0
+    begin_tiles(form)
     for first in range(0, d, GROUP):
         last = min(first + GROUP, d)
         pack_rows(form, like, weight + row * row_bytes, row_bytes, count, first, last, end, own)
+        if in_terms(form):
+            ahead, coming = weight + row * row_bytes + column_bytes(like, last), count if last < d else 0
+            add_term_tiles(
+                form, like, own, x, some, tokens, last - first, count, first, which, ahead, row_bytes, coming
+            )  # fmt: skip
+            continue
         panels, place = own.panels.ctypes.data, GROUP * columns * 4
         _add_tiles(form, panels, columns * 4, own, place, x, some, tokens, last - first, count, first, which)
+    end_tiles(form)
 
 
 @subroutine
@@ -114,14 +121,21 @@ def row_sums(  # type: ignore[no-untyped-def]
     128 from a multiple of 128 on, for `some` of the tokens; x: `Tokens` of `rows` columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
     own.results[which, some[0] : some[1]] = 0
+    begin_tiles(form)
     for start in range(0, rows, GROUP):
         k = min(GROUP, rows - start)
         pack_sums(form, like, weight + start * row_bytes, row_bytes, k, first, first + count, end, own)
+        if in_terms(form):
+            ahead = weight + (start + GROUP) * row_bytes + column_bytes(like, first)
+            coming = min(GROUP, rows - start - GROUP)
+            add_term_tiles(form, like, own, x, some, tokens, k, count, start, which, ahead, row_bytes, coming)
+            continue
         if in_codes(form):
             panels, width, place = own.panels.ctypes.data, columns * 4, GROUP * columns * 4
         else:
             panels, width, place = own.wide.ctypes.data, own.wide.strides[0], columns * 4
         _add_tiles(form, panels, width, own, place, x, some, tokens, k, count, start, which)
+    end_tiles(form)
 
 
 @subroutine
@@ -137,10 +151,11 @@ def parts_of(units, tokens, workers):  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def some_tokens(part, parts, tokens):  # type: ignore[no-untyped-def]
-    """The tokens of a part, whole groups: [first, last)."""
-    groups = (tokens + TOKENS - 1) // TOKENS
-    return groups * part // parts * TOKENS, min(groups * (part + 1) // parts * TOKENS, tokens)
+def some_tokens(form, part, parts, tokens):  # type: ignore[no-untyped-def]
+    """The tokens of a part, whole tiles: [first, last)."""
+    size = ROWS if in_terms(form) else TOKENS
+    groups = (tokens + size - 1) // size
+    return groups * part // parts * size, min(groups * (part + 1) // parts * size, tokens)
 
 
 @kernel
@@ -153,7 +168,7 @@ def _gemm(worker, workers, state, form, like, weight, row_bytes, x, bias, packed
     parts = parts_of(units, tokens, workers)
     piece = barrier.take(state)
     while piece < units * parts:
-        row, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
+        row, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
         count = min(UNIT, rows - row)
         products(form, like, weight, row_bytes, row, count, x.shape[1], packed, some, tokens, own, 0)
         for t in range(some[0], some[1]):
@@ -169,7 +184,7 @@ class GemmScratch:
     """
 
     def __init__(self, threads: int, precision: Precision = "precise") -> None:
-        self.form = _FORMS[precision]
+        self.form = form_of(precision)
         self._threads = threads
         self._packed: dict[str, tuple[int, int, Tokens]] = {}
         self._owns: tuple[int, Each] = (0, Each())
@@ -186,7 +201,7 @@ class GemmScratch:
         """Each worker's own buffers."""
         most, found = self._owns
         if tokens > most:
-            found = Each(new_own(tokens) for _ in range(self._threads))
+            found = Each(new_own(tokens, self.form) for _ in range(self._threads))
             self._owns = (tokens, found)
         return found
 

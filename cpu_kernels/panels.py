@@ -1,4 +1,4 @@
-"""Weights and tokens in the forms that tiles multiply (`tiles.py`), floats or codes.
+"""Weights and tokens in the forms that tiles multiply, floats or codes (`tiles.py`), or bf16 terms (`terms.py`).
 
 Floats are the weights as they are, in f32. Codes are integers with a scale for each block of 32: those of rows in
 blocks as they are stored, with tokens rounded to 16 bits as decode rounds its inputs (`inputs.py`). All else is rounded
@@ -19,14 +19,23 @@ from numba.extending import intrinsic
 from cpu_kernels import barrier
 from cpu_kernels.blocks import padded
 from cpu_kernels.compiled import subroutine
-from cpu_kernels.contract import BLOCK, GROUP
+from cpu_kernels.contract import BLOCK, GROUP, Precision
 from cpu_kernels.inputs import LARGEST, ROUND, largest
-from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant, fetch_at
-from cpu_kernels.row_sum import column_bytes
+from cpu_kernels.lanes import F32, I16, I32, I64, LANES, Code, constant
 from cpu_kernels.row_type import Panel
 from cpu_kernels.row_types import in_blocks, type_like
+from cpu_kernels.terms import (
+    THREE_TERMS,
+    TWO_TERMS,
+    in_terms,
+    pack_row_terms,
+    pack_sum_terms,
+    pack_token_terms,
+    terms_in,
+)
+from cpu_kernels.tile_unit import ROWS, tiles_usable
 from cpu_kernels.tiles import TOKENS, panel_columns
-from cpu_kernels.widen import widen_columns
+from cpu_kernels.widen import fetch_columns, widen_columns
 
 UNIT = 128  # rows, or columns of a sum of rows, of one piece of work
 MOST = np.float32(8191)  # code of weights and tokens that are both rounded
@@ -37,19 +46,27 @@ _SPACING = GROUP + LANES  # f32 from one widened row to the next: rows a power o
 FLOATS, CODES = np.empty(0, np.float32), np.empty(0, np.int16)
 
 
+def form_of(precision: Precision) -> np.ndarray:
+    """The form that products of this precision take on this CPU: terms where it has a tile unit."""
+    if tiles_usable():
+        return THREE_TERMS if precision == "precise" else TWO_TERMS
+    return FLOATS if precision == "precise" else CODES
+
+
 class Tokens(NamedTuple):
     """Tokens as tiles read them, 6 side by side, 128 columns of all of them after the other: f32
     [P / 128, groups, 128, 6]; or pairs of codes, int32 [P / 128, groups, 64, 6], with scales f32 [P / 128, groups, 4,
-    6]. As addresses need no shapes, each is a vector."""
+    6]; or terms, bf16 as uint16 (`terms.py`). As addresses need no shapes, each is a vector."""
 
     floats: np.ndarray
     pairs: np.ndarray
     scales: np.ndarray
+    terms: np.ndarray
 
 
 class Own(NamedTuple):
-    """A worker's own: panels of a unit with their scales, rows widened, codes of a token, and f32 [2, tokens, 128]
-    results of a unit."""
+    """A worker's own: panels of a unit with their scales, rows widened, 32 codes of a token, or room for 32 f32 of it,
+    and f32 [2, tokens, 128] results of a unit."""
 
     panels: np.ndarray
     scales: np.ndarray
@@ -66,18 +83,25 @@ def groups_of(tokens: int) -> int:
 def new_tokens(tokens: int, columns: int, form: np.ndarray) -> Tokens:
     """Room for so many tokens of up to `columns` columns, in one form."""
     n = groups_of(tokens) * TOKENS * padded(columns)
-    floats, codes = (0, n) if form is CODES else (n, 0)
-    return Tokens(aligned(floats, np.float32), aligned(codes // 2, np.int32), aligned(codes // BLOCK, np.float32))
+    floats, codes = (n if form is FLOATS else 0), (n if form is CODES else 0)
+    terms = -(-tokens // ROWS) * ROWS * padded(columns) * terms_in(form)
+    return Tokens(
+        aligned(floats, np.float32),
+        aligned(codes // 2, np.int32),
+        aligned(codes // BLOCK, np.float32),
+        aligned(terms, np.uint16),
+    )
 
 
-def new_own(tokens: int) -> Own:
-    """One worker's buffers for so many tokens."""
-    rows = groups_of(tokens) * TOKENS  # a tile of an odd number of tokens adds one more
+def new_own(tokens: int, form: np.ndarray) -> Own:
+    """One worker's buffers for so many tokens in one form."""
+    of_tile = ROWS if terms_in(form) else TOKENS
+    rows = -(-tokens // of_tile) * of_tile  # the last tile adds what its other tokens would have
     return Own(
-        panels=aligned(UNIT * GROUP, np.float32),
+        panels=aligned(UNIT * GROUP * max(2, terms_in(form)) // 2, np.float32),  # of up to as many terms
         scales=aligned(UNIT * GROUP // BLOCK, np.float32),
         wide=aligned(GROUP * _SPACING, np.float32).reshape(GROUP, _SPACING),
-        codes=aligned(BLOCK, np.int16),
+        codes=aligned(2 * BLOCK, np.int16),
         results=aligned(2 * rows * UNIT, np.float32).reshape(2, rows, UNIT),
     )
 
@@ -100,6 +124,9 @@ def in_codes(typing_context: Any, form: Any) -> Any:
 def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type: ignore[no-untyped-def]
     """x[:count], at most 128 columns of token t from `first` on, a multiple of 128, into their place; as codes of up to
     `most`, the last block filled up with zeros."""
+    if in_terms(form):
+        pack_token_terms(form, x, count, first, t, tokens, codes.view(np.float32), packed)
+        return
     groups = (tokens + TOKENS - 1) // TOKENS
     place, t = (first * groups + t // TOKENS * GROUP) * TOKENS, t % TOKENS
     if not in_codes(form):
@@ -112,7 +139,7 @@ def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type
         top = largest(x, block, end)
         inverse = most / top if top > np.float32(_TINY) else np.float32(0)
         if end < block + BLOCK:
-            codes[:] = 0
+            codes[:BLOCK] = 0
         for k in range(block, end):
             codes[k - block] = np.int16(np.float32(x[k] * inverse + ROUND).view(np.int32))
         at = (place + block * TOKENS) // 2 + t
@@ -264,6 +291,16 @@ def _rounded_columns(
 def pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type: ignore[no-untyped-def]
     """Columns [first, last), at most 128 from a multiple of 128 on, of `count` rows from the address `row` on, into the
     worker's panels."""
+    if in_terms(form):
+        pack_row_terms(form, like, row, row_bytes, count, first, last, end, own)
+    else:
+        _pack_rows(form, like, row, row_bytes, count, first, last, end, own)
+        fetch_columns(like, row, row_bytes, count, last)  # of the next panels, while the tokens pass by
+
+
+@subroutine
+def _pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type: ignore[no-untyped-def]
+    """As `pack_rows`, in floats or codes."""
     columns, stride = panel_columns(), own.wide.strides[0]
     panels, scales, wide = own.panels.ctypes.data, own.scales.ctypes.data, own.wide.ctypes.data
     stored = in_codes(form) and in_blocks(like)
@@ -283,23 +320,15 @@ def pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type
             _rounded_rows(wide + r * stride, stride, blocks, weights, of, columns * 4)
         else:
             _turned_rows(wide + r * stride, stride, (last - first + LANES - 1) & -LANES, weights, columns * 4)
-    fetch_next(like, row, row_bytes, count, last)
-
-
-@subroutine
-def fetch_next(like, row, row_bytes, count, column):  # type: ignore[no-untyped-def]
-    """Fetch the 128 columns of rows that come next, while the tokens pass by."""
-    size = column_bytes(like, GROUP)
-    at = row + column_bytes(like, column)
-    for i in range(count):
-        for line in range(0, size, 64):
-            fetch_at(at + i * row_bytes + line)
 
 
 @subroutine
 def pack_sums(form, like, row, row_bytes, count, first, last, end, own):  # type: ignore[no-untyped-def]
     """Columns [first, last) as `pack_rows` has them, of `count` rows, at most 128, for a sum over the rows; floats
     stay in own.wide, where tiles find them."""
+    if in_terms(form):
+        pack_sum_terms(form, like, row, row_bytes, count, first, last, end, own)
+        return
     columns, stride = panel_columns(), own.wide.strides[0]
     for i in range(count):
         widen_columns(like, row + i * row_bytes, first, last, end, own.wide[i])

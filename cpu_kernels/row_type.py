@@ -46,12 +46,14 @@ class RowType(ABC):
     layout: bits, group and sizes. array: the type of the rows' array, by which compiled code knows them: NumPy has no
     bf16 and no 4-bit type, so each type has another of NumPy's. columns_unit: slices of the columns of a sum begin and
     end at multiples of it, but for the row's end. has_tail: whether the methods leave what follows the last whole
-    vector to `row_dot.py`, `row_sum.py` and `widen.py`. in_order: whether sums lie in the order of the columns.
+    vector to `row_dot.py`, `row_sum.py` and `widen.py`. in_order: whether sums lie in the order of the columns. terms:
+    numbers of bf16 of which any weight is the sum (`terms.py`).
     """
 
     columns_unit: int = BLOCK
     has_tail: bool
     in_order: bool = True
+    terms: int = 3
 
     def __init__(self, layout: RowLayout, array: np.dtype) -> None:
         self.layout, self.array = layout, array

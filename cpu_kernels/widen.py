@@ -1,4 +1,4 @@
-"""Rows of stored weights as f32, for sums of rows by tiles (`gemm.py`)."""
+"""Rows of stored weights as f32, and their columns fetched ahead, for products of many tokens (`gemm.py`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from cpu_kernels.compiled import subroutine
-from cpu_kernels.lanes import LANES, Code
+from cpu_kernels.contract import GROUP
+from cpu_kernels.lanes import LANES, Code, fetch_at
+from cpu_kernels.row_sum import column_bytes
 from cpu_kernels.row_types import has_tail, type_like, weight_of
 
 
@@ -34,3 +36,13 @@ def widen_columns(like, row, first, last, end, out):  # type: ignore[no-untyped-
     if has_tail(like):
         for j in range(first + ((last - first) & -LANES), last):
             out[j - first] = weight_of(like, row, j)
+
+
+@subroutine
+def fetch_columns(like, row, row_bytes, count, column):  # type: ignore[no-untyped-def]
+    """Fetch the 128 columns from `column` on of `count` rows from the address `row` on."""
+    size = column_bytes(like, GROUP)
+    at = row + column_bytes(like, column)
+    for i in range(count):
+        for line in range(0, size, 64):
+            fetch_at(at + i * row_bytes + line)

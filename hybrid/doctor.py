@@ -11,6 +11,7 @@ import click
 import torch
 from llvmlite import binding
 
+from cpu_kernels.tile_unit import tiles_usable
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import counted, details, size
 from hybrid.formats.bundle import EMBEDDED_MODEL
@@ -37,9 +38,15 @@ def _cpu_rows() -> list[tuple[str, str]]:
     return [
         ("CPU", f"{platform.machine()}, {binding.get_host_cpu_name()}"),
         ("vector features", ", ".join(found) or "none of those used"),
+        *([("tile unit", _tile_unit())] if features.get("amx-bf16") else []),
         ("cores", f"{os.cpu_count()} in the machine, {available_cpus()} for this process"),
         ("memory read", f"{measured.cpu_read_bandwidth / 1e9:.1f} GB/s by {counted(measured.cpu_threads, 'thread')}"),
     ]
+
+
+def _tile_unit() -> str:
+    """Of a CPU with amx-bf16, whether it is used."""
+    return "multiplies prompts" if tiles_usable() else "not used: the system does not let this process"
 
 
 def _gpu_rows() -> list[tuple[str, str]]:

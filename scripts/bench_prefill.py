@@ -4,7 +4,8 @@
 
 First the peaks: products a second of the instructions that the tiles use, in registers alone, with all threads. Then
 for each length: tokens/s of `precise` and `fast` and of the peer in turn, best and median of the runs; the share of the
-peak that the weights' products alone are; and the median of the runs' ratios to the peer. The last line is JSON.
+peak that the weights' products alone are, of bf16 terms (`terms.py`) each times the products of terms that it takes;
+and the median of the runs' ratios to the peer. The last line is JSON, its peaks in products of weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from numba.extending import intrinsic
 
 from cpu_kernels.compiled import kernel
 from cpu_kernels.lanes import F32, I32, I64, LANES, Code, constant
+from cpu_kernels.panels import CODES, FLOATS, form_of
+from cpu_kernels.row_types import ROW_TYPES
+from cpu_kernels.terms import STEP, TWO_TERMS, term_products, terms_in
+from cpu_kernels.tile_unit import ROWS, TileUnit, tiles_usable
 from cpu_kernels.tiles import Loop, add_pairs, tile_vectors
 from cpu_kernels.worker_pool import WorkerPool, available_cpus
 from hybrid import Engine, EngineConfig
@@ -63,6 +68,33 @@ def _peak(pairs: bool) -> Any:
 
         return types.int64(), generate
 
+    return _kernel(repeat, products)
+
+
+def _tile_peak() -> Any:
+    """As `_peak`, of the tile unit's instruction, for four sums as the tiles of terms have."""
+
+    @intrinsic
+    def repeat(typing_context: Any, passes: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            unit = TileUnit(code := Code(context, builder))
+            unit.configure()
+            with code.each(args[0]):
+                for tile in range(4):
+                    unit.dot(tile, 4 + tile // 2, 6 + tile % 2)
+            unit.release()
+            return F32(0.0)
+
+        return types.float32(types.int64), generate
+
+    @intrinsic
+    def products(typing_context: Any) -> Any:
+        return types.int64(), lambda context, builder, signature, args: I64(4 * ROWS * LANES * STEP)
+
+    return _kernel(repeat, products)
+
+
+def _kernel(repeat: Any, products: Any) -> Any:
     @kernel
     def run(worker, workers, passes, out):  # type: ignore[no-untyped-def]
         out[worker, 0] = repeat(passes)
@@ -71,15 +103,17 @@ def _peak(pairs: bool) -> Any:
     return run
 
 
-def peak(pairs: bool, pool: WorkerPool) -> float:
-    """Products a second of all threads: of f32, or with `pairs` of 16-bit integers."""
-    run, out, best = _peak(pairs), np.zeros((pool.threads, 2), np.float32), float("inf")
+def peak(form: np.ndarray, pool: WorkerPool) -> float:
+    """Products a second of all threads by the instruction of a form (`panels.py`): of f32, 16-bit integers or bf16."""
+    run = _tile_peak() if terms_in(form) else _peak(form is CODES)
+    passes = _PASSES // 10 if terms_in(form) else _PASSES
+    out, best = np.zeros((pool.threads, 2), np.float32), float("inf")
     pool.run(run, pool.threads, 1, out)
     for _ in range(3):
         start = time.perf_counter()
-        pool.run(run, pool.threads, _PASSES, out)
+        pool.run(run, pool.threads, passes, out)
         best = min(best, time.perf_counter() - start)
-    return pool.threads * _PASSES * float(out[0, 1]) / best
+    return pool.threads * passes * float(out[0, 1]) / best
 
 
 def products_per_token(spec: ModelSpec) -> int:
@@ -135,7 +169,10 @@ def in_turn(
 @click.option("--seed", type=int, default=0)
 def main(model: Path, peer: Path | None, tokens: list[int], threads: int, runs: int, seed: int) -> None:
     pool = WorkerPool(threads)
-    peaks = {"precise": peak(False, pool), "fast": peak(True, pool)}
+    forms: dict[str, np.ndarray] = {"precise": form_of("precise"), "fast": form_of("fast")}
+    known = {name: peak(form, pool) for name, form in (("f32", FLOATS), ("16-bit integers", CODES))}
+    if tiles_usable():
+        known["bf16 tiles"] = peak(TWO_TERMS, pool)
     pool.close()
     context = max(tokens)
     settings = [EngineConfig("dense", context, threads, vram_budget=0, prefill=way) for way in ("precise", "fast")]
@@ -144,7 +181,12 @@ def main(model: Path, peer: Path | None, tokens: list[int], threads: int, runs: 
         spec = precise.model.spec
         each = products_per_token(spec)
         click.echo(f"{model.name}: {spec.dtype}, {each / 1e9:.2f} G products a token; {counted(threads, 'thread')}")
-        click.echo(f"peak: f32 {peaks['precise'] / 1e9:.0f}, 16-bit integers {peaks['fast'] / 1e9:.0f} G products/s")
+        click.echo(f"peak: {', '.join(f'{name} {found / 1e9:.0f}' for name, found in known.items())} G products/s")
+        kind = ROW_TYPES[spec.dtype]
+        peaks = {
+            way: known["bf16 tiles"] / term_products(form, kind) if terms_in(form) else known[plain]
+            for (way, form), plain in zip(forms.items(), ("f32", "16-bit integers"), strict=True)
+        }
         ways = {"precise": reader(precise), "fast": reader(fast)}
         ways |= {"llama.cpp": peer_reader(peer, context, threads)} if peer else {}
         rows, generator = [], random.Random(seed)

@@ -46,8 +46,8 @@ class HardwareProfile:
     pcie_host_bandwidth: GPU memory to pinned host memory; 0 stands for `pcie_bandwidth`.
     cpu_scattered_bandwidth: rows of neurons here and there in host memory; 0 stands for `cpu_read_bandwidth`.
     token_seconds: starting a token's CUDA graph and waiting for its end, beside its kernels.
-    cpu_gemm_flops: operations/s, two for a multiply and add, of a prompt's products with bf16 weights in f32, by all
-        threads; cpu_fast_gemm_flops: the same in integers, as prefill `fast` has them; 0 stands for `cpu_gemm_flops`.
+    cpu_gemm_flops: operations/s, two for a multiply and add, of a prompt's products with bf16 weights, by all
+        threads; cpu_fast_gemm_flops: the same as prefill `fast` has them; 0 stands for `cpu_gemm_flops`.
     gpu_gemm_flops: of a large f32 product; gpu_tensor_flops: of one of bf16 summed in f32, 0 where it was not measured.
     cpu_bandwidths: (threads, read, scattered) for other numbers of threads, rising; see `with_threads`.
     gpu_kernels: of a kernel of `GPU_KERNELS` and the small one before it (bytes read, seconds in a CUDA graph), rising;
