@@ -6,8 +6,8 @@ worker's own cache, and all tokens are multiplied with them. Tokens are brought 
 An element is summed over 128 columns at a time, and the sums one after another: the same bits for any tokens beside it,
 any threads and any part of a prompt.
 
-Threads: workers meet once the tokens are in form; then each takes units of 128 rows until none is left, of few rows
-parts of the tokens of a unit.
+Threads: workers meet once the tokens are in form; then each takes units of up to 128 rows until none is left, of few
+rows smaller ones, or parts of the tokens of a unit (`shares_of`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cpu_kernels.panels import (
     FLOATS,
     UNIT,
     Tokens,
+    fetch_rows,
     in_codes,
     new_own,
     new_tokens,
@@ -43,6 +44,11 @@ from cpu_kernels.tiles import (
     panel_columns,
 )
 from cpu_kernels.worker_pool import Each, WorkerPool
+
+LEAST = BLOCK  # rows of a unit
+# Tokens whose products with weights take as long as bringing these into panels, where 14 threads share the memory; two
+# alone take as long as for 16.
+PACKING = 64
 
 _FORMS: dict[Precision, np.ndarray] = {"precise": FLOATS, "fast": CODES}
 
@@ -102,6 +108,7 @@ def products(form, like, weight, row_bytes, row, count, d, x, some, tokens, own,
     for first in range(0, d, GROUP):
         last = min(first + GROUP, d)
         pack_rows(form, like, weight + row * row_bytes, row_bytes, count, first, last, end, own)
+        fetch_rows(like, weight + row * row_bytes, row_bytes, count, last, min(GROUP, d - last))
         panels, place = own.panels.ctypes.data, GROUP * columns * 4
         _add_tiles(form, panels, columns * 4, own, place, x, some, tokens, last - first, count, first, which)
 
@@ -111,12 +118,14 @@ def row_sums(  # type: ignore[no-untyped-def]
     form, like, weight, row_bytes, rows, d, first, count, x, some, tokens, own, which
 ):  # fmt: skip
     """own.results[which, t, : count] = the sum over rows of token t's input times these columns of the row, at most
-    128 from a multiple of 128 on, for `some` of the tokens; x: `Tokens` of `rows` columns."""
+    128 from a multiple of 32 on, of rows in blocks of 128, for `some` of the tokens; x: `Tokens` of `rows` columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
     own.results[which, some[0] : some[1]] = 0
     for start in range(0, rows, GROUP):
         k = min(GROUP, rows - start)
         pack_sums(form, like, weight + start * row_bytes, row_bytes, k, first, first + count, end, own)
+        following = min(GROUP, rows - start - k)
+        fetch_rows(like, weight + (start + k) * row_bytes, row_bytes, following, first, count)
         if in_codes(form):
             panels, width, place = own.panels.ctypes.data, columns * 4, GROUP * columns * 4
         else:
@@ -124,16 +133,26 @@ def row_sums(  # type: ignore[no-untyped-def]
         _add_tiles(form, panels, width, own, place, x, some, tokens, k, count, start, which)
 
 
-@subroutine
-def parts_of(units, tokens, workers):  # type: ignore[no-untyped-def]
-    """In how many parts of the tokens each of so many units is taken, so that workers end together: the fewest, as each
-    part packs the unit's weights again, with which at most a tenth of the time is waited for others."""
-    for parts in range(1, 5):
-        pieces = units * parts
-        rounds = (pieces + workers - 1) // workers
-        if 10 * pieces >= 9 * rounds * workers or 2 * TOKENS * parts >= tokens:
-            return parts
-    return 1
+@kernel
+def shares_of(count, tokens, workers, least):  # type: ignore[no-untyped-def]
+    """How `count` rows and the tokens are shared out so that workers end soonest: rows of a unit, 128 or a half or a
+    quarter of it and no less than `least`, and in how many parts of the tokens each unit is taken.
+
+    A part packs its unit's weights again and a tile takes whole panels: both are counted, as is who waits for others.
+    """
+    columns, groups = panel_columns(), (tokens + TOKENS - 1) // TOKENS
+    best, found = np.inf, (UNIT, 1)
+    rows = UNIT
+    while rows >= least:
+        units, wide = (count + rows - 1) // rows, (rows + columns - 1) // columns * columns
+        for parts in range(1, min(groups, workers) + 1):
+            rounds = (units * parts + workers - 1) // workers
+            passing = (groups + parts - 1) // parts * TOKENS
+            cost = float(rounds * (wide * passing + rows * PACKING))
+            if cost < best:
+                best, found = cost, (rows, parts)
+        rows //= 2
+    return found
 
 
 @subroutine
@@ -149,12 +168,11 @@ def _gemm(worker, workers, state, form, like, weight, row_bytes, x, bias, packed
     if not barrier.wait(state, workers):
         return
     rows, tokens = out.shape[1], x.shape[0]
-    units = (rows + UNIT - 1) // UNIT
-    parts = parts_of(units, tokens, workers)
+    unit, parts = shares_of(rows, tokens, workers, LEAST)
     piece = barrier.take(state)
-    while piece < units * parts:
-        row, some = piece // parts * UNIT, some_tokens(piece % parts, parts, tokens)
-        count = min(UNIT, rows - row)
+    while piece // parts * unit < rows:
+        row, some = piece // parts * unit, some_tokens(piece % parts, parts, tokens)
+        count = min(unit, rows - row)
         products(form, like, weight, row_bytes, row, count, x.shape[1], packed, some, tokens, own, 0)
         for t in range(some[0], some[1]):
             for j in range(count):

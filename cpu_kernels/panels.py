@@ -28,7 +28,7 @@ from cpu_kernels.row_types import in_blocks, type_like
 from cpu_kernels.tiles import TOKENS, panel_columns
 from cpu_kernels.widen import widen_columns
 
-UNIT = 128  # rows, or columns of a sum of rows, of one piece of work
+UNIT = 128  # rows, or columns of a sum of rows, of one piece of work at most
 MOST = np.float32(8191)  # code of weights and tokens that are both rounded
 _TINY = 1e-30  # a block whose largest is below has codes of 0
 _SPACING = GROUP + LANES  # f32 from one widened row to the next: rows a power of two apart share lines of the cache
@@ -98,10 +98,10 @@ def in_codes(typing_context: Any, form: Any) -> Any:
 
 @subroutine
 def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type: ignore[no-untyped-def]
-    """x[:count], at most 128 columns of token t from `first` on, a multiple of 128, into their place; as codes of up to
-    `most`, the last block filled up with zeros."""
-    groups = (tokens + TOKENS - 1) // TOKENS
-    place, t = (first * groups + t // TOKENS * GROUP) * TOKENS, t % TOKENS
+    """x[:count], columns of token t from `first` on, a multiple of 32, up to the next multiple of 128 at most, into
+    their place; as codes of up to `most`, the last block filled up with zeros."""
+    groups, begin = (tokens + TOKENS - 1) // TOKENS, first % GROUP
+    place, t = ((first - begin) * groups + t // TOKENS * GROUP + begin) * TOKENS, t % TOKENS
     if not in_codes(form):
         for k in range(count):
             packed.floats[place + k * TOKENS + t] = x[k]
@@ -283,14 +283,13 @@ def pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type
             _rounded_rows(wide + r * stride, stride, blocks, weights, of, columns * 4)
         else:
             _turned_rows(wide + r * stride, stride, (last - first + LANES - 1) & -LANES, weights, columns * 4)
-    fetch_next(like, row, row_bytes, count, last)
 
 
 @subroutine
-def fetch_next(like, row, row_bytes, count, column):  # type: ignore[no-untyped-def]
-    """Fetch the 128 columns of rows that come next, while the tokens pass by."""
-    size = column_bytes(like, GROUP)
-    at = row + column_bytes(like, column)
+def fetch_rows(like, row, row_bytes, count, first, columns):  # type: ignore[no-untyped-def]
+    """Fetch so many columns from `first` on of `count` rows, which are packed next, while the tokens pass by."""
+    size = column_bytes(like, columns)
+    at = row + column_bytes(like, first)
     for i in range(count):
         for line in range(0, size, 64):
             fetch_at(at + i * row_bytes + line)
