@@ -68,7 +68,7 @@ def layer_parts(engine: Engine, tokens: int, runs: int) -> dict[str, float]:
     rotations = model.rotations(torch.arange(tokens))
     qkv, attended = block.attention.qkv(x), torch.randn(tokens, spec.n_heads * spec.head_dim)
     ways: dict[str, Callable[[], Any]] = {
-        "norm": lambda: x if block.norms.ffn is None else block.norms.ffn(x),
+        "norm": lambda: x if block.norms.ffn is None else block.norms.ffn(x, engine.runtime.pool),
         "qkv": lambda: block.attention.qkv(x),
         "attention": lambda: block.attention.attend(qkv.clone(), rotations, cache),
         "out": lambda: block.attention.out(attended),
