@@ -1,7 +1,7 @@
 """The FFN of many tokens, every neuron of it, by the tiles of `gemm.py`: what prompts, profiling and evaluation take.
 
-Threads: workers meet once the tokens are in form and once the neurons are computed. Before that each takes units of 128
-neurons, whose gate, up and activation stay in its own cache, after it units of 128 columns of the answer.
+Threads: workers meet once the tokens are in form and once the neurons are computed. Before that each takes units of
+neurons, whose gate, up and activation stay in its own cache, after it units of columns of the answer.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate, activate_ref, activate_up, activate_up_ref
 from cpu_kernels.compiled import kernel, subroutine
-from cpu_kernels.contract import activation_word, split_activation
-from cpu_kernels.gemm import GemmScratch, parts_of, products, row_sums, some_tokens
+from cpu_kernels.contract import GROUP, activation_word, split_activation
+from cpu_kernels.gemm import LEAST, GemmScratch, products, row_sums, shares_of, some_tokens, tile_tokens
 from cpu_kernels.matrix import Matrix
-from cpu_kernels.panels import MOST, UNIT, pack_columns, pack_tokens
+from cpu_kernels.panels import MOST, pack_columns, pack_tokens
+from cpu_kernels.row_types import in_blocks
 from cpu_kernels.sparse_ffn import FFNView
 from cpu_kernels.worker_pool import WorkerPool
 
@@ -53,12 +54,11 @@ def _dense_ffn(  # type: ignore[no-untyped-def]
     pack_tokens(state, form, like, x, own, packed)
     if not barrier.wait(state, workers):
         return
-    units = (neurons + UNIT - 1) // UNIT
-    parts = parts_of(units, tokens, workers)
+    unit, parts = shares_of(neurons, tokens, tile_tokens(form), workers, LEAST)
     piece = barrier.take(state)
-    while piece < units * parts:
-        start, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
-        count = min(UNIT, neurons - start)
+    while piece // parts * unit < neurons:
+        start, some = piece // parts * unit, some_tokens(form, piece % parts, parts, tokens)
+        count = min(unit, neurons - start)
         if gate:
             products(form, like, gate, row_bytes, first + start, count, d, packed, some, tokens, own, 0)
         products(form, like, up, row_bytes, first + start, count, d, packed, some, tokens, own, 1)
@@ -66,12 +66,11 @@ def _dense_ffn(  # type: ignore[no-untyped-def]
         piece = barrier.take(state)
     if not barrier.wait(state, workers):
         return
-    units = (d + UNIT - 1) // UNIT
-    parts = parts_of(units, tokens, workers)
+    unit, parts = shares_of(d, tokens, tile_tokens(form), workers, GROUP if in_blocks(like) else LEAST)
     piece = barrier.take(state)
-    while piece < units * parts:
-        column, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
-        count = min(UNIT, d - column)
+    while piece // parts * unit < d:
+        column, some = piece // parts * unit, some_tokens(form, piece % parts, parts, tokens)
+        count = min(unit, d - column)
         rows = down + first * row_bytes
         row_sums(form, like, rows, row_bytes, neurons, d, column, count, hidden, some, tokens, own, 0)
         for t in range(some[0], some[1]):

@@ -6,8 +6,8 @@ worker's own cache, and all tokens are multiplied with them. Tokens are brought 
 An element is summed over 128 columns at a time, and the sums one after another: the same bits for any tokens beside it,
 any threads and any part of a prompt.
 
-Threads: workers meet once the tokens are in form; then each takes units of 128 rows until none is left, of few rows
-parts of the tokens of a unit.
+Threads: workers meet once the tokens are in form; then each takes units of up to 128 rows until none is left, of few
+rows smaller ones, or parts of the tokens of a unit (`shares_of`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ from cpu_kernels.tiles import (
     float_tile_4,
     panel_columns,
 )
+from cpu_kernels.widen import fetch_columns
 from cpu_kernels.worker_pool import Each, WorkerPool
+
+LEAST = BLOCK  # rows of a unit
+# Tokens whose products with weights take as long as bringing these into panels, where 14 threads share the memory; two
+# alone take as long as for 16.
+PACKING = 64
 
 
 @subroutine(forceinline=True)
@@ -105,9 +111,10 @@ def products(form, like, weight, row_bytes, row, count, d, x, some, tokens, own,
         if in_terms(form):
             ahead, coming = weight + row * row_bytes + column_bytes(like, last), count if last < d else 0
             add_term_tiles(
-                form, like, own, x, some, tokens, last - first, count, first, which, ahead, row_bytes, coming
+                form, like, own, x, some, tokens, last - first, count, first, which, ahead, row_bytes, coming, GROUP
             )  # fmt: skip
             continue
+        fetch_columns(like, weight + row * row_bytes, row_bytes, count, last, min(GROUP, d - last))
         panels, place = own.panels.ctypes.data, GROUP * columns * 4
         _add_tiles(form, panels, columns * 4, own, place, x, some, tokens, last - first, count, first, which)
     end_tiles(form)
@@ -118,7 +125,7 @@ def row_sums(  # type: ignore[no-untyped-def]
     form, like, weight, row_bytes, rows, d, first, count, x, some, tokens, own, which
 ):  # fmt: skip
     """own.results[which, t, : count] = the sum over rows of token t's input times these columns of the row, at most
-    128 from a multiple of 128 on, for `some` of the tokens; x: `Tokens` of `rows` columns."""
+    128 from a multiple of 32 on, of rows in blocks of 128, for `some` of the tokens; x: `Tokens` of `rows` columns."""
     columns, end = panel_columns(), column_bytes(like, padded(d))
     own.results[which, some[0] : some[1]] = 0
     begin_tiles(form)
@@ -128,8 +135,10 @@ def row_sums(  # type: ignore[no-untyped-def]
         if in_terms(form):
             ahead = weight + (start + GROUP) * row_bytes + column_bytes(like, first)
             coming = min(GROUP, rows - start - GROUP)
-            add_term_tiles(form, like, own, x, some, tokens, k, count, start, which, ahead, row_bytes, coming)
+            add_term_tiles(form, like, own, x, some, tokens, k, count, start, which, ahead, row_bytes, coming, count)
             continue
+        following = min(GROUP, rows - start - k)
+        fetch_columns(like, weight + (start + k) * row_bytes, row_bytes, following, first, count)
         if in_codes(form):
             panels, width, place = own.panels.ctypes.data, columns * 4, GROUP * columns * 4
         else:
@@ -139,21 +148,37 @@ def row_sums(  # type: ignore[no-untyped-def]
 
 
 @subroutine
-def parts_of(units, tokens, workers):  # type: ignore[no-untyped-def]
-    """In how many parts of the tokens each of so many units is taken, so that workers end together: the fewest, as each
-    part packs the unit's weights again, with which at most a tenth of the time is waited for others."""
-    for parts in range(1, 5):
-        pieces = units * parts
-        rounds = (pieces + workers - 1) // workers
-        if 10 * pieces >= 9 * rounds * workers or 2 * TOKENS * parts >= tokens:
-            return parts
-    return 1
+def tile_tokens(form):  # type: ignore[no-untyped-def]
+    """Tokens of a tile."""
+    return ROWS if in_terms(form) else TOKENS
+
+
+@kernel
+def shares_of(count, tokens, of_tile, workers, least):  # type: ignore[no-untyped-def]
+    """How `count` rows and the tokens, `of_tile` a tile, are shared out so that workers end soonest: rows of a unit,
+    128 or a half or a quarter of it and no less than `least`, and in how many parts of the tokens each unit is taken.
+
+    A part packs its unit's weights again and a tile takes whole panels: both are counted, as is who waits for others.
+    """
+    columns, groups = panel_columns(), (tokens + of_tile - 1) // of_tile
+    best, found = np.inf, (UNIT, 1)
+    rows = UNIT
+    while rows >= least:
+        units, wide = (count + rows - 1) // rows, (rows + columns - 1) // columns * columns
+        for parts in range(1, min(groups, workers) + 1):
+            rounds = (units * parts + workers - 1) // workers
+            passing = (groups + parts - 1) // parts * of_tile
+            cost = float(rounds * (wide * passing + rows * PACKING))
+            if cost < best:
+                best, found = cost, (rows, parts)
+        rows //= 2
+    return found
 
 
 @subroutine
 def some_tokens(form, part, parts, tokens):  # type: ignore[no-untyped-def]
     """The tokens of a part, whole tiles: [first, last)."""
-    size = ROWS if in_terms(form) else TOKENS
+    size = tile_tokens(form)
     groups = (tokens + size - 1) // size
     return groups * part // parts * size, min(groups * (part + 1) // parts * size, tokens)
 
@@ -164,12 +189,11 @@ def _gemm(worker, workers, state, form, like, weight, row_bytes, x, bias, packed
     if not barrier.wait(state, workers):
         return
     rows, tokens = out.shape[1], x.shape[0]
-    units = (rows + UNIT - 1) // UNIT
-    parts = parts_of(units, tokens, workers)
+    unit, parts = shares_of(rows, tokens, tile_tokens(form), workers, LEAST)
     piece = barrier.take(state)
-    while piece < units * parts:
-        row, some = piece // parts * UNIT, some_tokens(form, piece % parts, parts, tokens)
-        count = min(UNIT, rows - row)
+    while piece // parts * unit < rows:
+        row, some = piece // parts * unit, some_tokens(form, piece % parts, parts, tokens)
+        count = min(unit, rows - row)
         products(form, like, weight, row_bytes, row, count, x.shape[1], packed, some, tokens, own, 0)
         for t in range(some[0], some[1]):
             for j in range(count):

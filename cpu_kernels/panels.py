@@ -35,9 +35,9 @@ from cpu_kernels.terms import (
 )
 from cpu_kernels.tile_unit import ROWS, tiles_usable
 from cpu_kernels.tiles import TOKENS, panel_columns
-from cpu_kernels.widen import fetch_columns, widen_columns
+from cpu_kernels.widen import widen_columns
 
-UNIT = 128  # rows, or columns of a sum of rows, of one piece of work
+UNIT = 128  # rows, or columns of a sum of rows, of one piece of work at most
 MOST = np.float32(8191)  # code of weights and tokens that are both rounded
 _TINY = 1e-30  # a block whose largest is below has codes of 0
 _SPACING = GROUP + LANES  # f32 from one widened row to the next: rows a power of two apart share lines of the cache
@@ -122,13 +122,13 @@ def in_codes(typing_context: Any, form: Any) -> Any:
 
 @subroutine
 def pack_columns(form, most, x, count, first, t, tokens, codes, packed):  # type: ignore[no-untyped-def]
-    """x[:count], at most 128 columns of token t from `first` on, a multiple of 128, into their place; as codes of up to
-    `most`, the last block filled up with zeros."""
+    """x[:count], columns of token t from `first` on, a multiple of 32, up to the next multiple of 128 at most, into
+    their place; as codes of up to `most`, the last block filled up with zeros."""
     if in_terms(form):
         pack_token_terms(form, x, count, first, t, tokens, codes.view(np.float32), packed)
         return
-    groups = (tokens + TOKENS - 1) // TOKENS
-    place, t = (first * groups + t // TOKENS * GROUP) * TOKENS, t % TOKENS
+    groups, begin = (tokens + TOKENS - 1) // TOKENS, first % GROUP
+    place, t = ((first - begin) * groups + t // TOKENS * GROUP + begin) * TOKENS, t % TOKENS
     if not in_codes(form):
         for k in range(count):
             packed.floats[place + k * TOKENS + t] = x[k]
@@ -293,14 +293,7 @@ def pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type
     worker's panels."""
     if in_terms(form):
         pack_row_terms(form, like, row, row_bytes, count, first, last, end, own)
-    else:
-        _pack_rows(form, like, row, row_bytes, count, first, last, end, own)
-        fetch_columns(like, row, row_bytes, count, last)  # of the next panels, while the tokens pass by
-
-
-@subroutine
-def _pack_rows(form, like, row, row_bytes, count, first, last, end, own):  # type: ignore[no-untyped-def]
-    """As `pack_rows`, in floats or codes."""
+        return
     columns, stride = panel_columns(), own.wide.strides[0]
     panels, scales, wide = own.panels.ctypes.data, own.scales.ctypes.data, own.wide.ctypes.data
     stored = in_codes(form) and in_blocks(like)

@@ -122,11 +122,12 @@ def _split_token(typing_context: Any, form: Any, x: Any, out: Any) -> Any:
 
 @subroutine
 def pack_token_terms(form, x, count, first, t, tokens, spare, packed):  # type: ignore[no-untyped-def]
-    """x[:count], at most 128 columns of token t from `first` on, a multiple of 128, into their place; the last 32 are
-    filled up with zeros. spare: room for 32 f32."""
+    """x[:count], columns of token t from `first` on, a multiple of 32, up to the next multiple of 128 at most, into
+    their place; the last 32 are filled up with zeros. spare: room for 32 f32."""
     groups, size = (tokens + ROWS - 1) // ROWS, _token_bytes(form)
-    place = packed.terms.ctypes.data + (first // GROUP * groups + t // ROWS) * size + t % ROWS * STEP * 2
     step = size // _STEPS
+    place = packed.terms.ctypes.data + (first // GROUP * groups + t // ROWS) * size + t % ROWS * STEP * 2
+    place += first % GROUP // STEP * step
     for column in range(0, count, STEP):
         at = x[column:].ctypes.data
         if column + STEP > count:
@@ -335,12 +336,12 @@ begin_tiles, end_tiles = _unit_call("configure"), _unit_call("release")
 
 @subroutine
 def add_term_tiles(  # type: ignore[no-untyped-def]
-    form, like, own, x, some, tokens, k, count, first, which, ahead, row_bytes, coming
+    form, like, own, x, some, tokens, k, count, first, which, ahead, row_bytes, coming, wide
 ):  # fmt: skip
     """own.results[which, t, :count] += the panels times `k` columns of the inputs of `some` tokens from `first` on.
 
-    Meanwhile what is packed next is fetched, 128 columns from the address `ahead` on of `coming` rows: some with every
-    tile, as many at once would be waited for.
+    Meanwhile what is packed next is fetched, `wide` columns from the address `ahead` on of `coming` rows: some with
+    every tile, as many at once would be waited for.
     """
     groups, steps, size = (tokens + ROWS - 1) // ROWS, (k + STEP - 1) // STEP, _token_bytes(form)
     panels, place, stride = own.panels.ctypes.data, _panel_bytes(form, like), own.results.strides[1]
@@ -349,7 +350,7 @@ def add_term_tiles(  # type: ignore[no-untyped-def]
     for g in range(some[0] // ROWS, end, 2):
         for c in range(0, count, 2 * LANES):
             if fetched < coming:
-                fetch_columns(like, ahead + fetched * row_bytes, row_bytes, min(_AHEAD, coming - fetched), 0)
+                fetch_columns(like, ahead + fetched * row_bytes, row_bytes, min(_AHEAD, coming - fetched), 0, wide)
                 fetched += _AHEAD
             weights, to = panels + c // LANES * place, results + g * ROWS * stride + 4 * c
             if g + 1 < end:
@@ -357,4 +358,4 @@ def add_term_tiles(  # type: ignore[no-untyped-def]
             else:
                 _tile_1(form, like, weights, inputs + g * size, steps, to, stride)
     if fetched < coming:
-        fetch_columns(like, ahead + fetched * row_bytes, row_bytes, coming - fetched, 0)
+        fetch_columns(like, ahead + fetched * row_bytes, row_bytes, coming - fetched, 0, GROUP)

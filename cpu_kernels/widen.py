@@ -8,7 +8,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from cpu_kernels.compiled import subroutine
-from cpu_kernels.contract import GROUP
 from cpu_kernels.lanes import LANES, Code, fetch_at
 from cpu_kernels.row_sum import column_bytes
 from cpu_kernels.row_types import has_tail, type_like, weight_of
@@ -39,10 +38,11 @@ def widen_columns(like, row, first, last, end, out):  # type: ignore[no-untyped-
 
 
 @subroutine
-def fetch_columns(like, row, row_bytes, count, column):  # type: ignore[no-untyped-def]
-    """Fetch the 128 columns from `column` on of `count` rows from the address `row` on."""
-    size = column_bytes(like, GROUP)
-    at = row + column_bytes(like, column)
+def fetch_columns(like, row, row_bytes, count, first, columns):  # type: ignore[no-untyped-def]
+    """Fetch so many columns from `first` on of `count` rows from the address `row` on, which are packed next, while the
+    tokens pass by."""
+    size = column_bytes(like, columns)
+    at = row + column_bytes(like, first)
     for i in range(count):
         for line in range(0, size, 64):
             fetch_at(at + i * row_bytes + line)

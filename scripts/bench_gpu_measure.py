@@ -217,9 +217,9 @@ def prefill(model: str, budget: int, context: int, lengths: list[int], forced: b
             given = prompt_of(engine, length)
             times: dict[str, list[float]] = {}
             layers: dict[str, dict[str, int]] = {}
-            turn = [("chosen", None), ("stream", True)] if forced else [("chosen", None)]
+            turn = [("chosen", None), ("stream", 0.0)] if forced else [("chosen", None)]
             _read(engine, given, None)  # warms up
-            for way, choice in [*turn * runs, *([("cpu", False)] if forced else [])]:
+            for way, choice in [*turn * runs, *([("cpu", 1.0)] if forced else [])]:
                 if sum(times.get(way, ())) < _MOST_SECONDS:
                     seconds, layers[way] = _read(engine, given, choice)
                     times.setdefault(way, []).append(seconds)
@@ -236,11 +236,11 @@ def prefill(model: str, budget: int, context: int, lengths: list[int], forced: b
         return {"rows": rows, "notices": list(engine.notices), "on_gpu": runner is not None, "threads": threads}
 
 
-def _read(engine: Engine, prompt: list[int], streams: bool | None) -> tuple[float, dict[str, int]]:
+def _read(engine: Engine, prompt: list[int], cpu_share: float | None) -> tuple[float, dict[str, int]]:
     """Seconds to the first token after a prompt, and layers by the way that they went."""
     runner, before = gpu_runner(engine), PrefillWays.so_far(engine)
     if runner is not None:
-        runner.prefill.streams = streams
+        runner.prefill.cpu_share = cpu_share
     engine.reset()
     step = next(engine.generate(prompt, SamplingSettings(temperature=0, max_new_tokens=1)))
     return step.stats.ttft_seconds, vars(PrefillWays.so_far(engine).since(before)).copy()

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from cpu_kernels.matrix import Matrix
+from cpu_kernels.norm import layer_norm, rms_norm
 from cpu_kernels.prompt_attention import prompt_attention
 from cpu_kernels.rope import QKNorm
+from cpu_kernels.worker_pool import WorkerPool
 from hybrid.model.ffn import FFNRuntime, HybridFFN
 from hybrid.model.gemm import linear, linear_few
 from hybrid.model.kv_cache import KVCache
@@ -49,13 +51,18 @@ class Norm(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> None:
         super().__init__()
-        self.weight, self.eps = weight.float(), eps
-        self.bias = None if bias is None else bias.float()
+        self.weight, self.eps = weight.float().contiguous(), eps
+        self.bias = None if bias is None else bias.float().contiguous()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, pool: WorkerPool) -> torch.Tensor:
+        """x: [t, d] f32."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        given, weight = np.ascontiguousarray(x.numpy()), self.weight.numpy()
         if self.bias is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            rms_norm(given, weight, self.eps, out.numpy(), pool)
+        else:
+            layer_norm(given, weight, self.bias.numpy(), self.eps, out.numpy(), pool)
+        return out
 
 
 class Attention(nn.Module):
@@ -128,12 +135,14 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, rotations: tuple[Rotation, ...], cache: KVCache | None) -> torch.Tensor:
         norms = self.norms
-        after = x + _or_same(norms.attention_post, self.attention(_or_same(norms.attention, x), rotations, cache))
-        return after + _or_same(norms.ffn_post, self.ffn(_or_same(norms.ffn, x if self.parallel else after)))
+        after = self._normed(norms.attention_post, self.attention(self._normed(norms.attention, x), rotations, cache))
+        after += x  # new memory costs more than the sum
+        out = self._normed(norms.ffn_post, self.ffn(self._normed(norms.ffn, x if self.parallel else after)))
+        out += after
+        return out
 
-
-def _or_same(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
-    return x if norm is None else norm(x)
+    def _normed(self, norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
+        return x if norm is None else norm(x, self.ffn.runtime.pool)
 
 
 class Transformer(nn.Module):
@@ -168,7 +177,7 @@ class Transformer(nn.Module):
             x = layer(x, rotations, cache)
         if cache is not None:
             cache.advance(tokens.shape[0])
-        return self.final_norm(x)
+        return self.final_norm(x, self.ffns[0].runtime.pool)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -74,11 +74,14 @@ def test_neurons_between_two(dtype, first, stop):
         check(view, 9, first, stop)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_same_bits_for_any_threads_and_alone_or_among_others(precision):
-    view, x = make(300, 200, "int8"), random_input(20, 200)
+def test_same_bits_for_any_threads_and_alone_or_among_others(precision, dtype):
+    view, x = make(300, 200, dtype), random_input(20, 200)
     truth, fired = run(view, x, precision=precision)
-    assert (run(view, x, threads=3, precision=precision)[0] == truth).all()
+    for threads in (3, 9):  # which take units of 32 or 64
+        found = run(view, x, threads=threads, precision=precision)
+        assert (found[0] == truth).all() and (found[1] == fired).all()
     for some in (slice(0, 1), slice(5, 9)):
         found = run(view, x[some], precision=precision)
         assert (found[0] == truth[some]).all() and (found[1] == fired[some]).all()

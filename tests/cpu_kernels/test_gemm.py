@@ -7,7 +7,9 @@ import torch
 from matrix_cases import DTYPES, SHAPES, product_bound, random_input, random_matrix, stored
 
 from cpu_kernels.contract import PRECISIONS
-from cpu_kernels.gemm import GemmScratch, gemm, gemm_ref
+from cpu_kernels.gemm import LEAST, GemmScratch, gemm, gemm_ref, shares_of
+from cpu_kernels.tile_unit import ROWS
+from cpu_kernels.tiles import TOKENS
 from cpu_kernels.worker_pool import WorkerPool
 
 NO_BIAS = np.empty(0, np.float32)
@@ -80,6 +82,18 @@ def test_same_bits_for_any_threads_and_alone_or_among_others(precision, dtype):
     assert (run(matrix, x, bias, 3, precision=precision) == truth).all()
     for some in (slice(0, 1), slice(5, 9), slice(7, 20)):
         assert (run(matrix, x[some], bias, precision=precision) == truth[some]).all()
+
+
+@pytest.mark.parametrize("of_tile", [TOKENS, ROWS])
+@pytest.mark.parametrize("workers", [1, 2, 3, 14, 64])
+def test_work_is_shared_by_all_workers(workers, of_tile):
+    for rows in (1, 32, 384, 4096, 11008):
+        for tokens in (1, 6, 64, 512):
+            unit, parts = shares_of(rows, tokens, of_tile, workers, LEAST)
+            pieces = -(-rows // unit) * parts
+            assert unit in (32, 64, 128) and 1 <= parts <= max(1, tokens // 3)
+            assert pieces >= min(workers, 6) or rows * tokens < 384 * 64
+            assert parts == 1 or -(-rows // unit) < 4 * workers  # weights are packed once where there are many
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

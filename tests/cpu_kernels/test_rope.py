@@ -47,7 +47,7 @@ def test_is_rotate_half_after_torchs_norm(normed):
     q, k, v = heads.split([6, 2, 2])
     if normed:
         q, k = (
-            Norm(torch.from_numpy(weight), torch.from_numpy(bias) if bias.size else None, EPS)(x)
+            Norm(torch.from_numpy(weight), torch.from_numpy(bias) if bias.size else None, EPS)(x, WorkerPool(1))
             for weight, bias, x in ((q_norm, q_bias, q), (k_norm, k_bias, k))
         )
     cos, sin = (torch.from_numpy(np.tile(angle, 2)) for angle in (cos, sin))

@@ -10,15 +10,21 @@ Rows that are not registered have their pieces filled into pinned memory first, 
 
 There are two buffers on each side. Who waits: the copy stream, on the GPU, for the computation that read the buffer
 before; the compute stream for the copy; the copying thread for a buffer's last copy to the GPU before it fills it. The
-caller never waits for registered rows, for others until a copy has been asked for. A piece is asked for when the
+caller never waits for registered rows, for others until a copy has been asked for; it polls, as Ctrl-C inside a
+condition's wait may leave its lock taken, or free and released once more. A piece is asked for when the
 computation of the one two before it has been, across layers, so that copies go on while attention is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,6 +33,7 @@ from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.sparse_ffn import DeviceFFNView
 from hybrid.model.ffn import FFNMatrices, HybridFFN
 from hybrid.runtime.gpu.arena import DeviceArena
+from hybrid.runtime.gpu.cold_workers import start_thread
 from hybrid.runtime.gpu.gemm import pieces
 from hybrid.runtime.gpu.host_rows import cold_neurons
 from placement.plan import aligned
@@ -34,6 +41,7 @@ from profiler.common.openmp import torch_threads
 
 PART = "workspace: staging"
 _BUFFERS = 2
+_POLL_SECONDS = 2e-5
 
 
 class _Piece(NamedTuple):
@@ -41,6 +49,51 @@ class _Piece(NamedTuple):
 
     layer: int
     rows: slice
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A piece that is asked for: once it has `ended`, its `view` or an `error`; neither where it was `dropped`."""
+
+    view: DeviceFFNView | None = None
+    error: BaseException | None = None
+    ended: bool = False
+    dropped: bool = False
+
+    def run(self, copy: _Copy) -> None:
+        try:
+            self.view = None if self.dropped else copy()
+        except BaseException as error:  # noqa: BLE001 - raised by `result`, in the thread that asked
+            self.error = error
+        finally:
+            self.ended = True
+
+    def wait(self) -> None:
+        while not self.ended:
+            time.sleep(_POLL_SECONDS)
+
+    def result(self) -> DeviceFFNView:
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        assert self.view is not None
+        return self.view
+
+
+_Copy = Callable[[], DeviceFFNView | None]
+_Jobs = queue.SimpleQueue[tuple[_Asked, _Copy] | None]
+
+
+def _nothing() -> None:
+    """A copy of nothing."""
+
+
+def _serve(jobs: _Jobs) -> None:
+    """The copying thread's life: `jobs` until one of them is None."""
+    while (job := jobs.get()) is not None:
+        asked, copy = job
+        asked.run(copy)
+        del job, asked, copy  # an idle thread keeps nothing alive
 
 
 class _Events:
@@ -79,9 +132,12 @@ class ColdStream:
             self._filled = [torch.empty(size, dtype=torch.uint8, pin_memory=native) for _ in range(_BUFFERS)]
         self._events = [_Events(native) for _ in range(_BUFFERS)]
         self._copies = torch.cuda.Stream(arena.device) if native else None
-        self._thread = ThreadPoolExecutor(1, "hybrid-staging")
+        self._jobs: _Jobs = queue.SimpleQueue()
+        if self._filled:
+            weakref.finalize(self, self._jobs.put, None)
+            start_thread(threading.Thread(target=_serve, args=(self._jobs,), name="hybrid-staging", daemon=True))
         self._pieces: list[_Piece] = []
-        self._asked: list[Future[DeviceFFNView]] = []
+        self._asked: list[_Asked] = []
         self._next = 0
 
     def begin(self, first: Mapping[int, int]) -> None:
@@ -117,15 +173,20 @@ class ColdStream:
             return
         buffer, piece = at % _BUFFERS, self._pieces[at]
         if piece.layer in self._staging:
-            self._asked.append(self._thread.submit(self._fill, buffer, piece))
+            asked = _Asked()
+            self._jobs.put((asked, partial(self._fill, buffer, piece)))
+            self._asked.append(asked)
         else:
-            self._asked.append(Future())
-            self._asked[at].set_result(self._copy(buffer, piece, None))
+            self._asked.append(_Asked(self._copy(buffer, piece, None), ended=True))
 
     def _settle(self) -> None:
-        """Wait for what an interrupted answer left under way."""
-        for future in [future for future in self._asked[self._next :] if not future.cancel()]:
-            future.exception()
+        """Wait for what an interrupted answer left under way, of which it may have noted less than it asked for."""
+        for asked in self._asked:
+            asked.dropped = True
+        if self._filled:
+            last = _Asked(dropped=True)
+            self._jobs.put((last, _nothing))
+            last.wait()
         if self._copies is not None:
             self._copies.synchronize()
 

@@ -56,6 +56,17 @@ class _Service:
         return self.strategy == strategy and "stop" not in self.claims and self.is_running()
 
 
+def start_thread(thread: threading.Thread) -> None:
+    """`thread.start()`, of which Ctrl-C remains Ctrl-C: in the wait for the thread's begin it may come between a lock's
+    release and its return, and then leaves as the lock's `RuntimeError`."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
+
+
 class ColdWorkers:
     """The mailbox in pinned host memory, and the workers behind it. `mailbox`: what the GPU's kernels take."""
 
@@ -84,7 +95,7 @@ class ColdWorkers:
         self._box.request[:], self._box.flags[:] = 0, 0
         self._sent, self._waited = [0] * len(Tally), 0
         self._service = service = _Service(strategy)
-        threading.Thread(target=self._serve, args=(service,), name="hybrid-mailbox", daemon=True).start()
+        start_thread(threading.Thread(target=self._serve, args=(service,), name="hybrid-mailbox", daemon=True))
         # The GPU waits for seconds only, and the workers may have to be compiled first.
         while not self._box.flags[Flag.READY] and service.is_running():
             time.sleep(_POLL_SECONDS)

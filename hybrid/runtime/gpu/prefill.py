@@ -72,8 +72,8 @@ class GpuPrefill:
     """A model's prefill over two devices. It holds the model and a cache, whose pool may not be replaced; sequences of
     that pool may have as many tokens as this one.
 
-    counters: what was done with cold neurons so far; streams: whether all layers' cold neurons are streamed, or none's;
-    None leaves it to `split`.
+    counters: what was done with cold neurons so far; cpu_share: of each layer's cold neurons, computed by the CPU while
+    the others are streamed; None leaves it to `split`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class GpuPrefill:
         self._own, self._out = cache, logits[:TOGETHER]
         self._terms = 2 if runtime.precision == "fast" else 3  # of queries and of shares in attention
         self._split, self._eps = split, float(model.spec.norm_eps)
-        self.streams: bool | None = None
+        self.cpu_share: float | None = None
         self._given, self._rotations, self._length = rotations, list(rotations), 0
         self.counters = PrefillCounters()
         self._chunk = min(PREFILL_CHUNK, cache.capacity)
@@ -218,6 +218,7 @@ class GpuPrefill:
             self._stream.begin({number: 0})
             for view in self._stream.layer(number):
                 self._neurons_of(view, b.x[:count], b.normed[:count])
+            residual_norm(b.x[:count], None, None, self._eps, None, self._sums[None, :count])
         self._wait()
 
     def _blank(self) -> None:
@@ -272,10 +273,10 @@ class GpuPrefill:
     def _shared_out(self, count: int) -> dict[int, int]:
         """How many of a layer's first cold neurons the CPU is to compute, of each layer that has some; the others'
         stream begins."""
-        if self.streams is None:
+        if self.cpu_share is None:
             by_cpu = {n: self._split(count, self._cache.length, n) for n in self._cold}
         else:
-            by_cpu = {n: 0 if self.streams else cold for n, cold in self._cold.items()}
+            by_cpu = {n: round(self.cpu_share * cold) for n, cold in self._cold.items()}
         if self._stream is not None:
             self._stream.begin({n: first for n, first in by_cpu.items() if first < self._cold[n]})
         return by_cpu
@@ -341,8 +342,8 @@ class GpuPrefill:
         if given is not None:
             self.counters.computed += 1
             found = ffn.every(given.wait(), ffn.hot, ffn.hot + by_cpu, self._sums[:count])
-            normed.copy_(found, non_blocking=True)  # which the GPU has read by then
-            x += normed
+            # A kernel reads them where they lie: a copy would wait in its engine behind pieces of rows.
+            residual_norm(x, None, None, self._eps, None, found[None])
         if layer.ffn_post is not None:
             self._add_norm(x, layer.ffn_post, b.x[:count])
 

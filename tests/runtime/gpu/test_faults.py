@@ -8,6 +8,7 @@ import time
 import weakref
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from gpu_cases import DEVICE
@@ -16,7 +17,7 @@ from step_cases import GREEDY, PROMPT, answer, load_engine, some_tokens, tiny_mo
 from cpu_kernels.contract import Flag, Word
 from cpu_kernels.mailbox import serve
 from cpu_kernels.worker_pool import WorkerPool
-from hybrid.runtime.gpu.cold_workers import ColdWorkers
+from hybrid.runtime.gpu.cold_workers import ColdWorkers, start_thread
 from hybrid.runtime.gpu.step import GpuStep
 
 pytest.importorskip("transformers")
@@ -261,6 +262,30 @@ def test_ctrl_c_in_a_step(engine, monkeypatch, owner, name, count, after):
     engine.runner.rest()
     assert not serving()
     assert answer(engine) == whole
+
+
+def test_ctrl_c_in_the_wait_of_a_threads_start_remains_ctrl_c(engine, monkeypatch):
+    """It comes once the wait has released its lock, which the wait's caller then releases once more."""
+    whole = answer(engine)
+    engine.runner.rest()
+
+    def interrupted(self):
+        self._lock.release()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Condition, "_release_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(engine)
+    assert answer(engine) == whole
+
+
+def test_a_thread_that_cannot_start_says_so():
+    def fails():
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(RuntimeError, match="start new thread"):
+        start_thread(SimpleNamespace(start=fails))
 
 
 def test_ctrl_c_at_any_moment(engine):

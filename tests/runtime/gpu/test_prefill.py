@@ -182,6 +182,16 @@ def test_layers_that_are_split_among_both_ways(name, registered, few, stored):
 
 
 @pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize(("share", "ways"), [(0.0, (3, 0)), (0.5, (3, 3)), (1.0, (0, 3))])
+def test_a_share_of_the_cpu_may_be_forced(share, ways, stored):
+    case = Case(stored("llama-relu", "f32"), split=lambda tokens, start, layer: 0.3)
+    case.prefill.cpu_share = share
+    found, tokens = case.prefill.read(some_tokens(9)), some_tokens(9)
+    assert (found - case.expected(tokens)).abs().max() < TOLERANCE * found.abs().max()
+    assert (case.prefill.counters.streamed, case.prefill.counters.computed) == ways
+
+
+@pytest.mark.usefixtures("_references")
 def test_some_layers_are_registered_and_others_are_not(stored):
     gc.collect()
     case = Case(stored("llama-tied-mha-bias", "f32"))
