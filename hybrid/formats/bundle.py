@@ -83,6 +83,10 @@ class Bundle:
         return self.path / "hardware.json"
 
     @property
+    def copies(self) -> Path:
+        return self.path / "copies.safetensors"
+
+    @property
     def placement(self) -> Path:
         return self.path / "placement.safetensors"
 
