@@ -16,7 +16,8 @@ from model_cases import make_model
 from safetensors.torch import load_file, save_file
 
 from hybrid.bench.hardware import hardware_report
-from hybrid.cli import main, repeat_corpus
+from hybrid.cli import main
+from hybrid.options import repeat_corpus
 from profiler.common.hardware import HardwareProfile
 from profiler.machine import cpu, timing
 

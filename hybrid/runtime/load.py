@@ -19,6 +19,7 @@ from hybrid.runtime.devices import hardware_of
 from hybrid.runtime.plan import RunPlan
 from hybrid.runtime.runner import CpuRunner, Runner
 from placement.workspace import ENGINE_ROWS
+from profiler.common.spec import NAMING
 
 if TYPE_CHECKING:
     from hybrid.runtime.gpu.host_rows import HostRows
@@ -70,7 +71,7 @@ class LoadedModel:
         from hybrid.runtime.gpu.host_rows import HostRows
 
         assert self.plan.gpu is not None
-        return HostRows(self.model, self.plan.placement, self.plan.gpu, self.runtime.strategy == "learned")
+        return HostRows(self.model, self.plan.placement, self.plan.gpu, self.runtime.strategy in NAMING)
 
 
 def load_model(plan: RunPlan) -> LoadedModel:
@@ -81,5 +82,5 @@ def load_model(plan: RunPlan) -> LoadedModel:
     few = _FEW_OF_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _FEW_TOKENS
     pool = WorkerPool(plan.threads)
     runtime = FFNRuntime(plan.strategy, pool, spec.d_model, spec.d_ff, few=few, precision=plan.prefill)
-    model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle)
+    model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle, plan.copies)
     return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.contract import Precision
+from cpu_kernels.contract import LAYOUTS, Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import counted, percent
 from hybrid.errors import ArtifactError, InputError
@@ -22,6 +22,7 @@ from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of, placement_for
 from placement.placement import Placement
 from predictor.bank import PredictorBank
+from predictor.row_copies import RowCopies
 from profiler.common.spec import STRATEGIES, ModelSpec, Strategy
 
 
@@ -30,8 +31,9 @@ class RunPlan:
     """What an engine will be built from.
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
-    its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
-    that the KV cache has room for, where more or less than one context was asked for. prefill: of a prompt's products.
+    its own. copies: of rows, where neurons are certified. threads: of the CPU. context: tokens that a sequence may
+    have. notices: what a user should know. kv_tokens: that the KV cache has room for, where more or less than one
+    context was asked for. prefill: of a prompt's products.
     """
 
     folder: ModelFolder
@@ -45,6 +47,7 @@ class RunPlan:
     notices: tuple[str, ...] = ()
     kv_tokens: int | None = None
     prefill: Precision = "fast"
+    copies: RowCopies | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -88,6 +91,7 @@ def plan_run(
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:
         bank = _predictors(bundle, spec)
+    copies = _copies(bundle, spec) if strategy == "certified" else None
     gpu = device or gpu_of(config.vram_budget)
     if placement is None:
         sizes = config.vram_budget, notices, config.kv_tokens
@@ -95,7 +99,7 @@ def plan_run(
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
     found = folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices)
-    return RunPlan(*found, config.kv_tokens, "fast" if config.prefill == "auto" else config.prefill)
+    return RunPlan(*found, config.kv_tokens, "fast" if config.prefill == "auto" else config.prefill, copies)
 
 
 def cpu_threads(beside_gpu: bool) -> int:
@@ -122,15 +126,37 @@ def _strategy(
             if strategy != "dense" and not spec.fires_sparsely:
                 problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense"
                 raise InputError(problem, setting="sparsity")
+            if strategy == "certified" and LAYOUTS[spec.dtype].in_blocks:
+                notices.append(f"rows of {spec.dtype} are no longer than a copy in 8 bits, so certified is exact here")
+                return "exact"
             return strategy
     if not spec.fires_sparsely:
         return "dense"
+    if bundle.copies.is_file() and _placed_for(bundle, spec, placement) == "certified":
+        return "certified"
     stored = folder.path / PREDICTORS_FILE if folder.is_packed else bundle.predictors
     placed = placement is not None or bundle.placement.is_file()
     if placed and (bank is not None or stored.is_file()):
         return "learned"
+    if bundle.copies.is_file() and not LAYOUTS[spec.dtype].in_blocks:
+        return "certified"
     notices.append(f"not prepared, so exact: every gate is computed, nothing is lost; faster after: {bundle.repair}")
     return "exact"
+
+
+def _placed_for(bundle: Bundle, spec: ModelSpec, placement: Placement | None) -> object:
+    """The strategy that the placement was solved for; None where there is none."""
+    if placement is None and bundle.placement.is_file():
+        placement = bundle.load_placement(spec)
+    return None if placement is None else placement.made_from.get("strategy")
+
+
+def _copies(bundle: Bundle, spec: ModelSpec) -> RowCopies:
+    if not bundle.copies.is_file():
+        raise ArtifactError(
+            f"{bundle.copies} is missing; make it with: {bundle.certify}; or use sparsity exact, which needs none"
+        )
+    return bundle.load_copies(spec)
 
 
 def _predictors(bundle: Bundle, spec: ModelSpec) -> PredictorBank:
