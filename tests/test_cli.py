@@ -255,7 +255,7 @@ MISTAKES = {
     "half a peer": (lambda m: None, ["bench", "{m}", "--peer", "llama.cpp"], "--peer and --peer-model go together"),
     "corrupt predictors": (
         lambda m: truncate(m / "hybrid" / "predictors.safetensors"),
-        ["chat", "{m}"],
+        ["chat", "{m}", "--sparsity", "learned"],
         "rebuild it with: hybrid prepare",
     ),
     "missing placement": (
