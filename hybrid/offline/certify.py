@@ -63,9 +63,14 @@ def certify(project: Project, progress: Progress) -> ArtifactHeader:
 
 
 def is_worth_more(certified: PlacementResult, learned: PlacementResult, bank: PredictorBank | None) -> bool:
-    """Whether certificates are as fast as predictors, whose loss counts as time."""
-    loss = 0.0 if bank is None or bank.report is None else max(0.0, bank.report.perplexity_increase or 0.0)
-    return certified.solution.seconds <= learned.solution.seconds * (1 + _PRICE_OF_LOSS * loss)
+    """Whether certificates are faster than `exact`, where `bank` is None, or as fast as predictors, whose loss counts
+    as time. Where that is not known, as of predictors that came with a file, it is for the user to say."""
+    if bank is None:
+        return certified.solution.seconds < learned.solution.seconds
+    loss = None if bank.report is None else bank.report.perplexity_increase
+    if loss is None:
+        return False
+    return certified.solution.seconds <= learned.solution.seconds * (1 + _PRICE_OF_LOSS * max(0.0, loss))
 
 
 def _copies(project: Project, form: CopyForm, layer: int) -> LayerCopies:

@@ -127,6 +127,7 @@ def _strategy(
                 problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense"
                 raise InputError(problem, setting="sparsity")
             if strategy == "certified" and LAYOUTS[spec.dtype].in_blocks:
+                # Nothing is lost either way, and a copy would only be read beside rows that are no longer.
                 notices.append(f"rows of {spec.dtype} are no longer than a copy in 8 bits, so certified is exact here")
                 return "exact"
             return strategy
