@@ -247,7 +247,7 @@ def evaluate(model: Path | None, options: Options) -> None:
     sparse, bank = project.spec.fires_sparsely, None
     strategies: list[Any] = ["dense", "exact"] if sparse else ["dense"]
     if sparse and project.bundle.copies.is_file():
-        project.folder.use_copies(project.model.ffns, project.bundle.load_copies(project.spec), None)
+        project.folder.use_copies(project.model.ffns, project.bundle)
         strategies.append("certified")
     if sparse and ("certified" not in strategies or project.bundle.predictors.is_file()):
         strategies.append("learned")

@@ -8,6 +8,7 @@ checkpoint's order of neurons, as predictors do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -127,14 +128,45 @@ class RowCopies:
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec, form: CopyForm, repair: str = REPAIR) -> RowCopies:
-        """Read copies of `form` and check that they are of `spec`. Raises `ArtifactError`, also where the file has
-        another form, or `ArtifactMismatchError`."""
-        with open_artifact(path, KIND, spec.fingerprint, repair) as file:
-            expected = {entry.name: entry for layer in range(spec.n_layers) for entry in form.entries(spec, layer)}
-            found = {name: Entry(name, place.dtype, place.shape) for name, place in file.places.items()}
-            if found != expected:
-                raise ArtifactError(f"{path} has other copies than are needed; make it with: {repair}")
-            return cls(tuple(_layer(file, spec, form, layer) for layer in range(spec.n_layers)), form, file.header)
+        """Read copies of `form` and check that they are of `spec`. Raises as `open_copies` does."""
+        with open_copies(path, spec, form, repair) as stored:
+            return cls(tuple(stored.layer(layer) for layer in range(spec.n_layers)), form, stored.file.header)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCopies:
+    """Open copies of `spec`, which are read a layer at a time."""
+
+    file: ArtifactFile
+    spec: ModelSpec
+    form: CopyForm
+
+    def layer(self, layer: int) -> LayerCopies:
+        """One layer's. Raises `ArtifactError` for damage."""
+
+        def array(name: str) -> np.ndarray:
+            return self.file.array(f"layers.{layer}.{name}")
+
+        gate, up = (Matrix(array(part), self.spec.d_model) if part in self.form.parts else None for part in _PARTS)
+        bounds = [array(name) if self.form.bounded else None for name in _BOUNDS]
+        for found in bounds:
+            # A NaN would bound nothing, silently.
+            if found is not None and not (np.isfinite(found) & (found >= 0)).all():
+                problem = f"a bound of layer {layer} is no number"
+                raise ArtifactError(f"{self.file.path} is corrupt: {problem}; rebuild it with: {self.file.repair}")
+        return LayerCopies(gate, up, *bounds)
+
+
+@contextmanager
+def open_copies(path: Path, spec: ModelSpec, form: CopyForm, repair: str = REPAIR) -> Iterator[StoredCopies]:
+    """Open copies of `form`. Raises `ArtifactError`, also where the file has another form, or `ArtifactMismatchError`
+    where it is not of `spec`."""
+    with open_artifact(path, KIND, spec.fingerprint, repair) as file:
+        expected = {entry.name: entry for layer in range(spec.n_layers) for entry in form.entries(spec, layer)}
+        found = {name: Entry(name, place.dtype, place.shape) for name, place in file.places.items()}
+        if found != expected:
+            raise ArtifactError(f"{path} has other copies than are needed; make it with: {repair}")
+        yield StoredCopies(file, spec, form)
 
 
 def write_copies(
@@ -161,17 +193,3 @@ def write_copies(
                 writer.add(entry.name, [np.ascontiguousarray(array)])
             advance(1)
         writer.finish()
-
-
-def _layer(file: ArtifactFile, spec: ModelSpec, form: CopyForm, layer: int) -> LayerCopies:
-    """One layer's copies from an open file. Raises `ArtifactError` for damage."""
-
-    def array(name: str) -> np.ndarray:
-        return file.array(f"layers.{layer}.{name}")
-
-    gate, up = (Matrix(array(part), spec.d_model) if part in form.parts else None for part in _PARTS)
-    bounds = [array(name) if form.bounded else None for name in _BOUNDS]
-    for found in bounds:
-        if found is not None and not (np.isfinite(found) & (found >= 0)).all():  # a NaN would bound nothing, silently
-            raise ArtifactError(f"{file.path} is corrupt: a bound of layer {layer} is no number; run: {file.repair}")
-    return LayerCopies(gate, up, *bounds)

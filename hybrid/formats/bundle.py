@@ -7,6 +7,7 @@ its profile and predictors.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from placement.placement import Placement
 from predictor import bank as predictor_bank
 from predictor import row_copies
 from predictor.bank import PredictorBank
-from predictor.row_copies import CopyForm, RowCopies
+from predictor.row_copies import CopyForm, StoredCopies, open_copies
 from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, read_header
 from profiler.common.spec import ModelSpec
@@ -107,9 +108,9 @@ class Bundle:
     def load_placement(self, spec: ModelSpec) -> Placement:
         return Placement.load(self.placement, spec, self.repair)
 
-    def load_copies(self, spec: ModelSpec) -> RowCopies:
+    def open_copies(self, spec: ModelSpec) -> AbstractContextManager[StoredCopies]:
         """Copies of rows for the strategy `certified`. Raises as `load_profile`."""
-        return RowCopies.load(self.copies, spec, CopyForm.certified(spec), self.certify)
+        return open_copies(self.copies, spec, CopyForm.certified(spec), self.certify)
 
     def copies_header(self, spec: ModelSpec) -> ArtifactHeader:
         """Of these copies. Raises as `load_profile`."""

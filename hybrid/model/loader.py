@@ -31,7 +31,6 @@ from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, Pack
 from hybrid.model.transformer import Attention, Block, LayerNorms, Linear, Transformer
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from predictor.row_copies import RowCopies
 from profiler.common.spec import DType, KVChoice, ModelSpec
 
 _DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
@@ -125,12 +124,11 @@ class ModelFolder:
         placement: Placement | None,
         bank: PredictorBank | None,
         bundle: Bundle | None = None,
-        copies: RowCopies | None = None,
     ) -> Transformer:
         """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
 
-        bundle: where a GGUF model of blocks has its run-time form, which is written there first. copies: of rows, by
-        which the strategy `certified` names neurons.
+        bundle: where a GGUF model of blocks has its run-time form, which is written there first, and where copies of
+        rows are for the strategy `certified`.
 
         A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
         `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
@@ -155,21 +153,22 @@ class ModelFolder:
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
         for block, predictor in zip(blocks, mapped, strict=False):
             block.ffn.set_predictor(predictor)
-        if copies is not None:
-            self.use_copies([block.ffn for block in blocks], copies, None if placement is None else placement.order)
+        if runtime.strategy == "certified" and bundle is not None:
+            self.use_copies([block.ffn for block in blocks], bundle, None if placement is None else placement.order)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         assert norm is not None
         head = embedding if self.spec.tied else reader.head()
         return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
 
-    def use_copies(self, ffns: Sequence[HybridFFN], copies: RowCopies | None, order: np.ndarray | None) -> None:
-        """Have layers certify neurons by `copies`, or none. order: of the neurons, int [n_layers, d_ff]; None for the
-        checkpoint's, or that which a folder is packed in."""
+    def use_copies(self, ffns: Sequence[HybridFFN], bundle: Bundle, order: np.ndarray | None = None) -> None:
+        """Have layers certify neurons by the copies of `bundle`. order: of the neurons, int [n_layers, d_ff]; None for
+        the checkpoint's, or that which a folder is packed in. Raises `ArtifactError`."""
         if isinstance(self.weights, PackedModel):
             order = self.weights.order
-        for layer, ffn in enumerate(ffns):
-            found = None if copies is None else copies.layers[layer]
-            ffn.set_copies(found if found is None or order is None else found.reordered(order[layer]))
+        with bundle.open_copies(self.spec) as stored:
+            for layer, ffn in enumerate(ffns):
+                found = stored.layer(layer)
+                ffn.set_copies(found if order is None else found.reordered(order[layer]))
 
     def _block(
         self, reader: Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None

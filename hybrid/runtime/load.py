@@ -82,5 +82,5 @@ def load_model(plan: RunPlan) -> LoadedModel:
     few = _FEW_OF_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _FEW_TOKENS
     pool = WorkerPool(plan.threads)
     runtime = FFNRuntime(plan.strategy, pool, spec.d_model, spec.d_ff, few=few, precision=plan.prefill)
-    model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle, plan.copies)
+    model = plan.folder.build(runtime, plan.placement, plan.bank, plan.bundle)
     return LoadedModel(plan, model, codec, runtime, defaults.settings, ends, defaults.notes)

@@ -22,7 +22,6 @@ from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of, placement_for
 from placement.placement import Placement
 from predictor.bank import PredictorBank
-from predictor.row_copies import RowCopies
 from profiler.common.spec import STRATEGIES, ModelSpec, Strategy
 
 
@@ -31,7 +30,7 @@ class RunPlan:
     """What an engine will be built from.
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
-    its own. copies: of rows, where neurons are certified. threads: of the CPU. context: tokens that a sequence may
+    its own. threads: of the CPU. context: tokens that a sequence may
     have. notices: what a user should know. kv_tokens: that the KV cache has room for, where more or less than one
     context was asked for. prefill: of a prompt's products.
     """
@@ -47,7 +46,6 @@ class RunPlan:
     notices: tuple[str, ...] = ()
     kv_tokens: int | None = None
     prefill: Precision = "fast"
-    copies: RowCopies | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -91,7 +89,8 @@ def plan_run(
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:
         bank = _predictors(bundle, spec)
-    copies = _copies(bundle, spec) if strategy == "certified" else None
+    if strategy == "certified":
+        _require_copies(bundle, spec)
     gpu = device or gpu_of(config.vram_budget)
     if placement is None:
         sizes = config.vram_budget, notices, config.kv_tokens
@@ -99,7 +98,7 @@ def plan_run(
     gpu = gpu if placement.choice.uses_gpu else None
     threads = config.threads or cpu_threads(gpu is not None)
     found = folder, bundle, strategy, gpu, placement, bank, threads, context, tuple(notices)
-    return RunPlan(*found, config.kv_tokens, "fast" if config.prefill == "auto" else config.prefill, copies)
+    return RunPlan(*found, config.kv_tokens, "fast" if config.prefill == "auto" else config.prefill)
 
 
 def cpu_threads(beside_gpu: bool) -> int:
@@ -152,12 +151,12 @@ def _placed_for(bundle: Bundle, spec: ModelSpec, placement: Placement | None) ->
     return None if placement is None else placement.made_from.get("strategy")
 
 
-def _copies(bundle: Bundle, spec: ModelSpec) -> RowCopies:
+def _require_copies(bundle: Bundle, spec: ModelSpec) -> None:
     if not bundle.copies.is_file():
         raise ArtifactError(
             f"{bundle.copies} is missing; make it with: {bundle.certify}; or use sparsity exact, which needs none"
         )
-    return bundle.load_copies(spec)
+    bundle.copies_header(spec)
 
 
 def _predictors(bundle: Bundle, spec: ModelSpec) -> PredictorBank:

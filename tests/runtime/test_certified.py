@@ -194,7 +194,7 @@ def test_copies_follow_a_placement(folder):
     placement = Placement.random(opened.spec, 0.4, 3)
     plan = plan_run(opened, EngineConfig("certified", vram_budget=0), placement)
     runtime = FFNRuntime("certified", WorkerPool(1), opened.spec.d_model, opened.spec.d_ff)
-    model = opened.build(runtime, placement, None, plan.bundle, plan.copies)
+    model = opened.build(runtime, placement, None, plan.bundle)
     for ffn in model.ffns:
         assert ffn.certificate is not None
         np.testing.assert_array_equal(ffn.certificate.rows, copies_of(ffn).deciding.rows)
