@@ -8,6 +8,7 @@ checkpoint's order of neurons, as predictors do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ CopiedPart = Literal["gate", "up"]
 _PARTS: tuple[CopiedPart, ...] = get_args(CopiedPart)
 _STORED: dict[Blocks, str] = {"int8": "I8", "int4": "U8"}  # as `Matrix` has their rows
 _BOUNDS = ("slope", "rest")
+_PIECE = 256  # rows that a thread copies at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +86,23 @@ class CopyForm:
         """What the strategy `certified` reads."""
         return cls(("gate",) if spec.gated else ("up",), bounded=True)
 
-    def layer(self, weights: dict[CopiedPart, np.ndarray]) -> LayerCopies:
+    def layer(self, weights: dict[CopiedPart, np.ndarray], threads: int = 1) -> LayerCopies:
         """The copies of f32 [f, d] weights by part. Raises `InputError` for weights that blocks cannot hold."""
         made: dict[str, Matrix] = {}
         bounds: list[np.ndarray] = []
         try:
-            for part in self.parts:
-                rows, d = weights[part], weights[part].shape[1]
-                if self.bounded:
-                    copied, *bounds = bounded_copy(rows)
-                    made[part] = Matrix(copied, d)
-                else:
-                    made[part] = Matrix(quantize(rows, self.blocks), d)
+            with ThreadPoolExecutor(threads) as pool:
+                for part in self.parts:
+                    rows = weights[part]
+                    pieces = [rows[start : start + _PIECE] for start in range(0, len(rows), _PIECE)]
+                    copied, *bounds = map(np.concatenate, zip(*pool.map(self._copied, pieces), strict=True))
+                    made[part] = Matrix(copied, rows.shape[1])
         except ValueError as error:
             raise InputError(f"rows of {' and '.join(self.parts)} cannot be copied: {error}") from error
         return LayerCopies(made.get("gate"), made.get("up"), *bounds)
+
+    def _copied(self, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        return bounded_copy(rows) if self.bounded else (quantize(rows, self.blocks),)
 
     def entries(self, spec: ModelSpec, layer: int) -> Iterator[Entry]:
         """One layer's tensors in the order of the file."""

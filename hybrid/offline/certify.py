@@ -74,7 +74,8 @@ def is_worth_more(certified: PlacementResult, learned: PlacementResult, bank: Pr
 
 
 def _copies(project: Project, form: CopyForm, layer: int) -> LayerCopies:
-    return form.layer({part: _rows(project, part, layer) for part in form.parts})
+    threads = project.runtime.pool.threads
+    return form.layer({part: _rows(project, part, layer) for part in form.parts}, threads)
 
 
 def _rows(project: Project, part: CopiedPart, layer: int) -> np.ndarray:
