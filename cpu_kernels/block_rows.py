@@ -66,6 +66,16 @@ class Int8Rows(BlockRows):
         _put_scales(code, [builder.add(row, ends) for row in rows.addresses], v[2], None, v[5], groups)
         return self.dot_codes(code, rows, v[1], _scale_tables(code, v[5], groups), groups)
 
+    def dot_with_scales(self, code: Code, rows: FourRows, v: list[Any], n: Any) -> list[Any]:
+        """`dot`, and each row's sum of its scales times the f32 [P / 32] at v[4]: eight f32."""
+        groups = code.groups(n)
+        ends = code.builder.mul(groups, I64(GROUP))
+        _fetch_dot_scales(code, rows.ahead, ends, groups)
+        addresses = [code.builder.add(row, ends) for row in rows.addresses]
+        scaled = _put_scales(code, addresses, v[2], v[4], v[5], groups)
+        sums = self.dot_codes(code, rows, v[1], _scale_tables(code, v[5], groups), groups)
+        return [*sums, *code.add_up_four([code.widened_to(part, LANES) for part in scaled])]
+
     def dot_codes(self, code: Code, rows: FourRows, x: Any, tables: list[Any], groups: Any) -> list[Any]:
         """Codes times an input of 16 bits at `x`; each block's sum times its f32 in the row's table."""
         builder = code.builder

@@ -18,7 +18,7 @@ from cpu_kernels.inputs import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
 from cpu_kernels.row_sum import new_sums
 
-DENSE, EXACT, LEARNED = 0, 1, 2
+DENSE, EXACT, LEARNED, CERTIFIED = 0, 1, 2, 3  # from LEARNED on, neurons are named first
 
 
 class Column(IntEnum):
@@ -33,6 +33,7 @@ class Column(IntEnum):
     KV, WINDOW, HOT = 16, 17, 18
     FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
     ATTENTION_POST_NORM, FFN_POST_NORM, Q_NORM_BIAS, K_NORM_BIAS, ROTATION, KV_SCALES = 27, 28, 29, 30, 31, 32
+    COPY, COPY_SLOPE, COPY_REST = 33, 34, 35
 
 
 class Ends(IntEnum):
@@ -112,7 +113,7 @@ class Shared(NamedTuple):
 
 
 class Own(NamedTuple):
-    """Buffers of one worker alone; ahead: the FFN's input where it is that of attention."""
+    """Buffers of one worker alone; ahead: the FFN's input where it is that of attention; lengths: of inputs."""
 
     inputs: Input
     ahead: Input
@@ -122,6 +123,7 @@ class Own(NamedTuple):
     masks: np.ndarray
     hidden: np.ndarray
     places: np.ndarray
+    lengths: np.ndarray
     down: DownScratch
 
 
@@ -166,6 +168,7 @@ def new_own(shape: Shape, rank: int) -> Own:
         masks=np.zeros(shape.f + 1, np.uint32),
         hidden=np.zeros(shape.f, np.float32),
         places=np.zeros(shape.f, np.int32),
+        lengths=np.zeros(MAX_BATCH, np.float32),
         down=new_down_scratch(shape.d, shape.f),
     )
 

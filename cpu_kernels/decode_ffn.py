@@ -8,6 +8,7 @@ from cpu_kernels import barrier
 from cpu_kernels.activations import activate
 from cpu_kernels.addresses import floats
 from cpu_kernels.blocks import padded
+from cpu_kernels.certificate import named_rows, put_norms
 from cpu_kernels.compiled import subroutine
 from cpu_kernels.contract import MAX_BATCH
 from cpu_kernels.decode_buffers import DENSE, EXACT, LEARNED, Column, Count, Phase
@@ -19,12 +20,10 @@ from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidde
 
 
 @subroutine
-def _predict(worker, workers, state, row, rows, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
-    """The neurons that the predictor names for some row, in shared.ids, and of several rows for which, in shared.masks;
-    returns their number, -1 when aborted."""
+def _predicted(worker, workers, state, row, rows, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
+    """This worker's neurons that the predictor names for some row, in own.ids, and for which, in own.masks; returns
+    their number, -1 when aborted."""
     d, f, r = shape.d, shape.f, row[Column.RANK]
-    for t in range(rows):
-        round_input(one_input(inputs, t), d)
     start, stop = r * worker // workers, r * (worker + 1) // workers
     s1, b1 = floats(row[Column.FC1_SCALE], r), floats(row[Column.FC1_BIAS], r)
     units = shared.hidden_units[:rows]
@@ -38,11 +37,41 @@ def _predict(worker, workers, state, row, rows, shape, shared, inputs, own, like
     start, stop = f * worker // workers, f * (worker + 1) // workers
     s2, b2 = floats(row[Column.FC2_SCALE], f), floats(row[Column.FC2_BIAS], f)
     threshold = np.int32(row[Column.THRESHOLD]).view(np.float32)
-    shared.counts[worker * COUNT_STRIDE] = firing_rows(
+    return firing_rows(
         like, row[Column.FC2], padded(r), start, stop, own.units, rows, r, s2, b2, threshold, own.ids, own.masks
     )
+
+
+@subroutine
+def _uncertain(worker, workers, row, rows, bias, shape, inputs, own, like):  # type: ignore[no-untyped-def]
+    """As `_predicted`, the neurons that may fire: all but those that a certificate says cannot."""
+    d, f = shape.d, shape.f
+    for t in range(rows):
+        own.lengths[t] = put_norms(one_input(inputs, t), d)
+    start, stop = f * worker // workers, f * (worker + 1) // workers
+    slope, rest = floats(row[Column.COPY_SLOPE], f), floats(row[Column.COPY_REST], f)
+    threshold = np.int32(shape.activation >> 8).view(np.float32)  # FATReLU's, 0 of others
+    return named_rows(
+        like, row[Column.COPY], row_bytes(like, d), start, stop, inputs, own.lengths, rows, d, slope, rest, bias,
+        threshold, own.ids, own.masks
+    )  # fmt: skip
+
+
+@subroutine
+def _named(worker, workers, state, row, rows, bias, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
+    """The neurons that are named for some row, in shared.ids, and of several rows for which, in shared.masks; returns
+    their number, -1 when aborted. bias: of the rows that decide."""
+    for t in range(rows):
+        round_input(one_input(inputs, t), shape.d)
+    if shape.strategy == LEARNED:
+        count = _predicted(worker, workers, state, row, rows, shape, shared, inputs, own, like)
+    else:
+        count = _uncertain(worker, workers, row, rows, bias, shape, inputs, own, like)
+    if count < 0:
+        return np.int64(-1)
+    shared.counts[worker * COUNT_STRIDE] = count
     if not barrier.wait(state, workers):
-        return -1
+        return np.int64(-1)
     if rows > 1:
         copy_together(worker, workers, shared.counts, own.masks, shared.masks)
     count = copy_together(worker, workers, shared.counts, own.ids, shared.ids)
@@ -84,11 +113,12 @@ def _firing(worker, workers, state, shape, shared, own):  # type: ignore[no-unty
 
 @subroutine
 def _listed(worker, workers, state, like, row, rows, weights, shape, shared, inputs, own):  # type: ignore[no-untyped-def]
-    """The neurons to compute, in shared.ids; returns their number, -1 when aborted. Without a predictor their
+    """The neurons to compute, in shared.ids; returns their number, -1 when aborted. Where none are named first, their
     activations are in shared.hidden."""
     f, begun = shape.f, tick()
-    if shape.strategy == LEARNED:
-        n = _predict(worker, workers, state, row, rows, shape, shared, inputs, own, like)
+    if shape.strategy >= LEARNED:
+        bias = weights.gate_bias if weights.gate else weights.up_bias
+        n = _named(worker, workers, state, row, rows, bias, shape, shared, inputs, own, like)
         if worker == 0:
             shared.ticks[Phase.PREDICTOR] += tick() - begun
         return n
@@ -107,7 +137,7 @@ def _tally(row, n, rows, masks, hidden, shape, shared):  # type: ignore[no-untyp
     first_cold, computed = np.int64(0), np.int64(0)
     for k in range(n):
         first_cold += shared.ids[k] < row[Column.HOT]
-    if shape.strategy == LEARNED and rows > 1:
+    if shape.strategy >= LEARNED and rows > 1:
         for t in range(rows):
             for k in range(n):
                 computed += (masks[k] >> np.uint32(t)) & np.uint32(1)
@@ -142,10 +172,10 @@ def ffn(worker, workers, state, like, like_codes, row, rows, shape, eps, shared,
     n = _listed(worker, workers, state, like_codes, row, rows, weights, shape, shared, inputs, own)
     if n < 0:
         return False
-    if strategy == LEARNED:
+    if strategy >= LEARNED:
         begun = tick()
-    skip, given, masks = strategy != DENSE, strategy != LEARNED, shared.ones
-    if strategy == LEARNED and rows > 1:
+    skip, given, masks = strategy != DENSE, strategy < LEARNED, shared.ones
+    if strategy >= LEARNED and rows > 1:
         masks = shared.masks
     hidden = shared.hidden[: rows * n].reshape(rows, n)
     gate_and_up(

@@ -120,8 +120,15 @@ def firing_rows(  # type: ignore[no-untyped-def]
                 k = min(i + n * quarter, last)
                 fires = np.uint32(sums[n] * s2[start + k] + b2[start + k] >= threshold)
                 masks[k] = fires if t == 0 else masks[k] | fires << np.uint32(t)
+    return listed(start, stop, ids, masks)
+
+
+@subroutine
+def listed(start, stop, ids, masks):  # type: ignore[no-untyped-def]
+    """Of masks[i] of rows start + i, those that are not 0 moved to the front, and their rows to `ids`; returns how many
+    there are."""
     count = 0
-    for i in range(stop - start):  # from what fires to which do
+    for i in range(stop - start):
         mask = masks[i]
         ids[count], masks[count] = start + i, mask
         count += mask != 0

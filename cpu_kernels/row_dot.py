@@ -77,6 +77,19 @@ def dot_codes(typing_context: Any, like: Any, rows: Any, ahead: Any, v: Any, n: 
     return (signature, generate) if type_like(like) is INT8 and is_input(v) else None
 
 
+@intrinsic
+def dot_with_scales(typing_context: Any, like: Any, rows: Any, ahead: Any, v: Any, n: Any) -> Any:
+    """`dot_four` of rows of int8, and the sums of each row's scales times v[4]: f32 x 8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code, (_, at, ahead, given, count) = Code(context, builder), args
+        four, forms = _unpacked(code, at, ahead, given, v)
+        return cgutils.pack_array(builder, INT8.dot_with_scales(code, four, forms, count))
+
+    signature = types.UniTuple(types.float32, 8)(like, _FOUR, _FOUR, v, types.int64)
+    return (signature, generate) if type_like(like) is INT8 and is_input(v) else None
+
+
 def _tails(like: np.ndarray, rows: Rows, v: Input, n: int, sums: tuple[float, ...]) -> tuple[float, ...]:
     raise NotImplementedError("called from compiled code only")
 

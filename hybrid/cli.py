@@ -132,16 +132,27 @@ def train(model: Path | None, **given: Any) -> None:
 
 @cli.command()
 @options.MODEL
+@options.BUNDLE
+@options.THREADS
+def certify(model: Path | None, **given: Any) -> None:
+    """Copy gates in 8 bits, by which `--sparsity certified` proves what cannot fire."""
+    from hybrid import commands
+
+    _run(commands.certify, model, given)
+
+
+@cli.command()
+@options.MODEL
 @options.BUDGET
 @options.SOLVER
 @options.CONTEXT
 @options.HARDWARE
 @click.option(
     "--sparsity",
-    type=click.Choice(["exact", "learned"]),
+    type=click.Choice(["exact", "learned", "certified"]),
     default="learned",
     show_default=True,
-    help="What it is for: exact needs no predictors.",
+    help="What it is for: exact needs no predictors, certified copies of gates.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @options.BUNDLE
@@ -329,19 +340,6 @@ def _run(command: Callable[..., None], *arguments: Any) -> None:
         command(*arguments)
 
 
-def repeat_corpus(arguments: list[str]) -> list[str]:
-    """`--corpus a b` as `--corpus a --corpus b`, so that a shell's wildcard can follow the option."""
-    expanded: list[str] = []
-    in_corpus = False
-    for argument in arguments:
-        if argument.startswith("-"):
-            in_corpus = argument == "--corpus"
-        elif in_corpus and expanded[-1] != "--corpus":
-            expanded.append("--corpus")
-        expanded.append(argument)
-    return expanded
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run one command line, by default this process's; always ends by `SystemExit`."""
     sys.exit(run(arguments))
@@ -349,7 +347,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """The exit code of one command line, by default this process's. What went wrong is said, in one line."""
-    arguments = repeat_corpus(sys.argv[1:] if arguments is None else arguments)
+    arguments = options.repeat_corpus(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments[:1]
     try:
         if _COMPLETE in os.environ:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,14 @@ from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
-from hybrid.offline.evaluate import StrategyQuality
+from hybrid.offline.certify import certify as certify_neurons
+from hybrid.offline.certify import is_worth_a_copy, is_worth_more
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
 from hybrid.options import chosen_sampling
-from hybrid.reports import predictor_report, profile_report
+from hybrid.reports import change, predictor_report, profile_report, quality_report
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
@@ -88,11 +90,19 @@ def _prepare_imported(project: Project, options: Options) -> None:
 def _place_anew(project: Project, settings: PlacementSettings, hardware: HardwareProfile, made: _Made) -> None:
     """Solve and write the placement, unless the present one is what would be made of the profile and predictors."""
     profile, predictors = made
-    if project.placement_is_current(project.place_origin(profile, predictors, hardware), settings):
+    certified = replace(settings, strategy="certified")
+    ways = [(settings, predictors)] + [(certified, None)] * project.bundle.copies.is_file()
+    if any(project.placement_is_current(project.place_origin(profile, by, hardware), way) for way, by in ways):
         click.echo(f"place: {_CURRENT}", err=True)
         return
-    found = project.load_profile(samples=False)
-    result = project.place(found, project.load_predictors() if predictors else None, hardware, settings)
+    found, bank = project.load_profile(samples=False), project.load_predictors() if predictors else None
+    result = project.place(found, bank, hardware, settings)
+    if is_worth_a_copy(project):
+        other = project.place(found, None, hardware, certified)
+        if is_worth_more(other, result, bank):
+            click.echo("certify: it is as fast, and loses nothing", err=True)
+            certify_neurons(project, progress)
+            result = other
     project.write_placement(result.placement)
     click.echo(f"place: {_placement_summary(result, found, hardware.has_gpu)}", err=True)
 
@@ -114,6 +124,16 @@ def train(model: Path | None, options: Options) -> None:
     click.echo(f"wrote {project.bundle.predictors}", err=True)
 
 
+def certify(model: Path | None, options: Options) -> None:
+    """Make and write copies of gates, and say what they are."""
+    project = _project(model, options)
+    made = certify_neurons(project, progress).made_from
+    if "uncertain" in made:
+        click.echo(f"silent neurons that it leaves in doubt: {percent(made['uncertain'])}")
+    nbytes = project.bundle.copies.stat().st_size
+    _say(f"wrote {project.bundle.copies}, {size(nbytes)}; used by --sparsity certified")
+
+
 def place(model: Path | None, options: Options) -> None:
     """Solve, print and write a placement."""
     project = _project(model, options)
@@ -121,6 +141,8 @@ def place(model: Path | None, options: Options) -> None:
     settings = _placement_settings(project, options, options["sparsity"])
     found = project.load_profile(samples=False)
     bank = project.load_predictors() if settings.strategy == "learned" else None
+    if settings.strategy == "certified":
+        project.bundle.copies_header(project.spec)
     hardware = _hardware(project, options)
     if bank and bank.header and bank.header.made_from.get("profile", found.header.key) != found.header.key:
         click.echo("note: the predictors were trained on another profile than the present; `hybrid train`", err=True)
@@ -222,8 +244,14 @@ def evaluate(model: Path | None, options: Options) -> None:
     corpus = _corpus(project, options, "heldout.jsonl")
     request = ProfileRequest(corpus, options["tokens"], _window(project, options), skip_bad=options["skip_bad"])
     windows = project.windows(request)
-    strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
-    bank = project.load_predictors() if "learned" in strategies else None
+    sparse, bank = project.spec.fires_sparsely, None
+    strategies: list[Any] = ["dense", "exact"] if sparse else ["dense"]
+    if sparse and project.bundle.copies.is_file():
+        project.folder.use_copies(project.model.ffns, project.bundle)
+        strategies.append("certified")
+    if sparse and ("certified" not in strategies or project.bundle.predictors.is_file()):
+        strategies.append("learned")
+        bank = project.load_predictors()
     project.use_predictors(bank)
     with progress("eval", windows.tokens.size * len(strategies)) as advance:
         found = evaluate_strategies(
@@ -232,11 +260,6 @@ def evaluate(model: Path | None, options: Options) -> None:
     click.echo(quality_report(found))
     if options["curve"] and bank and bank.report:
         click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
-
-
-def _change(value: float, base: float) -> str:
-    """Relative change in per cent; rounded before its sign is printed, so that none is `-0.00%`."""
-    return f"{round(value / base - 1, 5) + 0.0:+.3%}"
 
 
 def _curve(
@@ -257,32 +280,11 @@ def _curve(
                     percent(point.precision),
                     f"{point.level:.2%}",
                     f"{quality.perplexity:.3f}",
-                    _change(quality.perplexity, dense),
+                    change(quality.perplexity, dense),
                 ]
             )
     header = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
     return table(header, rows)
-
-
-def quality_report(found: list[StrategyQuality]) -> str:
-    """One row per strategy, the first of which is what the others are held against."""
-    dense = found[0].perplexity
-    rows = [
-        [
-            ", ".join(
-                [q.strategy, *([f"KV {q.kv}"] if q.kv else []), *(["prefill fast"] if q.prefill == "fast" else [])]
-            ),
-            f"{q.perplexity:.4f}",
-            _change(q.perplexity, dense),
-            f"{q.kl:.5f}",
-            f"{q.top1_agreement:.2%}",
-            percent(q.computed_share),
-            percent(q.fired_share),
-        ]
-        for q in found
-    ]
-    header = ["strategy", "perplexity", "vs dense", "KL (nats)", "top-1 agree", "computed", "fired"]
-    return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"
 
 
 def _project(model: Path | None, options: Options) -> Project:

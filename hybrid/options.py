@@ -110,9 +110,11 @@ def check_target(text: str) -> None:
 
 def check_strategies(text: str) -> None:
     """Raise `InputError` for what is not a list of different strategies."""
-    known, names = ("dense", "exact", "learned"), text.split(",")
+    known, names = ("dense", "exact", "learned", "certified"), text.split(",")
     if not set(names) <= set(known) or len(set(names)) < len(names):
         raise InputError(f"{text!r} is no list of different ones of {', '.join(known)}")
+    if {"learned", "certified"} <= set(names):
+        raise InputError("learned and certified are not loaded together; measure one after the other")
 
 
 _SIZE = Checked("size", check_size)
@@ -134,10 +136,10 @@ SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out and count do
 THREADS = click.option("--threads", type=COUNT, help="CPU threads  [default: all that this process may use]")
 SPARSITY = click.option(
     "--sparsity",
-    type=click.Choice(["auto", "dense", "exact", "learned"]),
+    type=click.Choice(["auto", "dense", "exact", "learned", "certified"]),
     default="auto",
     show_default=True,
-    help="auto: learned once prepared, until then exact; dense where nothing fires sparsely.",
+    help="auto: certified or learned, as prepared, until then exact; dense where nothing fires sparsely.",
 )
 KV = click.option(
     "--kv",
@@ -270,3 +272,16 @@ def server_options(command: Command) -> Command:
     for option in reversed(_SERVER):
         command = option(command)
     return command
+
+
+def repeat_corpus(arguments: list[str]) -> list[str]:
+    """`--corpus a b` as `--corpus a --corpus b`, so that a shell's wildcard can follow the option."""
+    expanded: list[str] = []
+    in_corpus = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            in_corpus = argument == "--corpus"
+        elif in_corpus and expanded[-1] != "--corpus":
+            expanded.append("--corpus")
+        expanded.append(argument)
+    return expanded

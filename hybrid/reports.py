@@ -16,6 +16,7 @@ from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PACKED_FILE, open_packed
 from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predictors
 from hybrid.model.loader import ModelFolder
+from hybrid.offline.evaluate import StrategyQuality
 from placement.plan import UNLIMITED
 from predictor.bank import PredictorBank
 from predictor.target import PredictorTarget
@@ -41,6 +42,8 @@ def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> Non
         ("predictors", files.predictors, lambda: _show_predictors(files, spec)),
         ("placement", files.placement, lambda: _show_placement(files, spec)),
     ]
+    if files.copies.is_file():
+        shown.append(("certificates", files.copies, lambda: _show_copies(files, spec)))
     if folder.is_packed:
         packed = partial(_show_packed, partial(open_packed, folder.path), check)
         shown.append(("packed weights", folder.path / PACKED_FILE, packed))
@@ -158,6 +161,13 @@ def profile_report(found: NeuronProfile) -> str:
     return f"{table(header, rows)}\n{found.tokens:,} tokens, {found.inputs.shape[1]:,} FFN inputs kept per layer"
 
 
+def _show_copies(files: Bundle, spec: ModelSpec) -> str:
+    header = files.copies_header(spec)
+    uncertain = header.made_from.get("uncertain")
+    found = "" if uncertain is None else f"; silent neurons left in doubt: {percent(uncertain)}"
+    return f"{_file_line(files.copies)}, key {header.key}{found}"
+
+
 def predictor_report(bank: PredictorBank) -> str:
     """Size and quality of the predictors, per layer and overall, and where they miss their target."""
     report = bank.report
@@ -182,3 +192,29 @@ def predictor_report(bank: PredictorBank) -> str:
     measured = "not measured" if increase is None else f"{increase:+.2%}"
     lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
     return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])
+
+
+def change(value: float, base: float) -> str:
+    """Relative change in per cent; rounded before its sign is printed, so that none is `-0.00%`."""
+    return f"{round(value / base - 1, 5) + 0.0:+.3%}"
+
+
+def quality_report(found: list[StrategyQuality]) -> str:
+    """One row per strategy, the first of which is what the others are held against."""
+    dense = found[0].perplexity
+    rows = [
+        [
+            ", ".join(
+                [q.strategy, *([f"KV {q.kv}"] if q.kv else []), *(["prefill fast"] if q.prefill == "fast" else [])]
+            ),
+            f"{q.perplexity:.4f}",
+            change(q.perplexity, dense),
+            f"{q.kl:.5f}",
+            f"{q.top1_agreement:.2%}",
+            percent(q.computed_share),
+            percent(q.fired_share),
+        ]
+        for q in found
+    ]
+    header = ["strategy", "perplexity", "vs dense", "KL (nats)", "top-1 agree", "computed", "fired"]
+    return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"

@@ -18,7 +18,7 @@ from placement.plan import Choice, VramPlan
 from placement.prefill import FEW_COST
 from profiler.common.errors import InputError
 from profiler.common.hardware import HardwareProfile
-from profiler.common.spec import STRATEGIES, Strategy
+from profiler.common.spec import NAMING, STRATEGIES, Strategy
 
 # Small kernels beside those that come one with each that reads weights. FFN: the sum with the residual and the next
 # norm, where no hot neurons are; where neurons are predicted, compaction of their ids. The hand-off has both, as it
@@ -30,6 +30,8 @@ HEAD_SMALL_KERNELS = 1  # logits to the host
 _DECODE_SHARE = 0.88
 # Of the rate at which bf16 neurons are read here and there, that each type reaches: rows in blocks are short.
 _SCATTERED_SHARES = {"bf16": 1.0, "f16": 1.0, "f32": 1.0, "int8": 0.75, "int4": 0.4}
+# Share of silent neurons that certificates leave in doubt, where it was not measured: 5% at d=2048.
+UNCERTAIN = 0.05
 # Bytes of bf16 that the GPU's products and sparse FFN read in the time that a byte of each type takes them.
 _GPU_FACTORS = {"bf16": (1.0, 1.0), "f16": (1.0, 1.0), "f32": (1.0, 1.0), "int8": (1.4, 3.0), "int4": (1.8, 4.0)}
 # Python between two tokens of a GPU's engine: choosing, text, the next token's row.
@@ -68,10 +70,10 @@ class CostModel:
     firing: float64 [n_layers, d_ff], activation frequency of each neuron in 0..1.
     strategy: `dense` reads every row of a neuron. `exact` reads the first row (gate, or up where there is no gate)
     of every neuron and the others when it fires. `learned` reads the first row of the neurons predicted to fire,
-    which are `predicted_ratio` times those that fire, and the others when it fires.
-    group_size: neurons of similar frequency that are placed together.
-    rows: of the step, each of a sequence of its own, so that what fires for one says nothing of the others. Placements
-    are solved for one.
+    which are `predicted_ratio` times those that fire, and the others when it fires. `certified` reads copies of all
+    first rows in 8 bits, the first row of those that fire and of the share `uncertain` of the silent, and the others
+    when it fires. group_size: neurons of similar frequency that are placed together. rows: of the step, each of a
+    sequence of its own, so that what fires for one says nothing of the others. Placements are solved for one.
 
     The FFN of a layer takes max(GPU kernels, hand-off + cold neurons on the CPU), of expected times, a little below the
     expectation of the maximum; the CPU's part has the fixed `cpu_layer_seconds` and reads rows here and there.
@@ -84,6 +86,7 @@ class CostModel:
     predicted_ratio: float = 1.0
     group_size: int = 64
     rows: int = 1
+    uncertain: float = UNCERTAIN
 
     def __post_init__(self) -> None:
         spec = self.plan.spec
@@ -95,6 +98,8 @@ class CostModel:
             raise InputError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if not self.predicted_ratio > 0 or self.group_size < 1 or self.rows < 1:
             raise InputError("predicted_ratio must be above 0, group_size and rows at least 1")
+        if self.plan.certified != (self.strategy == "certified") or not 0 <= self.uncertain <= 1:
+            raise InputError("a plan has certificates where the strategy is certified, of which 0 to 1 are uncertain")
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -110,11 +115,18 @@ class CostModel:
     @property
     def union_share(self) -> float:
         """Expected share of the neurons that are read for some row, of all layers."""
-        return float(self._in_union(self._needed).mean()) if self.strategy == "learned" else 1.0
+        return float(self._in_union(self._needed).mean()) if self.names else 1.0
+
+    @property
+    def names(self) -> bool:
+        """Whether neurons are named first, before weights are read."""
+        return self.strategy in NAMING
 
     @property
     def _needed(self) -> np.ndarray:
-        """Chance [n_layers, d_ff] that a neuron is predicted to fire for a row."""
+        """Chance [n_layers, d_ff] that a neuron is named for a row."""
+        if self.strategy == "certified":
+            return self.firing + self.uncertain * (1 - self.firing)
         return np.minimum(1.0, self.firing * self.predicted_ratio)
 
     def _in_union(self, chance: np.ndarray) -> np.ndarray:
@@ -200,7 +212,7 @@ class CostModel:
         launch = self.hardware.gpu_launch_seconds
         _, factor = _GPU_FACTORS[self.plan.spec.dtype]
         seconds = self.hardware.kernel_seconds("sparse_ffn", factor * self._read_by_first(hot))
-        compaction = COMPACT_KERNELS * (self.strategy == "learned") * launch
+        compaction = COMPACT_KERNELS * self.names * launch
         return np.where(hot > 0, seconds, SUM_KERNELS * launch) + compaction
 
     @cached_property
@@ -219,7 +231,7 @@ class CostModel:
         The hottest of the cold ones; so many that both end together.
         """
         rate = self._zero_copy_bandwidth
-        if self.strategy != "learned" or not rate:
+        if not self.names or not rate:
             return np.zeros_like(on_gpu)
         on_cpu = self._cold_seconds(hot, self._ffn_beside_pcie)
         ahead = on_cpu + self.handoff_seconds - on_gpu - self._zero_copy_fixed
@@ -266,8 +278,7 @@ class CostModel:
 
     def _layers_on_gpu(self, hot: np.ndarray) -> np.ndarray:
         """Attention, predictor, FFN and hand-off seconds, stacked as [4, n_layers, n], for `hot` counts [.., n]."""
-        hardware, sizes = self.hardware, np.array(self.plan.predictor_bytes)
-        predictor = np.where(sizes > 0, hardware.kernel_seconds("predictor", sizes), 0.0)
+        predictor = self._naming_on_gpu
         on_gpu, on_cpu = self._hot_seconds(hot), self._cold_seconds(hot)
         zero_copy = self._zero_copy_bytes(hot, on_gpu)
         on_gpu, on_cpu = self._with_zero_copy(hot, zero_copy, on_gpu, on_cpu)
@@ -280,12 +291,21 @@ class CostModel:
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
         """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
         bandwidth, matrices = self._dense_bandwidth, np.array(self.plan.spec.layer_dense_bytes)
-        predictors = np.array(self.plan.predictor_bytes)  # a byte a weight
+        predictors = np.array(self.plan.predictor_bytes) + self.plan.copy_bytes  # a byte a weight
         products = np.maximum(matrices / bandwidth, self._products(matrices, self._weight_bytes))
         attention = products + self._kv_bytes() / bandwidth
         predictor = np.maximum(predictors / bandwidth, self._products(predictors, 1.0))
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
+
+    @property
+    def _naming_on_gpu(self) -> np.ndarray:
+        """GPU time [n_layers] to name neurons, by predictors or by certificates, which are rows of int8."""
+        sizes = np.array(self.plan.predictor_bytes)
+        found = np.where(sizes > 0, self.hardware.kernel_seconds("predictor", sizes), 0.0)
+        if not self.plan.certified:
+            return found
+        return found + self.hardware.kernel_seconds("gemv", np.array(_GPU_FACTORS["int8"][0] * self.plan.copy_bytes))
 
     @property
     def _token_seconds(self) -> float:

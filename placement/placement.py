@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from placement.cost import CostModel
+from placement.cost import UNCERTAIN, CostModel
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
 from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK, SERVER_ROWS, predictor_bytes
@@ -161,8 +161,8 @@ class PlacementSettings:
     """What to place for; `InputError` or `BudgetError` when a value makes no sense.
 
     vram_budget: bytes, `UNLIMITED` for all that the GPU has. context: tokens that the KV cache holds.
-    strategy, predicted_ratio, group_size: see `CostModel`. prefill_chunk, reserve, kv_tokens: see `VramPlan`.
-    time_limit: seconds for the MILP solver.
+    strategy, predicted_ratio, uncertain, group_size: see `CostModel`. prefill_chunk, reserve, kv_tokens: see
+    `VramPlan`. time_limit: seconds for the MILP solver.
     """
 
     vram_budget: int
@@ -170,6 +170,7 @@ class PlacementSettings:
     strategy: Strategy = "exact"
     solver: Solver = "milp"
     predicted_ratio: float = 1.0
+    uncertain: float = UNCERTAIN
     prefill_chunk: int = PREFILL_CHUNK
     reserve: int | None = None
     group_size: int = 64
@@ -189,6 +190,11 @@ class PlacementSettings:
         if bank is None or bank.report is None:
             return self
         return replace(self, predicted_ratio=max(1.0, bank.report.overall.active_ratio))
+
+    def with_certificates(self, made_from: Mapping[str, Any]) -> PlacementSettings:
+        """The same, with as many silent neurons named as were when copies `made_from` this were tried."""
+        uncertain = made_from.get("uncertain")
+        return replace(self, uncertain=uncertain) if isinstance(uncertain, float) and 0 <= uncertain <= 1 else self
 
     def planned_bytes(self, hardware: HardwareProfile) -> int:
         """The budget on `hardware`; `BudgetError` when it asks for more memory than the GPU has."""
@@ -229,8 +235,12 @@ def place(
     budget = settings.planned_bytes(hardware)
     sizes = settings.prefill_chunk, settings.reserve
     rows = ENGINE_ROWS if settings.kv_tokens is None else SERVER_ROWS
-    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, rows, settings.kv_tokens)
-    model = CostModel(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size)
+    certified = settings.strategy == "certified"
+    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, rows, settings.kv_tokens, certified)
+    model = CostModel(
+        *(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size),
+        uncertain=settings.uncertain,
+    )
     if settings.solver == "milp":
         solution = solve_milp(model, budget, settings.time_limit)
     else:

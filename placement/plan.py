@@ -20,6 +20,7 @@ from placement.workspace import (
     Workspace,
     aligned,
     cached_tokens,
+    copy_bytes,
     layer_bytes,
     neurons_bytes,
     runtime_reserve,
@@ -60,7 +61,7 @@ class VramPlan:
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
     most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
     anything runs on the GPU, by default those of `runtime_reserve`. batch: the most rows of a decode step. kv_tokens:
-    of the pool that sequences share, None for one sequence's own cache.
+    of the pool that sequences share, None for one sequence's own cache. certified: whether there are copies of rows.
     """
 
     spec: ModelSpec
@@ -70,6 +71,7 @@ class VramPlan:
     reserve: int | None = None
     batch: int = ENGINE_ROWS
     kv_tokens: int | None = None
+    certified: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.context <= self.spec.max_context:
@@ -104,7 +106,12 @@ class VramPlan:
     def layer_bytes(self) -> np.ndarray:
         """Bytes int64 [n_layers] of each layer on the GPU before its first hot neuron."""
         predictors = aligned(np.array(self.predictor_bytes, dtype=np.int64))
-        return layer_bytes(self.spec) + predictors + self.kv_bytes
+        return layer_bytes(self.spec) + predictors + self.copy_bytes + self.kv_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of one layer's certificate; 0 where neurons are not certified."""
+        return copy_bytes(self.spec) if self.certified else 0
 
     @property
     def head_bytes(self) -> int:
@@ -141,6 +148,7 @@ class VramPlan:
         return [
             ("dense weights", n_layers * layer_bytes(self.spec)),
             ("predictors", int(predictors)),
+            *([("certificates", n_layers * self.copy_bytes)] if self.certified else []),
             ("KV cache", n_layers * self.kv_bytes),
             ("hot neurons", int(self.hot_bytes(choice.hot).sum())),
             ("head", self.head_bytes if choice.head_on_gpu else 0),

@@ -256,6 +256,13 @@ def layer_bytes(spec: ModelSpec) -> int:
     return matrices + sum(aligned(4 * width) for width in vectors)
 
 
+def copy_bytes(spec: ModelSpec) -> int:
+    """Bytes of a layer's certificate on the GPU: int8 copies of the rows that decide, two bounds and, where there are
+    biases, theirs, f32."""
+    rows = aligned(spec.d_ff * LAYOUTS["int8"].row_bytes(spec.d_model))
+    return rows + (2 + spec.ffn_bias) * aligned(4 * spec.d_ff)
+
+
 def predictor_bytes(d_model: int, d_ff: int, rank: int) -> int:
     """Bytes of a predictor on the GPU: int8 codes in rows padded to 128, scales and biases f32; 0 for rank 0."""
     if not rank:

@@ -82,6 +82,11 @@ def all_runs() -> Iterator[Run]:
     for model in ("small", "small-int4"):
         name = "synthetic model, " + ("int4" if "int4" in model else "bf16")
         yield Run.of("tokens", name, "same_tokens", model, strategies=["dense", "learned"], **tokens)
+    for model in (None, "small"):
+        name = "certified, " + ("synthetic model" if model else "shipped model")
+        yield Run.of("certified", name, "same_tokens", model, strategies=["certified"], **tokens)
+    for strategy in ("exact", "certified"):
+        yield decode_run("certified", f"{strategy}, 8 GiB", "7b", 8, sparsity=strategy, tokens=64, runs=2, limit=400)
     for gib in BUDGETS:
         yield decode_run("budgets", "all" if gib is None else f"{gib} GiB", "7b", gib)
     yield decode_run("int4", "3 GiB", "7b-int4", 3, tokens=256, runs=3)

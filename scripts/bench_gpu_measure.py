@@ -10,7 +10,7 @@ import gc
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,14 @@ from cpu_kernels.worker_pool import available_cpus
 from hybrid.bench.ceiling import bytes_per_token
 from hybrid.bench.devices import GpuFacts, PrefillWays, gpu_facts, gpu_result, gpu_runner
 from hybrid.bench.measurements import Spread
+from hybrid.console import progress
 from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PackedModel
 from hybrid.generation import SamplingSettings
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.loader import ModelFolder
+from hybrid.offline.certify import certify
+from hybrid.offline.project import Project
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import hardware_of
 from hybrid.runtime.engine import Engine
@@ -86,6 +89,13 @@ class Prepared:
         """Seconds of a token that the cost model expects with `context` tokens in the cache."""
         model = CostModel(self.plan(context), self.hardware, self.firing, "learned", self.predicted_ratio)
         return model.evaluate(placement.choice).seconds
+
+
+def require_copies(path: Path, strategies: Sequence[str]) -> None:
+    """Make the copies of rows that certified needs, where it is among `strategies` and they are not there."""
+    project = Project(path, None, None, progress)
+    if "certified" in strategies and not project.bundle.copies.is_file():
+        certify(project, progress)
 
 
 @dataclass
@@ -154,6 +164,7 @@ def decode(
 ) -> Result:
     """Speed, latency, ceiling, prediction and memory of a model within a budget of bytes."""
     prepared = Prepared.of(model)
+    require_copies(Path(model), [sparsity])
     facts = gpu_facts(torch.device("cuda", 0), prepared.bundle, prepared.folder.spec, budget)
     given = random_split(prepared.plan(context), budget, 0) if placement == "random" else None
     config = EngineConfig(sparsity, context=context, vram_budget=budget)
@@ -277,6 +288,7 @@ def same_tokens(
     order = folder.weights.order if isinstance(folder.weights, PackedModel) else None
     threads = [count for count in threads if count < available_cpus()] or [1]
     alone = Placement.all_cold(folder.spec) if order is None else replace(Placement.all_cold(folder.spec), order=order)
+    require_copies(path, strategies)
     truth = {s: _greedy(path, s, alone, threads[-1], prompt, tokens, 0) for s in dict.fromkeys(["dense", *strategies])}
     total = as_alone = as_dense = 0
     differing = []

@@ -18,6 +18,7 @@ from packed_cases import pack
 from cpu_kernels.worker_pool import WorkerPool
 from gpu_kernels import (
     attention,
+    certificate,
     dense,
     gemv,
     low_rank,
@@ -44,12 +45,13 @@ from hybrid.runtime.gpu.host_rows import HostRows
 from hybrid.runtime.gpu.step import GpuStep
 from placement.placement import Placement
 from predictor.low_rank import LowRankPredictor
+from predictor.row_copies import CopiedPart, CopyForm, LayerCopies
 from profiler.common.spec import KVChoice, Strategy
 
 VOCAB, CAPACITY = 131, 24
 GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
 _USERS = (gpu_gemm, gpu_prefill, gpu_sampler, gpu_step)
-_KERNELS = {"decode_attention", "gemv", "greedy", "predict", "residual_norm", "rope", "sparse_ffn"}
+_KERNELS = {"decode_attention", "gemv", "greedy", "predict", "certify", "residual_norm", "rope", "sparse_ffn"}
 _KERNELS |= {"top_k", "log_sum_exp", "sample"}
 _KERNELS |= {"ask", "post", "receive", "send"} | {"split_rows", "widen", "sum_products", "hidden_terms"}
 _KERNELS |= {"prompt_attention"}
@@ -78,6 +80,13 @@ def random_predictor(ffn: HybridFFN, rank: int = 5) -> LowRankPredictor:
     return LowRankPredictor(fc1, scales[0], torch.randn(rank, generator=g), fc2, scales[1], torch.zeros(neurons), 0.1)
 
 
+def copies_of(ffn: HybridFFN) -> LayerCopies:
+    """By which its neurons are certified."""
+    part: CopiedPart = "up" if ffn.gate is None else "gate"
+    weight = (ffn.gate or ffn.up).widen().numpy()
+    return CopyForm((part,), bounded=True).layer({part: weight})
+
+
 def some_tokens(count: int, seed: int = 1) -> list[int]:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -101,6 +110,7 @@ class StepCase:
         zero_copy: int = 0,
         rows: int = 8,
         kv: KVChoice = "auto",
+        certified: bool = False,
     ) -> None:
         opened = ModelFolder.open(folder).with_kv(kv)
         spec = opened.spec
@@ -114,6 +124,9 @@ class StepCase:
         if predictors:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
+        if certified:
+            for ffn in self.model.ffns:
+                ffn.set_copies(copies_of(ffn))
         self.rows = rows
         pool = KVPool(spec, 20 * CAPACITY, 4) if rows > 8 else None
         self.cache, self.own_cache = KVCache(spec, CAPACITY, pool), KVCache(spec, CAPACITY)
@@ -174,7 +187,20 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(Mailbox, "new", partial(Mailbox.new, timeout=60.0))
         for module, user in product(
-            (attention, dense, gemv, low_rank, mailbox, norm, prompt_attention, rope, row_gemm, sampling, sparse_ffn),
+            (
+                attention,
+                certificate,
+                dense,
+                gemv,
+                low_rank,
+                mailbox,
+                norm,
+                prompt_attention,
+                rope,
+                row_gemm,
+                sampling,
+                sparse_ffn,
+            ),
             _USERS,
         ):
             for name in _KERNELS & set(vars(module)) & set(vars(user)):

@@ -16,7 +16,8 @@ from model_cases import make_model
 from safetensors.torch import load_file, save_file
 
 from hybrid.bench.hardware import hardware_report
-from hybrid.cli import main, repeat_corpus
+from hybrid.cli import main
+from hybrid.options import repeat_corpus
 from profiler.common.hardware import HardwareProfile
 from profiler.machine import cpu, timing
 
@@ -254,7 +255,7 @@ MISTAKES = {
     "half a peer": (lambda m: None, ["bench", "{m}", "--peer", "llama.cpp"], "--peer and --peer-model go together"),
     "corrupt predictors": (
         lambda m: truncate(m / "hybrid" / "predictors.safetensors"),
-        ["chat", "{m}"],
+        ["chat", "{m}", "--sparsity", "learned"],
         "rebuild it with: hybrid prepare",
     ),
     "missing placement": (
@@ -305,7 +306,7 @@ def test_a_newer_format_is_refused(model, capfd):
     assert data.count(b'\\"format_version\\": 2') == 1
     path.write_bytes(data.replace(b'\\"format_version\\": 2', b'\\"format_version\\": 7'))
     before = contents(model)
-    code, _, err = hybrid(capfd, "chat", model)
+    code, _, err = hybrid(capfd, "chat", model, "--sparsity", "learned")
     assert code == 2 and "format version 7, this build reads up to 2" in err and contents(model) == before
 
 

@@ -32,7 +32,7 @@ from hybrid.model.loader import ModelFolder
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of
 from hybrid.runtime.engine import Engine
-from profiler.common.spec import STRATEGIES, Strategy
+from profiler.common.spec import NAMING, STRATEGIES, Strategy
 
 _WARM_UP_TOKENS = 4
 
@@ -97,8 +97,9 @@ class Bench:
         self._engine, self._config, self._peer = engine, config, peer
         self._gpu = None if gpu_runner(engine) is None else gpu
         # Up to what the engine was loaded for: a model without predictors has no learned, a dense one nothing sparse.
-        every = STRATEGIES[: 1 + STRATEGIES.index(engine.plan.strategy)]
-        self.strategies = cast("tuple[Strategy, ...]", config.strategies or every)
+        loaded = engine.plan.strategy
+        every = [*(s for s in STRATEGIES[: STRATEGIES.index(loaded)] if s not in NAMING), loaded]
+        self.strategies = cast("tuple[Strategy, ...]", config.strategies or tuple(every))
         prompt = np.random.default_rng(config.seed).integers(0, spec.vocab_size, config.prompt_tokens)
         self._prompt: list[int] = prompt.tolist()
         self._probe = BandwidthProbe(engine.runtime.pool, probe_bytes)

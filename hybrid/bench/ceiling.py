@@ -15,8 +15,9 @@ import numpy as np
 
 from hybrid.model.ffn import FFNCounters
 from hybrid.model.transformer import Transformer
+from placement.cost import UNCERTAIN
 from placement.placement import Placement
-from profiler.common.spec import Strategy
+from profiler.common.spec import NAMING, Strategy
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class Firing:
     """What is known beforehand of the neurons that fire.
 
     frequency: float64 [n_layers, d_ff] in the model's own order, None where there is no profile. predicted_ratio:
-    neurons predicted over neurons that fire.
+    neurons predicted over neurons that fire. uncertain: share of the silent ones that certificates name.
     """
 
     frequency: np.ndarray | None = None
     predicted_ratio: float = 1.0
+    uncertain: float = UNCERTAIN
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class SplitBytes:
 
 def shares(strategy: Strategy, predicted: float, fired: float) -> tuple[float, float]:
     """Share of neurons of which a strategy reads the first matrix (gate, or up where there is none), and the rest."""
-    found = {"dense": (1.0, 1.0), "exact": (1.0, fired), "learned": (predicted, fired)}
+    found = {"dense": (1.0, 1.0), "exact": (1.0, fired)} | dict.fromkeys(NAMING, (predicted, fired))
     return found[strategy]
 
 
@@ -91,7 +93,7 @@ def bytes_per_token(model: Transformer, strategy: Strategy, counters: FFNCounter
 
     Matrices outside the FFN once, a row of the embedding, norms, keys and values in f32; biases are left out as small.
     FFN: dense reads all; exact the first matrix (gate, or up where there is none) of every neuron and the rest of those
-    that fire; learned the first matrix of those predicted, and the rest of those of them that fire.
+    that fire; learned and certified the first matrix of those named, and the rest of those of them that fire.
     """
     spec = model.spec
     neurons = max(1, counters.neurons)
@@ -101,7 +103,7 @@ def bytes_per_token(model: Transformer, strategy: Strategy, counters: FFNCounter
     return {
         "attention": sum(_attention_bytes(model)),
         "keys and values": sum(_kv_bytes(model, position)),
-        "predictor": sum(_predictor_bytes(model)) if strategy == "learned" else 0,
+        "predictor": sum(_naming_bytes(model, strategy)),
         "FFN": round(rows * (first + (spec.rows_per_neuron - 1) * rest)),
         "head": model.head.matrix.nbytes,
         "norms, embedding": 4 * norms + model.embedding.row_bytes,
@@ -113,14 +115,14 @@ def split_bytes(
 ) -> SplitBytes:
     """The same with `placement` over two devices; norms and the embedding's row are left out as small.
 
-    `counters` say for learned how many neurons were predicted on each side in all, which `firing` divides among layers
-    and says how many of them fire; for exact, which counts none, the frequencies alone say what fires.
+    `counters` say for learned and certified how many neurons were named on each side in all, which `firing` divides
+    among layers and says how many of them fire; for exact, which counts none, the frequencies alone say what fires.
     """
     on_gpu, spec = placement.layer_on_gpu, model.spec
     dense = {
         "attention": np.array(_attention_bytes(model)),
         "keys and values": np.array(_kv_bytes(model, position)),
-        "predictor": np.array(_predictor_bytes(model)) * (strategy == "learned"),
+        "predictor": np.array(_naming_bytes(model, strategy)),
     }
     gpu = {part: int(sizes[on_gpu].sum()) for part, sizes in dense.items()}
     cpu = {part: int(sizes[~on_gpu].sum()) for part, sizes in dense.items()}
@@ -151,6 +153,10 @@ def _neuron_rows(
             weights = fired if fired.sum() else neurons
             predicted = weights * (count / tokens / max(1e-9, weights.sum()))
             fired = predicted / firing.predicted_ratio
+        elif strategy == "certified":  # those that fire, and of the silent ones as many of each
+            predicted = fired + (neurons - fired) * (
+                (count / tokens - fired.sum()) / max(1e-9, (neurons - fired).sum())
+            )
         first, rest = (neurons, neurons) if strategy == "dense" else (predicted, fired)
         rows.append(first + (per_neuron - 1) * rest)
     return rows[0], rows[1]
@@ -165,5 +171,9 @@ def _kv_bytes(model: Transformer, position: float) -> list[int]:
     return [model.spec.kv_bytes_per_layer(round(length)) for length in lengths]
 
 
-def _predictor_bytes(model: Transformer) -> list[int]:
-    return [0 if ffn.predictor is None else ffn.predictor.nbytes for ffn in model.ffns]
+def _naming_bytes(model: Transformer, strategy: Strategy) -> list[int]:
+    """Of what names a layer's neurons: its predictor or its certificate."""
+    if strategy == "certified":
+        return [0 if ffn.certificate is None else ffn.certificate.nbytes for ffn in model.ffns]
+    used = strategy == "learned"
+    return [ffn.predictor.nbytes if used and ffn.predictor is not None else 0 for ffn in model.ffns]

@@ -18,7 +18,7 @@ from hybrid.model.ffn import FFNCounters
 from hybrid.runtime.devices import taken_bytes
 from hybrid.runtime.engine import Engine
 from hybrid.runtime.runner import CpuRunner
-from placement.cost import CostModel
+from placement.cost import UNCERTAIN, CostModel
 from placement.plan import UNLIMITED, VramPlan
 from placement.workspace import predictor_bytes
 from predictor.bank import PredictorBank
@@ -179,7 +179,9 @@ def known_firing(bundle: Bundle, spec: ModelSpec) -> Firing:
     """What the profile and the predictors of a bundle say, where they are there."""
     frequency = bundle.load_profile(spec, samples=False).frequency() if bundle.profile.is_file() else None
     report = PredictorBank.load(bundle.predictors, spec).report if bundle.predictors.is_file() else None
-    return Firing(frequency, 1.0 if report is None else max(1.0, report.overall.active_ratio))
+    ratio = 1.0 if report is None else max(1.0, report.overall.active_ratio)
+    made = bundle.copies_header(spec).made_from if bundle.copies.is_file() else {}
+    return Firing(frequency, ratio, made.get("uncertain", UNCERTAIN))
 
 
 def gpu_read_bandwidth(gpu: torch.device, count: int = PROBE_BYTES) -> float:
@@ -251,7 +253,8 @@ def gpu_result(
 
 def vram_plan(engine: Engine) -> VramPlan:
     """The plan of an engine's memory on the GPU, with its own predictors."""
-    return VramPlan(engine.model.spec, engine.context, _predictor_sizes(engine))
+    certified = engine.plan.strategy == "certified"
+    return VramPlan(engine.model.spec, engine.context, _predictor_sizes(engine), certified=certified)
 
 
 def _predictor_sizes(engine: Engine) -> tuple[int, ...]:
@@ -276,7 +279,9 @@ def predicted_seconds(engine: Engine, facts: GpuFacts, strategy: Strategy, posit
     if frequency is None:
         frequency = np.ones((spec.n_layers, spec.d_ff))
     sizes = _predictor_sizes(engine) if strategy == "learned" else (0,) * spec.n_layers
-    plan = VramPlan(spec, max(1, round(position)), sizes)
+    plan = VramPlan(spec, max(1, round(position)), sizes, certified=strategy == "certified")
     hardware = facts.hardware.with_threads(engine.runtime.pool.threads)
-    model = CostModel(plan, hardware, frequency, strategy, facts.firing.predicted_ratio)
+    model = CostModel(
+        plan, hardware, frequency, strategy, facts.firing.predicted_ratio, uncertain=facts.firing.uncertain
+    )
     return model.evaluate(engine.placement.choice).seconds

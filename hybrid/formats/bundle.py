@@ -7,6 +7,7 @@ its profile and predictors.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from hybrid.formats.gguf_file import stem_of
 from placement import placement as placement_file
 from placement.placement import Placement
 from predictor import bank as predictor_bank
+from predictor import row_copies
 from predictor.bank import PredictorBank
+from predictor.row_copies import CopyForm, StoredCopies, open_copies
 from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, read_header
 from profiler.common.spec import ModelSpec
@@ -32,10 +35,12 @@ _CLASSES: dict[str, type[NeuronProfile] | type[PredictorBank] | type[Placement]]
 
 @dataclass(frozen=True)
 class Bundle:
-    """The folder that holds one model's artefacts; `repair` is the command that makes what is missing or stale."""
+    """The folder that holds one model's artefacts; `repair` is the command that makes what is missing or stale,
+    `certify` the one that makes copies of rows."""
 
     path: Path
     repair: str = "hybrid prepare"
+    certify: str = "hybrid certify"
 
     @classmethod
     def of(cls, model: Path, spec: ModelSpec, chosen: Path | None = None) -> Bundle:
@@ -46,17 +51,17 @@ class Bundle:
         For a user without a cache it is the model's all the same: there may be nothing to read in it, and a write says
         that it cannot be.
         """
-        command = "hybrid prepare"
+        command, certify = "hybrid prepare", "hybrid certify"
         if model.resolve() != EMBEDDED_MODEL.resolve():
-            command += f" {model} --corpus FILE..."
+            command, certify = f"{command} {model} --corpus FILE...", f"{certify} {model}"
         if chosen is not None:
-            return cls(chosen, f"{command} --bundle {chosen}")
+            return cls(chosen, f"{command} --bundle {chosen}", f"{certify} --bundle {chosen}")
         is_file = model.is_file()
         inside = model.parent / f"{stem_of(model)}.hybrid" if is_file else model / "hybrid"
         cache = user_cache()
         if inside.is_dir() or os.access(inside.parent, os.W_OK) or cache is None:
-            return cls(inside, command)
-        return cls(cache / "hybrid" / spec.fingerprint, command)
+            return cls(inside, command, certify)
+        return cls(cache / "hybrid" / spec.fingerprint, command, certify)
 
     @property
     def profile(self) -> Path:
@@ -83,6 +88,10 @@ class Bundle:
         return self.path / "hardware.json"
 
     @property
+    def copies(self) -> Path:
+        return self.path / "copies.safetensors"
+
+    @property
     def placement(self) -> Path:
         return self.path / "placement.safetensors"
 
@@ -98,6 +107,14 @@ class Bundle:
 
     def load_placement(self, spec: ModelSpec) -> Placement:
         return Placement.load(self.placement, spec, self.repair)
+
+    def open_copies(self, spec: ModelSpec) -> AbstractContextManager[StoredCopies]:
+        """Copies of rows for the strategy `certified`. Raises as `load_profile`."""
+        return open_copies(self.copies, spec, CopyForm.certified(spec), self.certify)
+
+    def copies_header(self, spec: ModelSpec) -> ArtifactHeader:
+        """Of these copies. Raises as `load_profile`."""
+        return read_header(self.copies, row_copies.KIND, spec.fingerprint, self.certify)
 
     def current(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
         """The header of the artefact at `path` if it is of this model and whole, which is to say that it loads."""

@@ -1,9 +1,10 @@
 """`HybridFFN`: one layer's FFN for many tokens at once: prefill, profiling, evaluation.
 
 Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`):
-  dense    every neuron is computed: the truth that the others are held against;
-  exact    every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
-  learned  a low-rank predictor names the neurons that will fire, and only those are computed.
+  dense      every neuron is computed: the truth that the others are held against;
+  exact      every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
+  learned    a low-rank predictor names the neurons that will fire, and only those are computed;
+  certified  copies of the gates in 8 bits prove of most neurons that they come out 0, the others are computed: no loss.
 
 Prefill is dense whatever the strategy, as nearly every neuron fires for some token of a prompt. The strategy is used
 where `FFNRuntime.as_decode` is set, by evaluation for every token; an answer's tokens take the compiled step, which
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cpu_kernels.certificate import CertificateView, name_tokens
 from cpu_kernels.contract import MAX_BATCH, Precision
 from cpu_kernels.dense_ffn import dense_ffn
 from cpu_kernels.gemm import GemmScratch
@@ -27,6 +29,7 @@ from cpu_kernels.prompt_attention import PromptScratch
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from predictor.low_rank import LowRankPredictor
+from predictor.row_copies import LayerCopies
 from profiler.common.spec import Strategy
 
 
@@ -116,7 +119,18 @@ class HybridFFN(nn.Module):
         self.view = FFNView.of(self.gate, self.up, self.down, matrices.gate_bias, matrices.up_bias, activation)
         neurons = self.up.shape[0]
         self._all = np.arange(neurons, dtype=np.int32)
+        self.certificate: CertificateView | None = None
         self.set_predictor(predictor)
+
+    def set_copies(self, copies: LayerCopies | None) -> None:
+        """Certify neurons by `copies`, which must lie in this FFN's order and have bounds, from the next token on."""
+        if copies is None:
+            self.certificate = None
+            return
+        assert copies.slope is not None and copies.rest is not None
+        bias = self.view.up_bias if self.gate is None else self.view.gate_bias
+        given = copies.slope, copies.rest, bias, self.act.name, copies.deciding.columns
+        self.certificate = CertificateView(copies.deciding.rows, *given)
 
     def set_predictor(self, predictor: LowRankPredictor | PredictorView | None) -> None:
         """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
@@ -145,6 +159,10 @@ class HybridFFN(nn.Module):
     def _select(self, x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The neurons to compute: ids in placement order, token after token, and each token's offsets."""
         tokens = x.shape[0]
+        if self.runtime.strategy == "certified":
+            if self.certificate is None:
+                raise RuntimeError("strategy certified needs copies of rows; the engine checks this when it loads")
+            return name_tokens(self.certificate, x.numpy(), self.runtime.pool)
         if self.runtime.strategy != "learned":
             rows = self._all if tokens == 1 else np.tile(self._all, tokens)
             return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size

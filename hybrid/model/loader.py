@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cpu_kernels.low_rank import PredictorView
@@ -117,11 +119,16 @@ class ModelFolder:
         return CheckpointReader(self.spec, self.checkpoint).ffn(layer)
 
     def build(
-        self, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None, bundle: Bundle | None = None
+        self,
+        runtime: FFNRuntime,
+        placement: Placement | None,
+        bank: PredictorBank | None,
+        bundle: Bundle | None = None,
     ) -> Transformer:
         """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
 
-        bundle: where a GGUF model of blocks has its run-time form, which is written there first.
+        bundle: where a GGUF model of blocks has its run-time form, which is written there first, and where copies of
+        rows are for the strategy `certified`.
 
         A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
         `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
@@ -146,10 +153,22 @@ class ModelFolder:
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
         for block, predictor in zip(blocks, mapped, strict=False):
             block.ffn.set_predictor(predictor)
+        if runtime.strategy == "certified" and bundle is not None:
+            self.use_copies([block.ffn for block in blocks], bundle, None if placement is None else placement.order)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         assert norm is not None
         head = embedding if self.spec.tied else reader.head()
         return Transformer(self.spec, embedding, positions, blocks, norm, Linear(head, None, runtime))
+
+    def use_copies(self, ffns: Sequence[HybridFFN], bundle: Bundle, order: np.ndarray | None = None) -> None:
+        """Have layers certify neurons by the copies of `bundle`. order: of the neurons, int [n_layers, d_ff]; None for
+        the checkpoint's, or that which a folder is packed in. Raises `ArtifactError`."""
+        if isinstance(self.weights, PackedModel):
+            order = self.weights.order
+        with bundle.open_copies(self.spec) as stored:
+            for layer, ffn in enumerate(ffns):
+                found = stored.layer(layer)
+                ffn.set_copies(found if order is None else found.reordered(order[layer]))
 
     def _block(
         self, reader: Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None

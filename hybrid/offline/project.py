@@ -286,6 +286,8 @@ class Project:
     ) -> PlacementResult:
         """Solve the placement; `write_placement` keeps it."""
         settings, sizes = settings.with_predictors(bank), predictor_sizes(self.spec, bank)
+        if settings.strategy == "certified" and self.bundle.copies.is_file():
+            settings = settings.with_certificates(self.bundle.copies_header(self.spec).made_from)
         origin = self.place_origin(found.header, bank.header if bank else None, hardware)
         return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
 

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from cpu_kernels.addresses import address_table
+from cpu_kernels.certificate import CertificateView
 from cpu_kernels.contract import GROUP, MAX_BATCH, activation_word
 from cpu_kernels.decode_buffers import (
+    CERTIFIED,
     DENSE,
     EXACT,
     LEARNED,
@@ -35,7 +37,9 @@ from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.transformer import Block, Norm, Transformer
 from profiler.common.spec import Strategy
 
-_STRATEGIES: dict[Strategy, int] = {"dense": DENSE, "exact": EXACT, "learned": LEARNED}
+_STRATEGIES: dict[Strategy, int] = {
+    "dense": DENSE, "exact": EXACT, "learned": LEARNED, "certified": CERTIFIED
+}  # fmt: skip
 
 
 class StepArguments(NamedTuple):
@@ -197,6 +201,8 @@ class CpuStep:
         row[Column.ROTATION] = attention.rope * self._cache.capacity
         if predictor is not None:
             self._put_predictor(row, predictor)
+        if ffn.certificate is not None:
+            self._put_certificate(row, ffn.certificate)
         return row
 
     def _put_predictor(self, row: np.ndarray, predictor: PredictorView) -> None:
@@ -211,6 +217,15 @@ class CpuStep:
         row[Column.RANK] = len(predictor.b1)
         row[Column.THRESHOLD] = np.float32(predictor.threshold).view(np.int32)
         self._kept += [predictor.fc1, predictor.fc2, predictor.s1, predictor.b1, predictor.s2, predictor.b2]
+
+    def _put_certificate(self, row: np.ndarray, certificate: CertificateView) -> None:
+        for column, part in (
+            (Column.COPY, certificate.rows),
+            (Column.COPY_SLOPE, certificate.slope),
+            (Column.COPY_REST, certificate.rest),
+        ):
+            row[column] = part.ctypes.data
+        self._kept += [certificate.rows, certificate.slope, certificate.rest]
 
     def _ends(self) -> np.ndarray:
         row, model = np.zeros(len(Column), np.int64), self._model

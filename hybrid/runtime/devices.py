@@ -79,6 +79,7 @@ def placement_for(
     now = {"vram_budget": wanted, "context": context, "kv_tokens": kv_tokens}
     fits = folder.spec.kv == "auto" and wanted <= most  # a stored one is for keys and values as they are by default
     fits = fits and all(made.get(name) == value for name, value in now.items())
+    fits = fits and (strategy == "certified") == (made.get("strategy") == "certified")  # copies take of the budget
     if stored is not None and fits and _knew(made.get("hardware_profile"), hardware_of(bundle).to_json()):
         return stored
     return solve_within(bundle, folder, strategy, context, min(wanted, most), kv_tokens)
@@ -113,6 +114,8 @@ def solve_within(
     profile = bundle.load_profile(spec, samples=False)
     bank = bundle.load_predictors(spec) if strategy == "learned" else None
     settings, sizes = settings.with_predictors(bank), predictor_sizes(spec, bank)
+    if strategy == "certified":
+        settings = settings.with_certificates(bundle.copies_header(spec).made_from)
     found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement
     if isinstance(folder.weights, PackedModel):  # the order of its rows is fixed, and was made from the same profile
         found = replace(found, order=folder.weights.order)

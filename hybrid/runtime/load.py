@@ -19,6 +19,7 @@ from hybrid.runtime.devices import hardware_of
 from hybrid.runtime.plan import RunPlan
 from hybrid.runtime.runner import CpuRunner, Runner
 from placement.workspace import ENGINE_ROWS
+from profiler.common.spec import NAMING
 
 if TYPE_CHECKING:
     from hybrid.runtime.gpu.host_rows import HostRows
@@ -70,7 +71,7 @@ class LoadedModel:
         from hybrid.runtime.gpu.host_rows import HostRows
 
         assert self.plan.gpu is not None
-        return HostRows(self.model, self.plan.placement, self.plan.gpu, self.runtime.strategy == "learned")
+        return HostRows(self.model, self.plan.placement, self.plan.gpu, self.runtime.strategy in NAMING)
 
 
 def load_model(plan: RunPlan) -> LoadedModel:

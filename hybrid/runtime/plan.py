@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.contract import Precision
+from cpu_kernels.contract import LAYOUTS, Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import counted, percent
 from hybrid.errors import ArtifactError, InputError
@@ -30,8 +30,9 @@ class RunPlan:
     """What an engine will be built from.
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
-    its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
-    that the KV cache has room for, where more or less than one context was asked for. prefill: of a prompt's products.
+    its own. threads: of the CPU. context: tokens that a sequence may
+    have. notices: what a user should know. kv_tokens: that the KV cache has room for, where more or less than one
+    context was asked for. prefill: of a prompt's products.
     """
 
     folder: ModelFolder
@@ -88,6 +89,8 @@ def plan_run(
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:
         bank = _predictors(bundle, spec)
+    if strategy == "certified":
+        _require_copies(bundle, spec)
     gpu = device or gpu_of(config.vram_budget)
     if placement is None:
         sizes = config.vram_budget, notices, config.kv_tokens
@@ -122,15 +125,38 @@ def _strategy(
             if strategy != "dense" and not spec.fires_sparsely:
                 problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense"
                 raise InputError(problem, setting="sparsity")
+            if strategy == "certified" and LAYOUTS[spec.dtype].in_blocks:
+                # Nothing is lost either way, and a copy would only be read beside rows that are no longer.
+                notices.append(f"rows of {spec.dtype} are no longer than a copy in 8 bits, so certified is exact here")
+                return "exact"
             return strategy
     if not spec.fires_sparsely:
         return "dense"
+    if bundle.copies.is_file() and _placed_for(bundle, spec, placement) == "certified":
+        return "certified"
     stored = folder.path / PREDICTORS_FILE if folder.is_packed else bundle.predictors
     placed = placement is not None or bundle.placement.is_file()
     if placed and (bank is not None or stored.is_file()):
         return "learned"
+    if bundle.copies.is_file() and not LAYOUTS[spec.dtype].in_blocks:
+        return "certified"
     notices.append(f"not prepared, so exact: every gate is computed, nothing is lost; faster after: {bundle.repair}")
     return "exact"
+
+
+def _placed_for(bundle: Bundle, spec: ModelSpec, placement: Placement | None) -> object:
+    """The strategy that the placement was solved for; None where there is none."""
+    if placement is None and bundle.placement.is_file():
+        placement = bundle.load_placement(spec)
+    return None if placement is None else placement.made_from.get("strategy")
+
+
+def _require_copies(bundle: Bundle, spec: ModelSpec) -> None:
+    if not bundle.copies.is_file():
+        raise ArtifactError(
+            f"{bundle.copies} is missing; make it with: {bundle.certify}; or use sparsity exact, which needs none"
+        )
+    bundle.copies_header(spec)
 
 
 def _predictors(bundle: Bundle, spec: ModelSpec) -> PredictorBank:

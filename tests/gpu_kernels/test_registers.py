@@ -61,6 +61,20 @@ options = {"num_warps": tile.warps, "num_stages": tile.stages}
 compile(_prompt_kernel, known, floats | whole, {*floats, "q_stride"}, sys.argv[5], capability, **options)
 """
 
+CERTIFY = """
+from gpu_kernels.certificate import _certify_kernel
+from gpu_kernels.gemv import TILINGS
+
+d, tokens = int(sys.argv[1]), int(sys.argv[2])
+tiling = TILINGS["int8"]
+floats = dict.fromkeys(("slope", "rest", "x"), "*fp32") | {"w": "*u8", "masks": "*i32"}
+whole = dict.fromkeys(("x_stride", "f"), "i32")
+known = {"bias": None, "K": d, "T": tokens, "R": max(1, tiling.rows // tokens), "C": tiling.columns("int8", d)}
+known |= {"PDL": True}
+types = floats | whole | {"threshold": "fp32", "groups": "i32"}
+compile(_certify_kernel, known, types, {*floats, *whole}, sys.argv[3], num_warps=tiling.warps)
+"""
+
 
 def compiled(script, *arguments, folder):
     """What is said of a compiled kernel."""
@@ -98,3 +112,9 @@ def test_attention_of_a_prompt_fits_a_smaller_gpu(terms, head_dim, kind, tmp_pat
     """The shared memory of a program on cards such as the RTX 3090 and 4090."""
     said = compiled(ATTENTION, terms, 89, head_dim, kind, folder=tmp_path)
     assert int(re.search(r"SHARED: (\d+)", said)[1]) <= 101_376
+
+
+@pytest.mark.parametrize(("d", "tokens"), [(4096, 1), (5120, 4)])
+def test_certificates_do_not_spill(d, tokens, tmp_path):
+    """One token and a group of four, at the width of a 7B and of a 13B model."""
+    assert resources(CERTIFY, d, tokens, folder=tmp_path) == [("0", "0")]

@@ -228,3 +228,23 @@ def test_neurons_are_copied_only_where_that_is_faster(pcie):
     on_gpu, on_cpu = alone._hot_seconds(counts), alone._cold_seconds(counts)
     without = np.maximum(on_gpu, on_cpu + np.where(counts < 64, handoff, 0.0))
     assert (with_copies <= without * (1 + 1e-9)).all()
+
+
+def test_certified_reads_copies_of_all_and_rows_of_those_in_doubt():
+    # Neurons of 3 rows of 4 f32: 16 bytes a row, of which certified reads 16 (f + 0.5 (1 - f)) + 32 f.
+    plan = VramPlan(small_spec(), 8, (0,), certified=True)
+    model = CostModel(plan, ROUND_HARDWARE, FIRING, "certified", group_size=1, uncertain=0.5)
+    cold = sum(16 * (f + 0.5 * (1 - f)) + 32 * f for f in FIRING[0])
+    time = model.evaluate(on_gpu(0))
+    assert time.ffn == pytest.approx(1e-4 + cold / 1e6)
+    # Three rows of 128 bytes and four scales, and two bounds each, in three tensors of 512 bytes.
+    assert plan.copy_bytes == 3 * 512
+    assert time.predictor == pytest.approx(2e-5 + 1.4 * plan.copy_bytes / 1e7)
+    assert model.evaluate(Choice.all_cpu(1)).predictor == pytest.approx(plan.copy_bytes / ON_CPU)
+    assert plan.total_bytes(on_gpu(0)) - replace(plan, certified=False).total_bytes(on_gpu(0)) == plan.copy_bytes
+    assert ("certificates", plan.copy_bytes) in plan.rows(on_gpu(0))
+
+
+def test_a_plan_without_certificates_is_not_for_certified():
+    with pytest.raises(InputError, match="a plan has certificates where the strategy is certified"):
+        small_model("certified")

@@ -12,7 +12,19 @@ import torch
 from hybrid.errors import InputError
 
 GIB = 2**30
-STAGES = ["handoff", "kernels", "tokens", "budgets", "int4", "13b", "ablation", "prefill", "latency", "predicted"]
+STAGES = [
+    "handoff",
+    "kernels",
+    "tokens",
+    "certified",
+    "budgets",
+    "int4",
+    "13b",
+    "ablation",
+    "prefill",
+    "latency",
+    "predicted",
+]
 
 
 @pytest.fixture

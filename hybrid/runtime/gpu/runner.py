@@ -22,7 +22,7 @@ from placement.prompt import PromptTime
 from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
-from profiler.common.spec import Strategy
+from profiler.common.spec import NAMING, Strategy
 
 # Up to so many tokens of a prompt go through the decode step as its rows; more through prefill's GEMMs.
 FEW_TOKENS = 8
@@ -55,7 +55,7 @@ class GpuRunner:
         # All of a layer's neurons, those that come out 0 left there: the same sum as dense.
         self._reading: Strategy = "exact" if model.spec.fires_sparsely else "dense"
         self._turns_with_length = any(rope.follows_length for rope in model.ropes)
-        self._host = host or HostRows(model, placement, device, runtime.strategy == "learned")
+        self._host = host or HostRows(model, placement, device, runtime.strategy in NAMING)
         cost = ColdPrefill(hardware.with_threads(runtime.pool.threads), model.spec, runtime.precision, runtime.few)
         self._prompts = PromptTime(cost, placement.choice, self._host.cold.keys())
         counting = DeviceArena(device)

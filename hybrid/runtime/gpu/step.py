@@ -1,6 +1,6 @@
 """`GpuStep`: one decode step with its dense parts and hot neurons on the GPU, its cold neurons on the CPU meanwhile.
 
-    norm QKV rope attention output | post predict send | hot FFN              | receive, norm of the next layer
+    norm QKV rope attention output | post name send    | hot FFN              | receive, norm of the next layer
                                                CPU: cold FFN of the active rows
 
 Where a model's FFN takes the same input as attention, it is begun first: the CPU computes during attention, too.
@@ -31,6 +31,7 @@ from cpu_kernels.contract import Op
 from cpu_kernels.decode_buffers import Count
 from gpu_kernels.attention import decode_attention
 from gpu_kernels.box import State, ZeroCopy
+from gpu_kernels.certificate import certify
 from gpu_kernels.gemv import gemv
 from gpu_kernels.low_rank import predict
 from gpu_kernels.mailbox import ask, post, receive, send
@@ -53,7 +54,7 @@ from hybrid.runtime.gpu.weights import GpuLayer, GpuWeights, normed_heads
 from hybrid.runtime.sampling import Choice, Sampler, most_likely
 from placement.placement import Placement
 from placement.workspace import BATCHES, ENGINE_ROWS
-from profiler.common.spec import Strategy
+from profiler.common.spec import NAMING, Strategy
 
 
 class _Listed(NamedTuple):
@@ -282,9 +283,8 @@ class GpuStep:
             residual_norm(x, norm.weight, norm.bias, eps, normed)
         ids, masks, total = b.every[:hot], None, b.counts[number : number + 1]
         zero_copy = None
-        if strategy == "learned":
-            assert layer.predictor is not None
-            predict(layer.predictor, normed, b.units[: count * len(layer.predictor.b1)].view(count, -1), b.masks)
+        if strategy in NAMING:
+            self._name(layer, strategy, normed)
             ids, masks, total = b.hot_ids[:hot], b.hot_masks[:hot] if count > 1 else None, b.hot_count
             if layer.zero_copy is not None:
                 zero_copy = ZeroCopy(
@@ -302,6 +302,16 @@ class GpuStep:
             ways.append(_Listed(layer.zero_copy, zero_copy.ids[:listed], zero_copy.count, masks))
         return ways
 
+    def _name(self, layer: GpuLayer, strategy: Strategy, normed: torch.Tensor) -> None:
+        """b.masks = which neurons some row needs, by the layer's predictor or its certificate."""
+        b, count = self._buffers, normed.shape[0]
+        if strategy == "certified":
+            assert layer.certificate is not None
+            certify(layer.certificate, normed, b.masks)
+        else:
+            assert layer.predictor is not None
+            predict(layer.predictor, normed, b.units[: count * len(layer.predictor.b1)].view(count, -1), b.masks)
+
     def _end_ffn(
         self,
         number: int,
@@ -318,8 +328,8 @@ class GpuStep:
         parts = self._parts(len(ways), count)
         for listed, its_parts in zip(ways, parts, strict=True):
             hidden = b.hidden[: count * len(listed.ids)].view(count, len(listed.ids))
-            # Nearly all predicted neurons fire, and rows of up in VRAM cost less than the wait for their gates.
-            eager = strategy == "learned" and listed.ffn is layer.ffn
+            # Most named neurons fire, and rows of up in VRAM cost less than the wait for their gates.
+            eager = strategy in NAMING and listed.ffn is layer.ffn
             given = listed.ffn, normed, listed.ids, listed.number, listed.masks
             # Rows read over PCIe are worth a look at which are needed.
             scratch = b.gemm if listed.ffn is layer.ffn else None
@@ -363,7 +373,7 @@ class GpuStep:
             self._logits[:count] = self._model.capped(torch.from_numpy(self._workers.logits[:count]))
 
     def _count(self, strategy: Strategy, seconds: float, rows: int) -> None:
-        """Neurons and seconds of a step. Predicted neurons count as fired on the side that they were sent to, and those
+        """Neurons and seconds of a step. Named neurons count as fired on the side that they were sent to, and those
         that some row needs for every row; without a prediction every neuron of the two sides is computed, and which of
         them fired is not known."""
         counters, spec = self._runtime.counters, self._model.spec
@@ -371,7 +381,7 @@ class GpuStep:
         counters.neurons += spec.n_layers * spec.d_ff * rows
         counters.ffn_seconds += seconds
         counters.wait_seconds += self._workers.waited(self._report)
-        if strategy != "learned":
+        if strategy not in NAMING:
             counters.computed += spec.n_layers * spec.d_ff * rows
             counters.union += spec.n_layers * spec.d_ff
             return

@@ -1,4 +1,4 @@
-"""What an engine keeps on the GPU: dense parts, predictors, hot neurons and KV cache of its layers, and the head.
+"""What an engine keeps on the GPU: dense parts, what names neurons, hot ones and KV cache of its layers, and the head.
 
 Weights are byte for byte those of the CPU's matrices. Everything comes out of one `DeviceArena`.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cpu_kernels.matrix import Matrix
+from gpu_kernels.certificate import DeviceCertificateView
 from gpu_kernels.low_rank import DevicePredictorView
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.norm import residual_norm
@@ -26,6 +27,7 @@ from placement.placement import Placement
 from profiler.common.spec import ModelSpec
 
 DENSE, PREDICTORS, HOT, KV, HEAD = "dense weights", "predictors", "hot neurons", "KV cache", "head and final norm"
+CERTIFICATES = "certificates"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,7 @@ class GpuLayer:
     zero_copy: DeviceFFNView | None
     down_bias: torch.Tensor | None
     predictor: DevicePredictorView | None
+    certificate: DeviceCertificateView | None
     cache: torch.Tensor
     scales: torch.Tensor | None
     window: int | None
@@ -119,6 +122,7 @@ def _layer(
         zero_copy=None if zero_copy is None else _zero_copy(arena, zero_copy, ffn.act.name),
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
+        certificate=_certificate(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:]), torch.from_numpy(cache.data).dtype),
         scales=None if cache.scales is None else arena.empty(KV, tuple(cache.scales.shape[1:])),
         window=attention.window,
@@ -161,6 +165,16 @@ def _predictor(arena: DeviceArena, ffn: HybridFFN) -> DevicePredictorView | None
 
     first, second = (put(p.fc1), put(p.s1), put(p.b1)), (put(p.fc2), put(p.s2), put(p.b2))
     return DevicePredictorView(*first, *second, float(p.threshold), p.d)
+
+
+def _certificate(arena: DeviceArena, ffn: HybridFFN) -> DeviceCertificateView | None:
+    found = ffn.certificate
+    if found is None:
+        return None
+    slope, rest = (arena.put(CERTIFICATES, torch.from_numpy(part)) for part in (found.slope, found.rest))
+    bias = arena.put(CERTIFICATES, torch.from_numpy(found.bias)) if len(found.bias) else None
+    rows = _matrix(arena, CERTIFICATES, Matrix(found.rows, found.d))
+    return DeviceCertificateView(rows, slope, rest, bias, float(found.threshold))
 
 
 def _matrix(arena: DeviceArena, part: str, matrix: Matrix, rows: slice = slice(None)) -> DeviceMatrix:

@@ -12,15 +12,18 @@ from step_cases import VOCAB, random_predictor, some_tokens, tiny_model, use_ref
 from hybrid import AsyncEngine, Engine, EngineConfig, Request, SamplingSettings
 from hybrid.errors import InputError
 from hybrid.model.loader import ModelFolder
+from hybrid.offline.certify import certify
+from hybrid.offline.project import Project
 from hybrid.runtime.gpu.runner import GpuRunner
 from hybrid.runtime.load import load_model
 from hybrid.runtime.plan import plan_run
 from hybrid.runtime.runner import CpuRunner
 from placement.placement import Placement
 from placement.plan import VramPlan
-from placement.workspace import predictor_bytes
+from placement.workspace import copy_bytes, predictor_bytes
 from predictor.bank import PredictorBank
 from profiler.common.openmp import torch_threads
+from profiler.common.progress import no_progress
 
 pytest.importorskip("transformers")
 GREEDY = SamplingSettings(temperature=0, max_new_tokens=6)
@@ -145,6 +148,23 @@ def test_what_is_taken_is_within_the_plan(models, name, strategy, where):
         assert spent["hot neurons"] == planned["hot neurons"] if planned["hot neurons"] else "hot neurons" not in spent
         assert spent["KV cache"] == planned["KV cache"]
         assert arena.used <= plan.total_bytes(placement.choice), f"{spent} of {planned}"
+
+
+@pytest.mark.parametrize("name", ["llama-relu", "opt"])
+def test_certificates_take_what_is_planned(models, name):
+    """Of one layer on the GPU and one on the CPU, with biases and without."""
+    folder = tiny_model(name, models)
+    spec = ModelFolder.open(folder).spec
+    project = Project(folder, None, 1, no_progress)
+    certify(project, no_progress)
+    placement = placed(folder, on_cpu=(0,))
+    with load(folder, placement, "certified") as engine:
+        arena = engine.runner.arena
+        plan = VramPlan(spec, 40, (0,) * spec.n_layers, reserve=0, certified=True)
+        planned = dict(plan.rows(placement.choice))
+        assert arena.spent["certificates"] == planned["certificates"] == copy_bytes(spec)
+        assert arena.used <= plan.total_bytes(placement.choice)
+    project.bundle.copies.unlink()
 
 
 @pytest.mark.parametrize(
