@@ -13,7 +13,7 @@ import numpy as np
 from placement.cost import UNCERTAIN, CostModel
 from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
-from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK, SERVER_ROWS, predictor_bytes
+from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK, RUNTIME_RESERVE, SERVER_ROWS, predictor_bytes
 from predictor.bank import PredictorBank
 from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.common.errors import ArtifactError, BudgetError, InputError
@@ -172,7 +172,7 @@ class PlacementSettings:
     predicted_ratio: float = 1.0
     uncertain: float = UNCERTAIN
     prefill_chunk: int = PREFILL_CHUNK
-    reserve: int | None = None
+    reserve: int = RUNTIME_RESERVE
     group_size: int = 64
     time_limit: float = 8.0
     kv_tokens: int | None = None

@@ -16,6 +16,7 @@ from placement.workspace import (
     ENGINE_ROWS,
     KV_BLOCK,
     PREFILL_CHUNK,
+    RUNTIME_RESERVE,
     SHARED_KV_BLOCK,
     Workspace,
     aligned,
@@ -23,7 +24,6 @@ from placement.workspace import (
     copy_bytes,
     layer_bytes,
     neurons_bytes,
-    runtime_reserve,
 )
 from profiler.common.errors import ContextError, InputError
 from profiler.common.sizes import UNLIMITED, parse_size
@@ -60,15 +60,15 @@ class VramPlan:
     memory, of which a token reads one row. The CUDA context itself is not counted.
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
     most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
-    anything runs on the GPU, by default those of `runtime_reserve`. batch: the most rows of a decode step. kv_tokens:
-    of the pool that sequences share, None for one sequence's own cache. certified: whether there are copies of rows.
+    anything runs on the GPU. batch: the most rows of a decode step. kv_tokens: of the pool that sequences share, None
+    for one sequence's own cache. certified: whether there are copies of rows.
     """
 
     spec: ModelSpec
     context: int
     predictor_bytes: tuple[int, ...]
     prefill_chunk: int = PREFILL_CHUNK
-    reserve: int | None = None
+    reserve: int = RUNTIME_RESERVE
     batch: int = ENGINE_ROWS
     kv_tokens: int | None = None
     certified: bool = False
@@ -82,16 +82,12 @@ class VramPlan:
             )
         if len(self.predictor_bytes) != self.spec.n_layers or min(self.predictor_bytes) < 0:
             raise InputError(f"expected predictor bytes of {self.spec.n_layers} layers, got {self.predictor_bytes}")
-        if self.prefill_chunk < 1 or self._reserve < 0:
+        if self.prefill_chunk < 1 or self.reserve < 0:
             raise InputError("prefill_chunk must be at least 1, and reserve at least 0")
         if self.kv_tokens is not None and self.kv_tokens < 1:
             raise InputError(f"kv_tokens is {self.kv_tokens}, expected at least 1")
         if self.batch not in BATCHES:
             raise InputError(f"batch is {self.batch}, expected one of {', '.join(map(str, BATCHES))}")
-
-    @property
-    def _reserve(self) -> int:
-        return runtime_reserve(self.spec) if self.reserve is None else self.reserve
 
     @property
     def kv_bytes(self) -> int:
@@ -131,7 +127,7 @@ class VramPlan:
 
     def workspace_rows(self) -> list[tuple[str, int]]:
         """What there is on the GPU as soon as anything runs there, as (name, bytes)."""
-        return [*self.workspace.rows(), ("reserve: kernels, graphs, cuBLAS", self._reserve)]
+        return [*self.workspace.rows(), ("reserve: kernels, graphs, cuBLAS", self.reserve)]
 
     @property
     def workspace_bytes(self) -> int:

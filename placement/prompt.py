@@ -9,8 +9,8 @@ from placement.plan import Choice
 from placement.prefill import ColdPrefill
 from placement.workspace import PREFILL_CHUNK, PREFILL_WIDE, Workspace
 
-# Kernels of a layer beside its products: norms, terms, RoPE, attention, sums.
-_LAUNCHES = 16
+# Kernels of a layer, three pieces of neurons in its FFN: norms, terms, products, RoPE, attention, sums.
+_LAUNCHES = 26
 # Python takes so long for each call of kernels, of which attention has so many for `PREFILL_WIDE` tokens, and so has a
 # piece of neurons; CUDA graphs, where all is on the GPU, take none. Once a prompt: what comes before the first layer.
 _CALL_SECONDS, _ATTENTION_CALLS, _PIECE_CALLS, _PROMPT_SECONDS = 34e-6, 13, 8, 2e-3

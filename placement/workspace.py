@@ -20,9 +20,10 @@ ENGINE_ROWS, SERVER_ROWS = 8, 32  # the most of an engine for one answer, and wh
 KV_BLOCK, SHARED_KV_BLOCK = 256, 32  # tokens of a block of KV: of one sequence's cache, and where several share a pool
 STAGING_LIMIT = 64 * 2**20  # bytes of one staging buffer: beyond it PCIe is not faster
 STAGING_SHARE = 4  # a staging buffer holds a layer's cold neurons in at most so many parts, unless it is at its limit
-# Loaded kernels, CUDA graphs and what cuBLAS takes for itself, once a process: on an H100 164 MiB with the first
-# tensor, 268 once a short prompt was read, 308 after one of 2048 tokens. Blocks need no products in bf16: 269 at most.
-_RUNTIME_RESERVE, _RUNTIME_RESERVE_BLOCKS = 320 * 2**20, 280 * 2**20
+# Loaded kernels, CUDA graphs and what torch and cuBLAS take for themselves, once a process, beside the CUDA context:
+# 174 to 185 MiB on an H200 with prompts of 2048 tokens, at budgets from 2 GiB on, and 276 where `hybrid bench` measured
+# bandwidths in the same process. The rest is for other drivers and shapes.
+RUNTIME_RESERVE = 304 * 2**20
 PREFILL_CHUNK = 2048  # tokens of a prompt that go through the layers at once
 PREFILL_WIDE = 512  # of those, for which QKV and hidden values are computed at once
 PREFILL_COLUMNS = 4096  # neurons of an FFN computed at once, up to a third of them, and half of other products' columns
@@ -37,11 +38,6 @@ _GEMM_KINDS, _GEMM_ROWS, _GEMM_TILE, _GEMM_PROGRAMS, _MOST_GEMM_PARTS = ("bf16",
 _FFN_PARTS = 4
 
 Bytes = TypeVar("Bytes", int, np.ndarray)
-
-
-def runtime_reserve(spec: ModelSpec) -> int:
-    """Bytes that the process takes on the GPU beside what is planned tensor by tensor."""
-    return _RUNTIME_RESERVE_BLOCKS if LAYOUTS[spec.dtype].in_blocks else _RUNTIME_RESERVE
 
 
 def aligned(size: Bytes) -> Bytes:
