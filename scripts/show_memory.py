@@ -123,7 +123,12 @@ def answer(command: list[str], group: Path) -> Usage:
 @click.option("--limit", default="512MiB", show_default=True, help="Of all memory, page cache included.")
 @click.option("-p", "--prompt", default="a", show_default=True)
 @click.option("--tokens", type=int, default=32, show_default=True)
-@click.option("--sparsity", type=click.Choice(["auto", "dense", "exact", "learned"]), default="auto", show_default=True)
+@click.option(
+    "--sparsity",
+    type=click.Choice(["auto", "dense", "exact", "learned", "certified"]),
+    default="auto",
+    show_default=True,
+)
 @click.option("--context", type=int, default=256, show_default=True)
 def main(model: Path, limit: str, prompt: str, tokens: int, sparsity: str, context: int) -> None:
     """Command line of this script."""
