@@ -26,6 +26,7 @@ from hybrid.console import details, percent, size
 from hybrid.formats.packed import PACKED_FILE, PackedModel
 from placement.plan import parse_size
 from profiler.common.errors import HybridError, InputError
+from profiler.common.spec import STRATEGIES
 
 _ROOT = Path("/sys/fs/cgroup")
 _VERSION_1, _VERSION_2 = "memory.limit_in_bytes", "memory.max"
@@ -125,7 +126,7 @@ def answer(command: list[str], group: Path) -> Usage:
 @click.option("--tokens", type=int, default=32, show_default=True)
 @click.option(
     "--sparsity",
-    type=click.Choice(["auto", "dense", "exact", "learned", "certified"]),
+    type=click.Choice(["auto", *STRATEGIES]),
     default="auto",
     show_default=True,
 )
