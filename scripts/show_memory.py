@@ -26,6 +26,7 @@ from hybrid.console import details, percent, size
 from hybrid.formats.packed import PACKED_FILE, PackedModel
 from placement.plan import parse_size
 from profiler.common.errors import HybridError, InputError
+from profiler.common.spec import STRATEGIES
 
 _ROOT = Path("/sys/fs/cgroup")
 _VERSION_1, _VERSION_2 = "memory.limit_in_bytes", "memory.max"
@@ -123,7 +124,12 @@ def answer(command: list[str], group: Path) -> Usage:
 @click.option("--limit", default="512MiB", show_default=True, help="Of all memory, page cache included.")
 @click.option("-p", "--prompt", default="a", show_default=True)
 @click.option("--tokens", type=int, default=32, show_default=True)
-@click.option("--sparsity", type=click.Choice(["auto", "dense", "exact", "learned"]), default="auto", show_default=True)
+@click.option(
+    "--sparsity",
+    type=click.Choice(["auto", *STRATEGIES]),
+    default="auto",
+    show_default=True,
+)
 @click.option("--context", type=int, default=256, show_default=True)
 def main(model: Path, limit: str, prompt: str, tokens: int, sparsity: str, context: int) -> None:
     """Command line of this script."""

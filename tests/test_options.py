@@ -18,7 +18,20 @@ from hybrid.errors import InputError
 
 ROOT = Path(cli.__file__).parents[1]
 COMMANDS = cli.cli.commands
-WORKFLOW = ["demo", "prepare", "profile", "train", "place", "pack", "export", "chat", "serve", "generate", "eval"]
+WORKFLOW = [
+    "demo",
+    "prepare",
+    "profile",
+    "train",
+    "certify",
+    "place",
+    "pack",
+    "export",
+    "chat",
+    "serve",
+    "generate",
+    "eval",
+]
 WORKFLOW += ["bench", "inspect", "hardware"]
 HEAVY = ["torch", "numba", "scipy", "numpy", "tokenizers", "tqdm"]
 
@@ -43,7 +56,7 @@ MISTAKES = {
     ("train", "--target", "much"): "'--target': target 'much' is not a perplexity increase",
     ("train", "--target", "200%"): "'--target': target 200.000% is not above 0% and up to 100%",
     ("place", "--hardware", "/nowhere"): "'--hardware': /nowhere does not exist",
-    ("place", "--sparsity", "dense"): "'--sparsity': 'dense' is not one of 'exact', 'learned'",
+    ("place", "--sparsity", "dense"): "'--sparsity': 'dense' is not one of 'exact', 'learned', 'certified'",
     ("pack",): "Missing option '--dtype'",
     ("pack", "--dtype", "int8", "-o", "/dev/null/x"): "cannot write /dev/null; choose another folder",
     ("bench", "--sparsity", "dense,x"): "'--sparsity': 'dense,x' is no list of different ones of dense, exact, learned",

@@ -112,11 +112,10 @@ def test_two_devices_compute_what_the_cpu_does(models, name, placed):
     case.close()
 
 
-@pytest.mark.parametrize("placed", [{"share": 0.4}, {"share": 0.4, "zero_copy": 20}])
-def test_the_kernels_themselves(models, placed):
+def test_the_kernels_themselves(models):
     """In the interpreter where there is no GPU: a batch and one token after it."""
     folder, tokens = tiny_model("llama-relu", models, layers=1), some_tokens(3)
-    case = StepCase(folder, threads=1 if DEVICE == "cpu" else 2, certified=True, **placed)
+    case = StepCase(folder, zero_copy=20, threads=1 if DEVICE == "cpu" else 2, certified=True)
     expected = case.expected(tokens, "exact")
     assert relative_error(case.few(tokens, "certified"), expected) < CLOSE
     case.close()
