@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from hybrid.chat.screen import Screen
 from hybrid.chat.terminal import open_terminal
 from hybrid.console import percent, progress, size, table
 from hybrid.errors import BudgetError, InputError
+from hybrid.evaluation import answers_report, check_answers, curve_report, quality_report
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
-from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.pack import Packer
@@ -36,12 +36,9 @@ from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import UNLIMITED, parse_size
-from predictor.bank import PredictorBank
-from predictor.report import CurvePoint
 from predictor.target import PredictorTarget
 from profiler.common.artifact import ArtifactHeader
 from profiler.common.hardware import HardwareProfile
-from profiler.corpus import TokenWindows
 from profiler.machine.measure import measure_hardware
 from profiler.profile import NeuronProfile
 
@@ -217,11 +214,14 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, o
 
 
 def evaluate(model: Path | None, options: Options) -> None:
-    """Print the quality of each strategy, and with `curve` that of the predictors over a sweep of thresholds."""
+    """Print the quality of each strategy, with `curve` that of the predictors over a sweep of thresholds, and with
+    `answers` that of long answers."""
     project = _project(model, options)
     corpus = _corpus(project, options, "heldout.jsonl")
     request = ProfileRequest(corpus, options["tokens"], _window(project, options), skip_bad=options["skip_bad"])
     windows = project.windows(request)
+    if options["answers"]:
+        check_answers(project, windows, options["answers"], options["answer_tokens"])
     strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
@@ -231,58 +231,9 @@ def evaluate(model: Path | None, options: Options) -> None:
         )
     click.echo(quality_report(found))
     if options["curve"] and bank and bank.report:
-        click.echo("\n" + _curve(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
-
-
-def _change(value: float, base: float) -> str:
-    """Relative change in per cent; rounded before its sign is printed, so that none is `-0.00%`."""
-    return f"{round(value / base - 1, 5) + 0.0:+.3%}"
-
-
-def _curve(
-    project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float, kv: Any
-) -> str:
-    """Perplexity along the report's curve; recall and precision are those of the report's validation text."""
-    rows = []
-    with progress("curve", windows.tokens.size * len(points)) as advance:
-        for point in points:
-            project.use_predictors(bank.with_thresholds(point.thresholds))
-            of = project.model, project.runtime
-            quality = evaluate_strategies(*of, ["learned"], windows, advance, kv)[-1]
-            rows.append(
-                [
-                    percent(quality.computed_share),
-                    f"{point.active_ratio:.2f}",
-                    percent(point.recall),
-                    percent(point.precision),
-                    f"{point.level:.2%}",
-                    f"{quality.perplexity:.3f}",
-                    _change(quality.perplexity, dense),
-                ]
-            )
-    header = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
-    return table(header, rows)
-
-
-def quality_report(found: list[StrategyQuality]) -> str:
-    """One row per strategy, the first of which is what the others are held against."""
-    dense = found[0].perplexity
-    rows = [
-        [
-            ", ".join(
-                [q.strategy, *([f"KV {q.kv}"] if q.kv else []), *(["prefill fast"] if q.prefill == "fast" else [])]
-            ),
-            f"{q.perplexity:.4f}",
-            _change(q.perplexity, dense),
-            f"{q.kl:.5f}",
-            f"{q.top1_agreement:.2%}",
-            percent(q.computed_share),
-            percent(q.fired_share),
-        ]
-        for q in found
-    ]
-    header = ["strategy", "perplexity", "vs dense", "KL (nats)", "top-1 agree", "computed", "fired"]
-    return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"
+        click.echo("\n" + curve_report(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
+    if options["answers"]:
+        click.echo("\n" + answers_report(project, strategies, windows, options["answers"], options["answer_tokens"]))
 
 
 def _project(model: Path | None, options: Options) -> Project:

@@ -270,3 +270,28 @@ def server_options(command: Command) -> Command:
     for option in reversed(_SERVER):
         command = option(command)
     return command
+
+
+_EVAL = (
+    click.option("--tokens", type=COUNT, default=16_384, show_default=True, help="Tokens to evaluate."),
+    WINDOW,
+    WINDOW_AS_CONTEXT,
+    click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds."),
+    click.option(
+        "--answers",
+        type=click.IntRange(0),
+        default=0,
+        metavar="COUNT",
+        help="Also so many greedy answers: where they part from dense, and whether they get worse.",
+    ),
+    click.option("--answer-tokens", type=COUNT, default=200, show_default=True, help="Of each of them."),
+    KV,
+    EVAL_PREFILL,
+)
+
+
+def eval_options(command: Command) -> Command:
+    """What is evaluated."""
+    for option in reversed(_EVAL):
+        command = option(command)
+    return command
