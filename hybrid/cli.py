@@ -84,6 +84,7 @@ def demo(output: Path | None, yes: bool, **given: Any) -> None:
 @options.CORPUS
 @options.SKIP_BAD
 @options.TOKENS
+@options.OWN_TEXT
 @options.WINDOW
 @options.SEED
 @options.TARGET
@@ -105,6 +106,7 @@ def prepare(model: Path | None, **given: Any) -> None:
 @options.CORPUS
 @options.SKIP_BAD
 @options.TOKENS
+@options.OWN_TEXT
 @options.WINDOW
 @options.WINDOW_AS_CONTEXT
 @options.SEED

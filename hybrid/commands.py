@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from hybrid.bench.hardware import hardware_progress
@@ -24,15 +25,18 @@ from hybrid.evaluation import answers_report, check_answers, curve_report, quali
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
+from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
+from hybrid.offline.own_text import Writer
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
 from hybrid.options import chosen_sampling
 from hybrid.reports import predictor_report, profile_report
 from hybrid.runtime.config import EngineConfig
+from hybrid.runtime.continuation import continued
 from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import UNLIMITED, parse_size
@@ -64,7 +68,7 @@ def prepare(model: Path | None, options: Options) -> None:
         settings.planned_bytes(hardware)
     profile_header = project.current_profile(request)
     click.echo(f"profile: {_CURRENT if profile_header else 'recording'}", err=True)
-    profile_header = profile_header or project.profile(request).header
+    profile_header = profile_header or project.profile(request, _writer(project)).header
     predictors = project.current_predictors(profile_header, target, seed)
     click.echo(f"train: {_CURRENT if predictors else 'training'}", err=True)
     predictors = predictors or project.train(project.load_profile(), target, seed).header
@@ -97,7 +101,7 @@ def _place_anew(project: Project, settings: PlacementSettings, hardware: Hardwar
 def profile(model: Path | None, options: Options) -> None:
     """Record and print a profile."""
     project = _project(model, options)
-    found = project.profile(_profile_request(project, options))
+    found = project.profile(_profile_request(project, options), _writer(project))
     click.echo(profile_report(found))
     click.echo(f"wrote {project.bundle.profile}", err=True)
 
@@ -262,7 +266,18 @@ def _corpus(project: Project, options: Options, embedded: str) -> tuple[Path, ..
 
 def _profile_request(project: Project, options: Options) -> ProfileRequest:
     corpus = _corpus(project, options, "calibration.jsonl")
-    return ProfileRequest(corpus, options["tokens"], _window(project, options), options["seed"], options["skip_bad"])
+    window, own = _window(project, options), options["own_text"]
+    return ProfileRequest(corpus, options["tokens"], window, options["seed"], options["skip_bad"], own)
+
+
+def _writer(project: Project) -> Writer:
+    """What lets a model continue texts as it would, by all its probabilities; sparsity changes nothing."""
+
+    def write(prompts: np.ndarray, length: int, seed: int, advance: Callable[[int], None]) -> np.ndarray:
+        settings = SamplingSettings(1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=seed)
+        return continued(project.model, project.runtime, "exact", prompts, length, settings, advance)
+
+    return write
 
 
 def _target(options: Options) -> PredictorTarget:

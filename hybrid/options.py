@@ -194,6 +194,14 @@ TARGET = click.option(
     help="Perplexity increase that the predictors may cost.",
 )
 TOKENS = click.option("--tokens", type=COUNT, default=100_000, show_default=True, help="Calibration tokens.")
+OWN_TEXT = click.option(
+    "--own-text",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="COUNT",
+    help="Beside the corpus, so many tokens that the model continues itself.",
+)
 SEED = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Makes what is drawn at random repeatable."
 )

@@ -105,8 +105,8 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     odd = tmp_path / "odd.jsonl"
     odd.write_text("{oops")
     recorded = ["profile", folder, "--corpus", corpus, odd, "--skip-bad", "--tokens", "2000", "--window", "32"]
-    code, out, err = hybrid(capfd, *recorded)
-    assert code == 0 and "hottest 20% cover" in out
+    code, out, err = hybrid(capfd, *recorded, "--own-text", "320")
+    assert code == 0 and "hottest 20% cover" in out and "2,304 tokens" in out and "own text: 280 tokens" in err
     assert "of 60 documents" in err and f"left out: 1 document, the first: {odd}:1 is not JSON" in err
     code, out, _ = hybrid(capfd, "train", folder, "--target", "50%")
     assert code == 0 and "recall" in out
