@@ -21,7 +21,7 @@ from hybrid.chat.screen import Screen
 from hybrid.chat.terminal import open_terminal
 from hybrid.console import percent, progress, size, table
 from hybrid.errors import BudgetError, InputError
-from hybrid.evaluation import answers_report, check_answers, curve_report, quality_report
+from hybrid.evaluation import answer_prompts, answers_report, curve_report, quality_report
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
@@ -224,8 +224,8 @@ def evaluate(model: Path | None, options: Options) -> None:
     corpus = _corpus(project, options, "heldout.jsonl")
     request = ProfileRequest(corpus, options["tokens"], _window(project, options), skip_bad=options["skip_bad"])
     windows = project.windows(request)
-    if options["answers"]:
-        check_answers(project, windows, options["answers"], options["answer_tokens"])
+    count, tokens = options["answers"], options["answer_tokens"]
+    prompts = answer_prompts(project, windows, count, tokens) if count else None
     strategies: list[Any] = ["dense", "exact", "learned"] if project.spec.fires_sparsely else ["dense"]
     bank = project.load_predictors() if "learned" in strategies else None
     project.use_predictors(bank)
@@ -236,8 +236,9 @@ def evaluate(model: Path | None, options: Options) -> None:
     click.echo(quality_report(found))
     if options["curve"] and bank and bank.report:
         click.echo("\n" + curve_report(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
-    if options["answers"]:
-        click.echo("\n" + answers_report(project, strategies, windows, options["answers"], options["answer_tokens"]))
+    if prompts is not None:
+        project.use_predictors(bank)  # the curve had other thresholds
+        click.echo("\n" + answers_report(project, strategies, prompts, tokens))
 
 
 def _project(model: Path | None, options: Options) -> Project:

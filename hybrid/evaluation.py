@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from hybrid.console import percent, progress, table
 from hybrid.errors import InputError
 from hybrid.generation import SamplingSettings
-from hybrid.offline.answers import answers_quality
+from hybrid.offline.answers import answers_quality, beginnings
 from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.project import Project
@@ -18,7 +20,7 @@ from predictor.report import CurvePoint
 from profiler.common.spec import Strategy
 from profiler.corpus import TokenWindows
 
-_PROMPT = 64  # tokens of a window that its answer is an answer to
+_PROMPT = 64  # tokens of a document that its answer goes on from
 
 
 def _change(value: float, base: float) -> str:
@@ -72,26 +74,27 @@ def quality_report(found: list[StrategyQuality]) -> str:
     return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"
 
 
-def check_answers(project: Project, windows: TokenWindows, answers: int, tokens: int) -> None:
-    """Raise `InputError` unless there is a window for each answer and the model takes a prompt with so many tokens."""
-    if answers > windows.count:
+def answer_prompts(project: Project, windows: TokenWindows, answers: int, tokens: int) -> np.ndarray:
+    """int64 [answers, t]: beginnings of documents. Raises `InputError` where there are too few, or the model does not
+    take `tokens` more."""
+    prompts = beginnings(windows, min(_PROMPT, windows.tokens.shape[1]))
+    known = prompts.shape[1]
+    if answers > len(prompts):
         raise InputError(
-            f"{answers} answers want as many windows of the corpus, there are {windows.count}; raise --tokens, or ask "
-            "for fewer --answers"
+            f"--answers {answers} wants as many documents of {known} tokens, {len(prompts)} begin in the text that is "
+            "evaluated; raise --tokens"
         )
-    project.check_context(_prompt(windows) + tokens)
+    project.check_context(known + tokens)
+    return prompts[:answers]
 
 
-def answers_report(
-    project: Project, strategies: Sequence[Strategy], windows: TokenWindows, answers: int, tokens: int
-) -> str:
-    """One row per strategy, dense first, of its greedy answers of `tokens` tokens to the beginnings of windows."""
-    known = _prompt(windows)
-    prompts, greedy = windows.tokens[:answers, :known], SamplingSettings(temperature=0)
-    of, length = (project.model, project.runtime), known + tokens
+def answers_report(project: Project, strategies: Sequence[Strategy], prompts: np.ndarray, tokens: int) -> str:
+    """One row per strategy, dense first, of its greedy answers of `tokens` tokens to prompts int64 [n, t]."""
+    answers, known = prompts.shape
+    of, length, greedy = (project.model, project.runtime), known + tokens, SamplingSettings(temperature=0)
     with progress("answers", answers * tokens * len(strategies)) as advance:
         texts = [continued(*of, strategy, prompts, length, greedy, advance) for strategy in strategies]
-    found = [answers_quality(*of, *each, texts[0], known) for each in zip(strategies, texts, strict=True)]
+    found = answers_quality(*of, strategies, texts, known, progress)
     rows = [
         [
             q.strategy,
@@ -105,7 +108,3 @@ def answers_report(
     ]
     header = ["answers", "part after", "never", "perplexity", "of second halves", "distinct 4-grams"]
     return f"{table(header, rows)}\n{tokens} greedy tokens each; perplexity is that of the answers under dense"
-
-
-def _prompt(windows: TokenWindows) -> int:
-    return min(_PROMPT, windows.tokens.shape[1])

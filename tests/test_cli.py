@@ -88,12 +88,12 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
     code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
     assert code == 0 and out.endswith("\n") and "5 tokens" in err and "tok/s" not in out
     evaluate = ["eval", folder, "--corpus", corpus, "--tokens", "128", "--window", "32", "--answer-tokens", "9"]
-    code, out, _ = hybrid(capfd, *evaluate, "--curve", "--answers", "3")
+    code, out, _ = hybrid(capfd, *evaluate, "--curve", "--answers", "2")
     assert code == 0 and all(name in out for name in ("dense", "exact", "learned", "KL", "missed mass"))
     table = out.partition("distinct 4-grams\n")[2].splitlines()
-    assert [line.split()[:5] for line in table[:2]] == [[name, "9", "3", "of", "3"] for name in ("dense", "exact")]
+    assert [line.split()[:5] for line in table[:2]] == [[name, "9", "2", "of", "2"] for name in ("dense", "exact")]
     code, _, err = hybrid(capfd, *evaluate, "--answers", "5")
-    assert code == 2 and "5 answers want as many windows of the corpus, there are 4; raise --tokens" in err
+    assert code == 2 and "--answers 5 wants as many documents of 32 tokens, 2 begin in the text" in err
     code, out, _ = hybrid(capfd, "inspect", folder)
     assert code == 0 and all(name in out for name in ("fingerprint", "recall", "VRAM budget", "text.jsonl"))
     code, out, _ = hybrid(capfd, "doctor")
