@@ -91,6 +91,7 @@ def _show_profile(files: Bundle, spec: ModelSpec) -> str:
         return f"{_file_line(files.profile)}, key {found.header.key}\n{_came_with(made)}\n{profile_report(found)}"
     names = ", ".join(made["corpus_files"][:3])
     origin = f"{names} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
+    origin += f"; {made['own_text']} tokens of the model's own text" if made.get("own_text") else ""
     return f"{_file_line(files.profile)}, key {found.header.key}\nfrom {origin}\n{profile_report(found)}"
 
 

@@ -116,6 +116,7 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     assert code == 0 and "budget" in out and not (folder / "hybrid" / "placement.safetensors").exists()
     code, out, err = hybrid(capfd, "place", folder, "--hardware", "default", "--vram-budget", "0")
     assert code == 0 and "gap" in out and "tokens/s" in out and "wrote" in err
+    assert "seed 0; 320 tokens of the model's own text" in hybrid(capfd, "inspect", folder)[1]
 
 
 def test_hardware_is_measured_shown_and_planned_for(model, tmp_path, monkeypatch, capfd):

@@ -44,7 +44,7 @@ from profiler.common.progress import Progress, no_progress
 from profiler.corpus import TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.documents import Bad, Document
 from profiler.profile import NeuronProfile
-from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
+from profiler.recorder import SAMPLE_TOKENS, ActivationRecorder, ProfileSettings, record_profile
 
 _LONG_READ = 64 << 20  # bytes of a corpus from which on reading it is worth a bar
 
@@ -83,6 +83,11 @@ class ProfileRequest:
                 "continues; lower it"
             )
         check_seed(self.seed)
+
+    @property
+    def settings(self) -> ProfileSettings:
+        """What to keep of it; inputs of own text come on top, as predictors get better with more of them."""
+        return ProfileSettings(SAMPLE_TOKENS + self.own_text, seed=self.seed)
 
 
 class Project:
@@ -182,7 +187,7 @@ class Project:
 
     def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
         """What a profile made by `request` says of its making."""
-        settings = ProfileSettings(seed=request.seed)
+        settings = request.settings
         with self._read_bar(request.corpus) as advance:
             digest = corpus_hash(request.corpus, advance)
         return {
@@ -207,7 +212,7 @@ class Project:
             windows = self._with_own_text(windows, request, header, write)
         ffns = self.model.ffns
         recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
-        settings = ProfileSettings(seed=request.seed)
+        settings = request.settings
         kept = self.bundle.partial_profile
         with torch_threads(1):
             found = record_profile(self._run_dense, recorder, windows, settings, header, kept, self._progress)

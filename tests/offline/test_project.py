@@ -114,7 +114,8 @@ def test_a_profile_counts_and_keeps_the_models_own_text_too(project, corpus):
     assert asked == [((16, 4), 32, 0), ((15, 4), 32, 16)] and not project.bundle.partial_own_text.exists()
     assert found.tokens == (62 + 31) * 32 and found.counts.max() <= found.tokens
     assert np.array_equal(found.validation, project.windows(plain).tokens[-16:])  # quality is measured on the corpus
-    assert len(found.documents) > 2000 - 16 * 32  # samples are of both
+    assert len(found.documents) > 2000 - 16 * 32  # samples are of both, more of them than of the corpus alone
+    assert request.settings.sample_tokens == plain.settings.sample_tokens + 1000
     assert project.current_profile(request) and not project.current_profile(plain)
     project.profile(plain)
     assert project.current_profile(plain) and not project.current_profile(request)
