@@ -49,6 +49,9 @@ from profiler.profile import NeuronProfile
 Options = Mapping[str, Any]
 _Made = tuple[ArtifactHeader, ArtifactHeader | None]  # a profile and predictors
 _CURRENT = "present and current"
+# Tokens of the corpus for one that the model continues itself. A token of its own takes some ten times as long to make
+# as one of the corpus to read; a third of own text made predictors of SmolLM2's sister 4 to 5% better on answers.
+_CORPUS_PER_OWN = 6
 
 
 def prepare(model: Path | None, options: Options) -> None:
@@ -267,7 +270,8 @@ def _corpus(project: Project, options: Options, embedded: str) -> tuple[Path, ..
 
 def _profile_request(project: Project, options: Options) -> ProfileRequest:
     corpus = _corpus(project, options, "calibration.jsonl")
-    window, own = _window(project, options), options["own_text"]
+    own = options["tokens"] // _CORPUS_PER_OWN if options["own_text"] is None else options["own_text"]
+    window = _window(project, options)
     return ProfileRequest(corpus, options["tokens"], window, options["seed"], options["skip_bad"], own)
 
 

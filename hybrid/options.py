@@ -197,10 +197,8 @@ TOKENS = click.option("--tokens", type=COUNT, default=100_000, show_default=True
 OWN_TEXT = click.option(
     "--own-text",
     type=click.IntRange(0),
-    default=0,
-    show_default=True,
     metavar="COUNT",
-    help="Beside the corpus, so many tokens that the model continues itself.",
+    help="Tokens beside the corpus that the model continues itself  [default: a sixth of --tokens]",
 )
 SEED = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Makes what is drawn at random repeatable."

@@ -358,6 +358,7 @@ def test_prepare_survives_being_killed_at_any_moment(original, corpus, tmp_path)
 def test_ctrl_c_is_clean(original, corpus, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
     command = [sys.executable, "-m", "hybrid", "profile", folder, "--corpus", corpus, "--window", "2"]
+    command += ["--own-text", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while "%" not in process.stderr.readline():  # the first quarter is done
         pass

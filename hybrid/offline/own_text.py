@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 
@@ -17,7 +18,8 @@ Writer = Callable[[np.ndarray, int, int, Callable[[int], None]], np.ndarray]
 
 _KIND = "partial own text"
 _PROMPT_SHARE = 8  # one in so many of a window's tokens are the corpus's
-_GROUP = 16  # windows between which what was made is kept
+_GROUP = 16  # windows between which what was made can be kept
+_SAVE_SECONDS = 300.0  # what a killed run loses at most
 
 
 def own_windows(
@@ -25,25 +27,27 @@ def own_windows(
 ) -> TokenWindows:
     """`count` windows that begin as the first of `corpus` do, for the `profile` of this header.
 
-    A token belongs to the document that the window's prompt ends with. When interrupted, what was made is kept in the
-    file `path`, and a later call for the same profile goes on from there; the caller removes it.
+    A token belongs to the document that the window's prompt ends with. When interrupted, and now and then, what was
+    made is kept in the file `path`, and a later call for the same profile goes on from there; the caller removes it.
     """
     window = corpus.tokens.shape[1]
     known = max(1, window // _PROMPT_SHARE)
     header = ArtifactHeader(_KIND, profile.model_fingerprint, profile.made_from)
     texts = _kept(path, header, window)[:count]
-    done = len(texts)
-    with progress("own text", (count - done) * (window - known)) as advance:
+    done, saved, made = len(texts), monotonic(), window - known
+    with progress("own text", count * made, "token", done * made) as advance:
         try:
             for start in range(done, count, _GROUP):
                 prompts = corpus.tokens[start : min(start + _GROUP, count), :known]
                 texts = np.concatenate([texts, write(prompts, window, seed + start, advance)])
+                if monotonic() - saved > _SAVE_SECONDS:
+                    write_tensors(path, header, {"texts": texts.astype(np.int32)})
+                    saved = monotonic()
         except KeyboardInterrupt:
             if not len(texts):
                 raise
             write_tensors(path, header, {"texts": texts.astype(np.int32)})
             raise KeyboardInterrupt(f"{len(texts)} of {count} texts are kept, run it again to go on") from None
-    write_tensors(path, header, {"texts": texts.astype(np.int32)})
     owners = corpus.documents[:count].copy()
     owners[:, known:] = owners[:, known - 1 : known]
     return TokenWindows(texts, owners)

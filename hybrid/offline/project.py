@@ -77,10 +77,9 @@ class ProfileRequest:
             raise InputError(f"a calibration window has {self.window} tokens, expected at least 2")
         if self.tokens < self.window:
             raise InputError(f"--tokens {self.tokens} is less than one window of {self.window} tokens; raise it")
-        if not 0 <= self.own_text <= self.tokens:
+        if not 0 <= self.own_text <= self.tokens // 2:
             raise InputError(
-                f"--own-text {self.own_text} is more than the corpus's --tokens {self.tokens}, whose beginnings it "
-                "continues; lower it"
+                f"--own-text {self.own_text} is more than half of --tokens {self.tokens}, those of the corpus; lower it"
             )
         check_seed(self.seed)
 
@@ -225,7 +224,8 @@ class Project:
         self, windows: TokenWindows, request: ProfileRequest, header: ArtifactHeader, write: Writer
     ) -> TokenWindows:
         """`windows`, whose last are those that quality is measured on, and before them the model's own."""
-        count, kept = min(max(1, request.own_text // request.window), windows.count), self.bundle.partial_own_text
+        self._run_dense(torch.from_numpy(windows.tokens[0]))  # a model that is damaged is said to be, first
+        count, kept = min(request.own_text // request.window, windows.count // 2), self.bundle.partial_own_text
         own = own_windows(windows, count, write, request.seed, kept, header, self._progress)
         tokens, documents = [own.tokens, windows.tokens], [own.documents, windows.documents]
         return TokenWindows(np.concatenate(tokens), np.concatenate(documents))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hybrid.offline import own_text
 from hybrid.offline.own_text import own_windows
 from profiler.common.artifact import ArtifactHeader
 from profiler.common.progress import no_progress
@@ -48,7 +49,16 @@ def test_an_interrupted_text_goes_on_where_it_ended(tmp_path):
     model = Model()
     found = own(path, model)
     assert model.asked == [8] and np.array_equal(found.tokens, whole.tokens)
-    assert own(path, model).count == 40 and model.asked == [8]  # kept until the profile is safe
+
+
+def test_a_killed_run_has_what_was_kept_now_and_then(tmp_path, monkeypatch):
+    path, model = tmp_path / "partial", Model()
+    own(path, model)
+    assert not path.exists()  # it did not take long
+    monkeypatch.setattr(own_text, "_SAVE_SECONDS", -1.0)
+    own(path, model)
+    own(path, model := Model())
+    assert model.asked == []
 
 
 def test_without_a_whole_group_nothing_is_kept(tmp_path):
@@ -57,7 +67,8 @@ def test_without_a_whole_group_nothing_is_kept(tmp_path):
     assert not (tmp_path / "partial").exists()
 
 
-def test_what_was_made_for_another_profile_or_is_damaged_is_made_anew(tmp_path):
+def test_what_was_made_for_another_profile_or_is_damaged_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_text, "_SAVE_SECONDS", -1.0)
     path = tmp_path / "partial"
     own(path, Model())
     for header in (

@@ -121,9 +121,20 @@ def test_a_profile_counts_and_keeps_the_models_own_text_too(project, corpus):
     assert project.current_profile(plain) and not project.current_profile(request)
 
 
-def test_more_own_text_than_corpus_is_refused(corpus):
-    with pytest.raises(InputError, match="--own-text 2001 is more than the corpus's --tokens 2000"):
-        ProfileRequest(corpus, 2000, 32, own_text=2001)
+def test_of_a_short_corpus_there_is_less_own_text(project, corpus):
+    asked = []
+
+    def write(prompts, length, seed, advance):
+        asked.append(len(prompts))
+        return np.tile(prompts, length // prompts.shape[1])[:, :length]
+
+    found = project.profile(ProfileRequest(corpus, 100_000, 32, own_text=50_000), write)
+    assert sum(asked) == 75 // 2 and found.tokens == (75 + 37) * 32
+
+
+def test_more_own_text_than_half_the_corpus_is_refused(corpus):
+    with pytest.raises(InputError, match="--own-text 1001 is more than half of --tokens 2000"):
+        ProfileRequest(corpus, 2000, 32, own_text=1001)
 
 
 def test_interrupted_steps_go_on_and_torchs_threads_are_put_back(project, corpus, monkeypatch):
