@@ -49,6 +49,8 @@ def test_draws_are_repeatable_and_do_not_depend_on_company(project, monkeypatch)
     texts, _ = write(project, DRAWN)
     monkeypatch.setattr(continuation, "AT_ONCE", 2)
     assert np.array_equal(write(project, DRAWN)[0], texts)
+    monkeypatch.setattr(continuation, "KV_BYTES", 1)  # too few for two
+    assert np.array_equal(write(project, DRAWN)[0], texts)
     assert np.array_equal(write(project, DRAWN, PROMPTS[:1])[0], texts[:1])
     same = write(project, DRAWN, PROMPTS[[0, 0]])[0]
     assert not np.array_equal(same[0], same[1])
