@@ -84,6 +84,7 @@ def demo(output: Path | None, yes: bool, **given: Any) -> None:
 @options.CORPUS
 @options.SKIP_BAD
 @options.TOKENS
+@options.OWN_TEXT
 @options.WINDOW
 @options.SEED
 @options.TARGET
@@ -105,6 +106,7 @@ def prepare(model: Path | None, **given: Any) -> None:
 @options.CORPUS
 @options.SKIP_BAD
 @options.TOKENS
+@options.OWN_TEXT
 @options.WINDOW
 @options.WINDOW_AS_CONTEXT
 @options.SEED
@@ -250,12 +252,7 @@ def generate(model: Path | None, prompt: str | None, prompt_file: Path | None, *
 @options.MODEL
 @options.CORPUS
 @options.SKIP_BAD
-@click.option("--tokens", type=options.COUNT, default=16_384, show_default=True, help="Tokens to evaluate.")
-@options.WINDOW
-@options.WINDOW_AS_CONTEXT
-@click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds.")
-@options.KV
-@options.EVAL_PREFILL
+@options.eval_options
 @options.THREADS
 @options.BUNDLE
 def evaluate(model: Path | None, **given: Any) -> None:

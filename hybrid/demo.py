@@ -21,6 +21,7 @@ _PREPARED_WITH = {
     "corpus": (EMBEDDED_CORPUS / "calibration.jsonl",),
     "skip_bad": False,
     "window": None,
+    "own_text": None,
     "seed": 0,
     "target": "0.5%",
     "solver": "milp",

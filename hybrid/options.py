@@ -196,6 +196,12 @@ TARGET = click.option(
     help="Perplexity increase that the predictors may cost.",
 )
 TOKENS = click.option("--tokens", type=COUNT, default=100_000, show_default=True, help="Calibration tokens.")
+OWN_TEXT = click.option(
+    "--own-text",
+    type=click.IntRange(0),
+    metavar="COUNT",
+    help="Tokens beside the corpus that the model continues itself  [default: a sixth of --tokens]",
+)
 SEED = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Makes what is drawn at random repeatable."
 )
@@ -270,6 +276,31 @@ _SERVER = (
 def server_options(command: Command) -> Command:
     """Where a server listens and what it takes."""
     for option in reversed(_SERVER):
+        command = option(command)
+    return command
+
+
+_EVAL = (
+    click.option("--tokens", type=COUNT, default=16_384, show_default=True, help="Tokens to evaluate."),
+    WINDOW,
+    WINDOW_AS_CONTEXT,
+    click.option("--curve", is_flag=True, help="Also sweep the predictors' thresholds."),
+    click.option(
+        "--answers",
+        type=click.IntRange(0),
+        default=0,
+        metavar="COUNT",
+        help="Also so many greedy answers: where they part from dense, and whether they get worse.",
+    ),
+    click.option("--answer-tokens", type=COUNT, default=200, show_default=True, help="Of each of them."),
+    KV,
+    EVAL_PREFILL,
+)
+
+
+def eval_options(command: Command) -> Command:
+    """What is evaluated."""
+    for option in reversed(_EVAL):
         command = option(command)
     return command
 

@@ -16,7 +16,6 @@ from hybrid.formats.bundle import EMBEDDED_MODEL, Bundle
 from hybrid.formats.packed import PACKED_FILE, open_packed
 from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predictors
 from hybrid.model.loader import ModelFolder
-from hybrid.offline.evaluate import StrategyQuality
 from placement.plan import UNLIMITED
 from predictor.bank import PredictorBank
 from predictor.target import PredictorTarget
@@ -94,6 +93,7 @@ def _show_profile(files: Bundle, spec: ModelSpec) -> str:
         return f"{_file_line(files.profile)}, key {found.header.key}\n{_came_with(made)}\n{profile_report(found)}"
     names = ", ".join(made["corpus_files"][:3])
     origin = f"{names} (hash {made['corpus']}), windows of {made['window']}, seed {made['seed']}"
+    origin += f"; {made['own_text']} tokens of the model's own text" if made.get("own_text") else ""
     return f"{_file_line(files.profile)}, key {found.header.key}\nfrom {origin}\n{profile_report(found)}"
 
 
@@ -192,29 +192,3 @@ def predictor_report(bank: PredictorBank) -> str:
     measured = "not measured" if increase is None else f"{increase:+.2%}"
     lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
     return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])
-
-
-def change(value: float, base: float) -> str:
-    """Relative change in per cent; rounded before its sign is printed, so that none is `-0.00%`."""
-    return f"{round(value / base - 1, 5) + 0.0:+.3%}"
-
-
-def quality_report(found: list[StrategyQuality]) -> str:
-    """One row per strategy, the first of which is what the others are held against."""
-    dense = found[0].perplexity
-    rows = [
-        [
-            ", ".join(
-                [q.strategy, *([f"KV {q.kv}"] if q.kv else []), *(["prefill fast"] if q.prefill == "fast" else [])]
-            ),
-            f"{q.perplexity:.4f}",
-            change(q.perplexity, dense),
-            f"{q.kl:.5f}",
-            f"{q.top1_agreement:.2%}",
-            percent(q.computed_share),
-            percent(q.fired_share),
-        ]
-        for q in found
-    ]
-    header = ["strategy", "perplexity", "vs dense", "KL (nats)", "top-1 agree", "computed", "fired"]
-    return f"{table(header, rows)}\n{found[0].tokens:,} predicted tokens"

@@ -88,8 +88,13 @@ def test_the_whole_loop(original, corpus, tmp_path, capfd):
     assert code == 0 and err.count("present and current") == 3
     code, out, err = hybrid(capfd, "generate", folder, "-p", "the cat", "--max-new-tokens", "5", "--temperature", "0")
     assert code == 0 and out.endswith("\n") and "5 tokens" in err and "tok/s" not in out
-    code, out, _ = hybrid(capfd, "eval", folder, "--corpus", corpus, "--tokens", "128", "--window", "32", "--curve")
+    evaluate = ["eval", folder, "--corpus", corpus, "--tokens", "128", "--window", "32", "--answer-tokens", "9"]
+    code, out, _ = hybrid(capfd, *evaluate, "--curve", "--answers", "2")
     assert code == 0 and all(name in out for name in ("dense", "exact", "learned", "KL", "missed mass"))
+    table = out.partition("distinct 4-grams\n")[2].splitlines()
+    assert [line.split()[:5] for line in table[:2]] == [[name, "9", "2", "of", "2"] for name in ("dense", "exact")]
+    code, _, err = hybrid(capfd, *evaluate, "--answers", "5")
+    assert code == 2 and "--answers 5 wants as many documents of 32 tokens, 2 begin in the text" in err
     code, out, _ = hybrid(capfd, "inspect", folder)
     assert code == 0 and all(name in out for name in ("fingerprint", "recall", "VRAM budget", "text.jsonl"))
     code, out, _ = hybrid(capfd, "doctor")
@@ -101,8 +106,8 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     odd = tmp_path / "odd.jsonl"
     odd.write_text("{oops")
     recorded = ["profile", folder, "--corpus", corpus, odd, "--skip-bad", "--tokens", "2000", "--window", "32"]
-    code, out, err = hybrid(capfd, *recorded)
-    assert code == 0 and "hottest 20% cover" in out
+    code, out, err = hybrid(capfd, *recorded, "--own-text", "320")
+    assert code == 0 and "hottest 20% cover" in out and "2,304 tokens" in out and "own text: 280 tokens" in err
     assert "of 60 documents" in err and f"left out: 1 document, the first: {odd}:1 is not JSON" in err
     code, out, _ = hybrid(capfd, "train", folder, "--target", "50%")
     assert code == 0 and "recall" in out
@@ -112,6 +117,7 @@ def test_each_step_by_hand(original, corpus, tmp_path, capfd):
     assert code == 0 and "budget" in out and not (folder / "hybrid" / "placement.safetensors").exists()
     code, out, err = hybrid(capfd, "place", folder, "--hardware", "default", "--vram-budget", "0")
     assert code == 0 and "gap" in out and "tokens/s" in out and "wrote" in err
+    assert "seed 0; 320 tokens of the model's own text" in hybrid(capfd, "inspect", folder)[1]
 
 
 def test_hardware_is_measured_shown_and_planned_for(model, tmp_path, monkeypatch, capfd):
@@ -353,6 +359,7 @@ def test_prepare_survives_being_killed_at_any_moment(original, corpus, tmp_path)
 def test_ctrl_c_is_clean(original, corpus, tmp_path):
     folder = shutil.copytree(original, tmp_path / "model")
     command = [sys.executable, "-m", "hybrid", "profile", folder, "--corpus", corpus, "--window", "2"]
+    command += ["--own-text", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     while "%" not in process.stderr.readline():  # the first quarter is done
         pass

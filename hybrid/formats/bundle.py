@@ -72,6 +72,10 @@ class Bundle:
         return self.path / "profile.partial.safetensors"
 
     @property
+    def partial_own_text(self) -> Path:
+        return self.path / "own-text.partial.safetensors"
+
+    @property
     def predictors(self) -> Path:
         return self.path / "predictors.safetensors"
 

@@ -27,6 +27,7 @@ from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts
 from hybrid.model.transformer import Transformer
 from hybrid.offline.evaluate import perplexity
+from hybrid.offline.own_text import Writer, own_windows
 from placement import placement as placement_file
 from placement.placement import Placement, PlacementResult, PlacementSettings, place, predictor_sizes
 from predictor import bank as predictor_bank
@@ -43,7 +44,7 @@ from profiler.common.progress import Progress, no_progress
 from profiler.corpus import TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.documents import Bad, Document
 from profiler.profile import NeuronProfile
-from profiler.recorder import ActivationRecorder, ProfileSettings, record_profile
+from profiler.recorder import SAMPLE_TOKENS, ActivationRecorder, ProfileSettings, record_profile
 
 _LONG_READ = 64 << 20  # bytes of a corpus from which on reading it is worth a bar
 
@@ -59,6 +60,7 @@ class ProfileRequest:
     """What to profile over: the corpus, how many tokens of it, in windows of how many; checked when built.
 
     skip_bad: leave out and count documents that cannot be used, where the first would else be an error.
+    own_text: beside the corpus, so many tokens that the model continues itself.
     """
 
     corpus: tuple[Path, ...]
@@ -66,6 +68,7 @@ class ProfileRequest:
     window: int = 512
     seed: int = 0
     skip_bad: bool = False
+    own_text: int = 0
 
     def __post_init__(self) -> None:
         if not self.corpus:
@@ -74,7 +77,16 @@ class ProfileRequest:
             raise InputError(f"a calibration window has {self.window} tokens, expected at least 2")
         if self.tokens < self.window:
             raise InputError(f"--tokens {self.tokens} is less than one window of {self.window} tokens; raise it")
+        if not 0 <= self.own_text <= self.tokens // 2:
+            raise InputError(
+                f"--own-text {self.own_text} is more than half of --tokens {self.tokens}, those of the corpus; lower it"
+            )
         check_seed(self.seed)
+
+    @property
+    def settings(self) -> ProfileSettings:
+        """What to keep of it; inputs of own text come on top, as predictors get better with more of them."""
+        return ProfileSettings(SAMPLE_TOKENS + self.own_text, seed=self.seed)
 
 
 class Project:
@@ -174,7 +186,7 @@ class Project:
 
     def profile_origin(self, request: ProfileRequest) -> dict[str, Any]:
         """What a profile made by `request` says of its making."""
-        settings = ProfileSettings(seed=request.seed)
+        settings = request.settings
         with self._read_bar(request.corpus) as advance:
             digest = corpus_hash(request.corpus, advance)
         return {
@@ -184,24 +196,39 @@ class Project:
             "window": request.window,
             "seed": request.seed,
             "sample_tokens": settings.sample_tokens,
+            "own_text": request.own_text or None,  # which profiles of before it do not say
         }
 
-    def profile(self, request: ProfileRequest) -> NeuronProfile:
-        """Run the model over the corpus, and write and return the profile."""
+    def profile(self, request: ProfileRequest, write: Writer | None = None) -> NeuronProfile:
+        """Run the model over the corpus, and write and return the profile; `write` makes what text of its own is asked
+        for."""
         self.require_source()
         self.require_sparse()
         require_writable(self.bundle.path)
         header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
         windows = self.windows(request)
+        if request.own_text and write is not None:
+            windows = self._with_own_text(windows, request, header, write)
         ffns = self.model.ffns
         recorder = ActivationRecorder(self.spec, ffns, [ffn.act for ffn in ffns])
-        settings = ProfileSettings(seed=request.seed)
-        partial = self.bundle.partial_profile
+        settings = request.settings
+        kept = self.bundle.partial_profile
         with torch_threads(1):
-            found = record_profile(self._run_dense, recorder, windows, settings, header, partial, self._progress)
+            found = record_profile(self._run_dense, recorder, windows, settings, header, kept, self._progress)
         found.save(self.bundle.profile)
-        partial.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
+        self.bundle.partial_own_text.unlink(missing_ok=True)
         return found
+
+    def _with_own_text(
+        self, windows: TokenWindows, request: ProfileRequest, header: ArtifactHeader, write: Writer
+    ) -> TokenWindows:
+        """`windows`, whose last are those that quality is measured on, and before them the model's own."""
+        self._run_dense(torch.from_numpy(windows.tokens[0]))  # a model that is damaged is said to be, first
+        count, kept = min(request.own_text // request.window, windows.count // 2), self.bundle.partial_own_text
+        own = own_windows(windows, count, write, request.seed, kept, header, self._progress)
+        tokens, documents = [own.tokens, windows.tokens], [own.documents, windows.documents]
+        return TokenWindows(np.concatenate(tokens), np.concatenate(documents))
 
     def _run_dense(self, tokens: torch.Tensor) -> object:
         self.runtime.as_decode, self.runtime.keep_fired = False, True
@@ -232,7 +259,7 @@ class Project:
         check_seed(seed)
         self.folder.check_finite()
         layers = [self.ffn_weights(layer) for layer in range(self.spec.n_layers)]
-        partial, origin = self.bundle.partial_predictors, self.train_origin(found.header, target, seed)
+        kept, origin = self.bundle.partial_predictors, self.train_origin(found.header, target, seed)
         with torch_threads(self.runtime.pool.threads):
             bank, report = train_predictors(
                 self.spec,
@@ -242,13 +269,13 @@ class Project:
                 target,
                 seed=seed,
                 perplexity_of=(lambda bank: self.validation_perplexity(found, bank)) if len(found.validation) else None,
-                state=TrainingState.of(partial, self.spec, origin),
+                state=TrainingState.of(kept, self.spec, origin),
                 progress=self._progress,
             )
         with atomic_write(self.bundle.report) as file:
             file.write(report.to_json().encode())
         bank.save(self.bundle.predictors, self.spec, origin, report)
-        partial.unlink(missing_ok=True)
+        kept.unlink(missing_ok=True)
         return self.load_predictors()
 
     def current_predictors(self, profile: ArtifactHeader, target: PredictorTarget, seed: int) -> ArtifactHeader | None:

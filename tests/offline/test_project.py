@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from model_cases import make_model
@@ -9,7 +10,7 @@ from model_cases import make_model
 from hybrid.offline import project as offline
 from hybrid.offline.project import ProfileRequest, Project
 from predictor.target import PredictorTarget
-from profiler.common.errors import CorpusError
+from profiler.common.errors import CorpusError, InputError
 from profiler.common.progress import no_progress
 from profiler.documents import Document
 
@@ -99,6 +100,41 @@ def test_a_large_corpus_is_read_with_a_bar(project, corpus, monkeypatch):
     project.windows(ProfileRequest(corpus, window=32))
     # For its hash, to count documents, and to take some.
     assert labels == [("corpus", corpus[0].stat().st_size, "byte")] * 3
+
+
+def test_a_profile_counts_and_keeps_the_models_own_text_too(project, corpus):
+    asked = []
+
+    def write(prompts, length, seed, advance):
+        asked.append((prompts.shape, length, seed))
+        return np.tile(prompts, length // prompts.shape[1])[:, :length]
+
+    plain, request = (ProfileRequest(corpus, 2000, 32, own_text=count) for count in (0, 1000))
+    found = project.profile(request, write)
+    assert asked == [((16, 4), 32, 0), ((15, 4), 32, 16)] and not project.bundle.partial_own_text.exists()
+    assert found.tokens == (62 + 31) * 32 and found.counts.max() <= found.tokens
+    assert np.array_equal(found.validation, project.windows(plain).tokens[-16:])  # quality is measured on the corpus
+    assert len(found.documents) > 2000 - 16 * 32  # samples are of both, more of them than of the corpus alone
+    assert request.settings.sample_tokens == plain.settings.sample_tokens + 1000
+    assert project.current_profile(request) and not project.current_profile(plain)
+    project.profile(plain)
+    assert project.current_profile(plain) and not project.current_profile(request)
+
+
+def test_of_a_short_corpus_there_is_less_own_text(project, corpus):
+    asked = []
+
+    def write(prompts, length, seed, advance):
+        asked.append(len(prompts))
+        return np.tile(prompts, length // prompts.shape[1])[:, :length]
+
+    found = project.profile(ProfileRequest(corpus, 100_000, 32, own_text=50_000), write)
+    assert sum(asked) == 75 // 2 and found.tokens == (75 + 37) * 32
+
+
+def test_more_own_text_than_half_the_corpus_is_refused(corpus):
+    with pytest.raises(InputError, match="--own-text 1001 is more than half of --tokens 2000"):
+        ProfileRequest(corpus, 2000, 32, own_text=1001)
 
 
 def test_interrupted_steps_go_on_and_torchs_threads_are_put_back(project, corpus, monkeypatch):
