@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from cpu_kernels.contract import MAX_BATCH, Precision
-from profiler.common.hardware import HardwareProfile
+from profiler.common.hardware import PRODUCT_TOKENS, HardwareProfile
 from profiler.common.spec import ModelSpec
 
 GROUP = 64  # neurons that go one way together
@@ -20,9 +20,9 @@ TERMS: dict[Precision, int] = {"precise": 3, "fast": 2}  # of 16 bits, which an 
 # splitting and summing counted in: a 7B layer takes 0.75 ms for 512 tokens on an H200, where 414 Gflop at 509 Tflop/s
 # would be 0.81.
 PRODUCT_SHARE = 1.1
-# Tokens whose products take the CPU as long as bringing the weights into panels, once for all tokens of a call; and as
-# long as those of one token in the kernels of decode, which few tokens take. On 2 cores, bf16: 3.3 and 0.8 ms of 0.19.
-_PANEL_TOKENS, FEW_COST = 16, 4
+# Tokens of a long prompt whose products take the CPU as long as those of one token in the kernels of decode, which few
+# tokens take. On 2 cores, bf16: 0.8 and 0.19 ms.
+FEW_COST = 4
 # Of the host's read bandwidth, how fast pageable rows pass through pinned buffers: 16 of 120 GB/s.
 _STAGED_SHARE = 0.13
 # While the CPU computes, the caller launches nothing: the GPU waits for the first kernels after the CPU's part.
@@ -99,7 +99,9 @@ class ColdPrefill:
         flops = hardware.cpu_gemm_flops if precise else hardware.cpu_fast_gemm_flops
         few = tokens <= self.few
         passes = math.ceil(tokens / MAX_BATCH) if few else 1
-        cost = FEW_COST * tokens if few else tokens + _PANEL_TOKENS
+        panels = hardware.cpu_panel_tokens
+        # Rates are of many tokens with their panels.
+        cost = FEW_COST * tokens if few else (tokens + panels) * PRODUCT_TOKENS / (PRODUCT_TOKENS + panels)
         flops *= _BESIDE_SHARE if beside_pcie else 1.0
         return max(passes * read / bandwidth, 2.0 * cost * weights / flops)
 

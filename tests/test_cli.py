@@ -63,7 +63,7 @@ def prepared(original, corpus, tmp_path_factory):
 def without_gpu(monkeypatch):
     """No GPU, and a measurement of the CPU that is as quick as it is rough."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, value in (("WIDTH", 128), ("_NEURONS", 256), ("_GEMM_TOKENS", 16), ("_GEMM_ROWS", 8)):
+    for name, value in (("WIDTH", 128), ("_NEURONS", 256), ("PRODUCT_TOKENS", 16), ("_GEMM_ROWS", 8)):
         monkeypatch.setattr(cpu, name, value)
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
 

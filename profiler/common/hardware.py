@@ -26,6 +26,7 @@ MEASURE = "hybrid hardware -o FILE"
 # the small kernel before it, such as a norm.
 GPU_KERNELS = {"gemv": 2, "attention": 3, "predictor": 3, "sparse_ffn": 3}
 
+PRODUCT_TOKENS = 512  # of the products whose rates a profile holds
 _WHOLE = ("cpu_threads", "vram_bytes")
 
 
@@ -46,8 +47,10 @@ class HardwareProfile:
     pcie_host_bandwidth: GPU memory to pinned host memory; 0 stands for `pcie_bandwidth`.
     cpu_scattered_bandwidth: rows of neurons here and there in host memory; 0 stands for `cpu_read_bandwidth`.
     token_seconds: starting a token's CUDA graph and waiting for its end, beside its kernels.
-    cpu_gemm_flops: operations/s, two for a multiply and add, of a prompt's products with bf16 weights, by all
-        threads; cpu_fast_gemm_flops: the same as prefill `fast` has them; 0 stands for `cpu_gemm_flops`.
+    cpu_gemm_flops: operations/s, two for a multiply and add, of products of `PRODUCT_TOKENS` tokens with bf16 weights,
+        by all threads; cpu_fast_gemm_flops: the same as prefill `fast` has them; 0 stands for `cpu_gemm_flops`.
+    cpu_panel_tokens: so many tokens' products take as long as bringing the weights out of memory into panels, once for
+        all tokens.
     gpu_gemm_flops: of a large f32 product; gpu_tensor_flops: of one of bf16 summed in f32, 0 where it was not measured.
     cpu_bandwidths: (threads, read, scattered) for other numbers of threads, rising; see `with_threads`.
     gpu_kernels: of a kernel of `GPU_KERNELS` and the small one before it (bytes read, seconds in a CUDA graph), rising;
@@ -71,6 +74,7 @@ class HardwareProfile:
     gpu_gemm_flops: float = 3e13
     cpu_fast_gemm_flops: float = 0.0
     gpu_tensor_flops: float = 0.0
+    cpu_panel_tokens: float = 16.0
     cpu_bandwidths: tuple[tuple[int, float, float], ...] = ()
     gpu_kernels: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 

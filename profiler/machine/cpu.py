@@ -19,12 +19,12 @@ from cpu_kernels.gemv import gemv
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
-from profiler.common.hardware import HardwareProfile
+from profiler.common.hardware import PRODUCT_TOKENS, HardwareProfile
 from profiler.machine.timing import WIDTH, Report, median_seconds
 
 _NEURONS = 16384  # with three bf16 rows of `WIDTH` 403 MB, past the last-level cache
 _FEW, _MANY = 16, 4  # a 16th and a 4th of the neurons: two sizes, as their difference holds no waking of threads
-_GEMM_TOKENS, _GEMM_ROWS = 512, 4096
+_GEMM_ROWS, _FEW_TOKENS = 4096, 32
 _BARRIERS = 3  # of a layer's FFN: after gate and up, after down, after adding the parts
 PROBE_BYTES = bandwidth.BUFFER_BYTES
 _PROBE_SECONDS = 0.3
@@ -43,6 +43,7 @@ def measure_cpu(threads: int, report: Report) -> HardwareProfile:
     report("host arithmetic")
     with closing(WorkerPool(threads)) as pool:
         precise, fast = gemm_flops(pool, "precise"), gemm_flops(pool, "fast")
+        panels = panel_tokens(weights, pool, fast)
     _, read, scattered = rows[-1]
     return HardwareProfile(
         name=f"{platform.processor() or platform.machine() or 'CPU'}, CPU threads: {threads}",
@@ -53,6 +54,7 @@ def measure_cpu(threads: int, report: Report) -> HardwareProfile:
         cpu_layer_seconds=layer,
         cpu_gemm_flops=precise,
         cpu_fast_gemm_flops=fast,
+        cpu_panel_tokens=panels,
         cpu_bandwidths=tuple(rows),
         gpu_read_bandwidth=0.0,
         pcie_bandwidth=0.0,
@@ -77,14 +79,27 @@ def read_bandwidth(weights: np.ndarray, pool: WorkerPool) -> float:
 
 
 def gemm_flops(pool: WorkerPool, precision: Precision) -> float:
-    """Operations/s of a product of 512 tokens with 4096 bf16 rows, as prompts have them."""
+    """Operations/s of a product of `PRODUCT_TOKENS` tokens with 4096 bf16 rows, as prompts have them."""
     rng = np.random.default_rng(0)
     words = rng.standard_normal((_GEMM_ROWS, WIDTH), np.float32).view(np.uint32) >> 16
-    matrix, x = Matrix(words.astype(np.uint16), WIDTH), rng.standard_normal((_GEMM_TOKENS, WIDTH), np.float32)
-    out, none = np.empty((_GEMM_TOKENS, _GEMM_ROWS), np.float32), np.empty(0, np.float32)
-    scratch = GemmScratch(pool.threads, precision)
-    seconds = median_seconds(lambda _: gemm(matrix, x, none, out, pool, scratch))
-    return 2.0 * _GEMM_TOKENS * _GEMM_ROWS * WIDTH / seconds
+    seconds = _gemm_seconds(Matrix(words.astype(np.uint16), WIDTH), PRODUCT_TOKENS, pool, precision)
+    return 2.0 * PRODUCT_TOKENS * _GEMM_ROWS * WIDTH / seconds
+
+
+def panel_tokens(weights: np.ndarray, pool: WorkerPool, fast: float) -> float:
+    """Tokens whose `fast` products, `fast` operations/s of many tokens, take as long as panels of `weights`, bf16 as
+    uint16 [n, d], more than caches hold: from how much longer each of a few tokens takes."""
+    seconds = _gemm_seconds(Matrix(weights, weights.shape[1]), _FEW_TOKENS, pool, "fast")
+    share = seconds * fast / (2.0 * PRODUCT_TOKENS * weights.size)  # of the time of many tokens with these weights
+    share = min(share, 0.5)  # panels take as long as all those tokens at most
+    return max(0.0, (PRODUCT_TOKENS * share - _FEW_TOKENS) / (1.0 - share))
+
+
+def _gemm_seconds(matrix: Matrix, tokens: int, pool: WorkerPool, precision: Precision) -> float:
+    rows, width = matrix.shape
+    x, out = np.random.default_rng(1).standard_normal((tokens, width), np.float32), np.empty((tokens, rows), np.float32)
+    none, scratch = np.empty(0, np.float32), GemmScratch(pool.threads, precision)
+    return median_seconds(lambda _: gemm(matrix, x, none, out, pool, scratch))
 
 
 def scattered_bandwidth(weights: np.ndarray, pool: WorkerPool) -> float:

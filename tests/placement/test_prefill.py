@@ -38,10 +38,12 @@ def test_few_tokens_read_the_rows_for_every_32_and_cost_more_each(tokens, passes
 
 def test_many_tokens_read_the_rows_once_or_compute():
     assert on_cpu(with_hardware(cpu_gemm_flops=1e9), 64, 10) == pytest.approx(480 / 1e6 + exchange(64))
-    panels = 16  # tokens' worth of bringing weights into panels
-    assert on_cpu(SMALL, 64, 10) == pytest.approx(2 * (64 + panels) * 120 / 1e6 + exchange(64))
+    each = (64 + 16) * 512 / (512 + 16)  # 16 tokens' worth of bringing weights into panels, of 512 part of the rate
+    assert on_cpu(SMALL, 64, 10) == pytest.approx(2 * each * 120 / 1e6 + exchange(64))
+    none = with_hardware(cpu_panel_tokens=0.0)
+    assert on_cpu(none, 64, 10) == pytest.approx(2 * 64 * 120 / 1e6 + exchange(64))
     fast = replace(with_hardware(cpu_fast_gemm_flops=3e6), precision="fast")
-    assert on_cpu(fast, 64, 10) == pytest.approx(2 * (64 + panels) * 120 / 3e6 + exchange(64))
+    assert on_cpu(fast, 64, 10) == pytest.approx(2 * each * 120 / 3e6 + exchange(64))
     assert on_cpu(replace(fast, precision="precise"), 64, 10) == on_cpu(SMALL, 64, 10)
     assert on_cpu(replace(SMALL, precision="fast"), 64, 10) == on_cpu(SMALL, 64, 10)  # not measured
 

@@ -119,7 +119,14 @@ def test_another_format_is_refused_in_one_line(tmp_path, version):
 def test_what_a_hand_written_file_leaves_out(tmp_path):
     fields = ROUND_HARDWARE.to_json()
     optional = ("pcie_host_bandwidth", "cpu_scattered_bandwidth", "token_seconds", "cpu_gemm_flops", "gpu_gemm_flops")
-    for name in (*optional, "cpu_fast_gemm_flops", "gpu_tensor_flops", "cpu_bandwidths", "gpu_kernels"):
+    for name in (
+        *optional,
+        "cpu_fast_gemm_flops",
+        "gpu_tensor_flops",
+        "cpu_panel_tokens",
+        "cpu_bandwidths",
+        "gpu_kernels",
+    ):
         del fields[name]
     (tmp_path / "h.json").write_text(json.dumps(fields))
     profile = HardwareProfile.load(tmp_path / "h.json")

@@ -14,7 +14,7 @@ from profiler.machine.measure import measure_hardware
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, value in (("WIDTH", 128), ("_NEURONS", 256), ("_GEMM_TOKENS", 16), ("_GEMM_ROWS", 8)):
+    for name, value in (("WIDTH", 128), ("_NEURONS", 256), ("PRODUCT_TOKENS", 16), ("_GEMM_ROWS", 8)):
         monkeypatch.setattr(cpu, name, value)
     monkeypatch.setattr(timing, "_SECONDS", 0.0)
 
@@ -39,6 +39,7 @@ def test_a_machine_without_a_gpu(quick, monkeypatch, tmp_path):
         assert 1e6 < bandwidth < 1e14
     for flops in (found.cpu_gemm_flops, found.cpu_fast_gemm_flops):
         assert 1e6 < flops < 1e15
+    assert 0 <= found.cpu_panel_tokens <= 960
     assert found.gpu_gemm_flops == found.gpu_tensor_flops == 0 <= found.cpu_layer_seconds < 1
     found.save(tmp_path / "h.json")
     assert HardwareProfile.load(tmp_path / "h.json") == found
@@ -61,6 +62,15 @@ def test_scattered_bandwidth_counts_the_bytes_of_the_rows(monkeypatch):
     weights = np.full((3 * 1024, 128), 0x3C00, np.uint16)
     assert cpu.scattered_bandwidth(weights, WorkerPool(1)) == pytest.approx(192 * 3 * 256)
     assert calls == [64, 256]
+
+
+@pytest.mark.parametrize("panels", [0.0, 16.0, 70.0, 448.0])
+def test_panel_tokens_from_the_time_of_few_tokens(panels, monkeypatch):
+    """Where a token takes 1 ms and panels those of `panels`, 512 tokens have the rate of both together."""
+    weights = np.full((1024, 128), 0x3C00, np.uint16)
+    monkeypatch.setattr(cpu, "_gemm_seconds", lambda matrix, tokens, *given: 1e-3 * (tokens + panels))
+    fast = 2.0 * 512 * weights.size / (1e-3 * (512 + panels))
+    assert cpu.panel_tokens(weights, WorkerPool(1), fast) == pytest.approx(panels)
 
 
 def test_ctrl_c_leaves_no_worker(quick, monkeypatch):
