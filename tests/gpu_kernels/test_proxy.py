@@ -42,10 +42,10 @@ def named(view, x, tiling=None):
     ("tokens", "d", "f", "activation", "gated", "bias", "kind"),
     [
         (1, 1, 1, "silu", True, False, "int4"),
-        (1, 300, 129, "silu", True, False, "int4"),
-        (3, 129, 31, "gelu", True, True, "int8"),
-        (8, 129, 31, "silu", True, False, "int4"),
-        (32, 40, 17, "gelu_tanh", False, True, "int4"),
+        (1, 300, 33, "silu", True, False, "int4"),
+        (3, 129, 17, "gelu", True, True, "int8"),
+        (8, 129, 7, "silu", True, False, "int4"),
+        (32, 17, 5, "gelu_tanh", False, True, "int4"),
     ],
 )
 def test_equals_reference(tokens, d, f, activation, gated, bias, kind):
@@ -65,21 +65,21 @@ def test_other_tilings(tiling):
 
 
 def test_a_token_has_the_same_bits_however_many_there_are():
-    x = random_input(8, 129)
-    view = with_threshold(make(129, 31), x)
+    x = random_input(8, 40)
+    view = with_threshold(make(40, 7), x)
     together = named(view, x)
-    for t in (0, 5, 7):
+    for t in (0, 5):
         assert torch.equal(named(view, x[t : t + 1]), (together >> t) & 1)
 
 
 @pytest.mark.parametrize(("threshold", "mask"), [(float("inf"), 0), (0.0, 7)])
 def test_none_and_all_pass(threshold, mask):
-    assert named(replace(make(17, 33), threshold=threshold), random_input(3, 17)).tolist() == [mask] * 33
+    assert named(replace(make(17, 9), threshold=threshold), random_input(3, 17)).tolist() == [mask] * 9
 
 
 def test_agrees_with_the_cpu():
     x = random_input(1, 256)
-    view = with_threshold(make(256, 100), x)
+    view = with_threshold(make(256, 30), x)
     gate, up = (Matrix(part.rows.cpu().numpy(), part.columns) for part in (view.gate, view.up))
     ours = on_cpu.ProxyView(gate, up, view.lengths.cpu().numpy(), np.float32(view.threshold), "silu")
     ids, _ = on_cpu.passing_of_tokens(ours, x.cpu().numpy(), WorkerPool(1))
