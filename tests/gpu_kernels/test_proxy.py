@@ -44,7 +44,7 @@ def named(view, x, tiling=None):
         (1, 1, 1, "silu", True, False, "int4"),
         (1, 300, 33, "silu", True, False, "int4"),
         (3, 129, 17, "gelu", True, True, "int8"),
-        (8, 129, 7, "silu", True, False, "int4"),
+        (8, 129, 13, "silu", True, False, "int4"),
         (32, 17, 5, "gelu_tanh", False, True, "int4"),
     ],
 )
