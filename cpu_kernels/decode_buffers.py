@@ -18,7 +18,7 @@ from cpu_kernels.inputs import Input, new_inputs
 from cpu_kernels.low_rank import COUNT_STRIDE
 from cpu_kernels.row_sum import new_sums
 
-DENSE, EXACT, LEARNED, CERTIFIED = 0, 1, 2, 3  # from LEARNED on, neurons are named first
+DENSE, EXACT, LEARNED, CERTIFIED, PROXY = 0, 1, 2, 3, 4  # from LEARNED on, neurons are named first
 
 
 class Column(IntEnum):
@@ -33,7 +33,7 @@ class Column(IntEnum):
     KV, WINDOW, HOT = 16, 17, 18
     FC1, FC1_SCALE, FC1_BIAS, FC2, FC2_SCALE, FC2_BIAS, RANK, THRESHOLD = 19, 20, 21, 22, 23, 24, 25, 26
     ATTENTION_POST_NORM, FFN_POST_NORM, Q_NORM_BIAS, K_NORM_BIAS, ROTATION, KV_SCALES = 27, 28, 29, 30, 31, 32
-    COPY, COPY_SLOPE, COPY_REST = 33, 34, 35
+    COPY, COPY_SLOPE, COPY_REST, COPY_UP, COPY_LENGTHS = 33, 34, 35, 36, 37
 
 
 class Ends(IntEnum):

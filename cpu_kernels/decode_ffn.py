@@ -6,17 +6,20 @@ import numpy as np
 
 from cpu_kernels import barrier
 from cpu_kernels.activations import activate
-from cpu_kernels.addresses import floats
+from cpu_kernels.addresses import array_at, floats
 from cpu_kernels.blocks import padded
 from cpu_kernels.certificate import named_rows, put_norms
 from cpu_kernels.compiled import subroutine
-from cpu_kernels.contract import MAX_BATCH
-from cpu_kernels.decode_buffers import DENSE, EXACT, LEARNED, Column, Count, Phase
+from cpu_kernels.contract import GROUP, LAYOUTS, MAX_BATCH
+from cpu_kernels.decode_buffers import CERTIFIED, DENSE, EXACT, LEARNED, Column, Count, Phase
 from cpu_kernels.decode_parts import add_normed, normed, row_bytes, tick
 from cpu_kernels.ffn_phases import FFNWeights, down_parts, gate_and_up, merge_parts
 from cpu_kernels.gemv import chunk_rows, gemv_rows
 from cpu_kernels.inputs import copy, one_input, round_input
 from cpu_kernels.low_rank import COUNT_STRIDE, copy_together, firing_rows, hidden_units
+from cpu_kernels.proxy import Copies, passing_rows
+
+_INT4_BYTES = LAYOUTS["int4"].row_bytes(GROUP)
 
 
 @subroutine
@@ -58,15 +61,32 @@ def _uncertain(worker, workers, row, rows, bias, shape, inputs, own, like):  # t
 
 
 @subroutine
-def _named(worker, workers, state, row, rows, bias, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
+def _passing(worker, workers, row, rows, weights, shape, inputs, own):  # type: ignore[no-untyped-def]
+    """As `_predicted`, the neurons whose score by copies in 4 bits passes."""
+    d, f = shape.d, shape.f
+    like = array_at(0, (1, _INT4_BYTES), np.uint8)
+    copies = Copies(
+        like, row[Column.COPY], row[Column.COPY_UP], row_bytes(like, d), d, weights.gate_bias, weights.up_bias,
+        floats(row[Column.COPY_LENGTHS], f),
+    )  # fmt: skip
+    start, stop = f * worker // workers, f * (worker + 1) // workers
+    threshold = np.int32(row[Column.THRESHOLD]).view(np.float32)
+    return passing_rows(copies, start, stop, inputs, rows, shape.activation, threshold, own.ids, own.masks)
+
+
+@subroutine
+def _named(worker, workers, state, row, rows, weights, shape, shared, inputs, own, like):  # type: ignore[no-untyped-def]
     """The neurons that are named for some row, in shared.ids, and of several rows for which, in shared.masks; returns
-    their number, -1 when aborted. bias: of the rows that decide."""
+    their number, -1 when aborted."""
     for t in range(rows):
         round_input(one_input(inputs, t), shape.d)
     if shape.strategy == LEARNED:
         count = _predicted(worker, workers, state, row, rows, shape, shared, inputs, own, like)
-    else:
+    elif shape.strategy == CERTIFIED:
+        bias = weights.gate_bias if weights.gate else weights.up_bias
         count = _uncertain(worker, workers, row, rows, bias, shape, inputs, own, like)
+    else:
+        count = _passing(worker, workers, row, rows, weights, shape, inputs, own)
     if count < 0:
         return np.int64(-1)
     shared.counts[worker * COUNT_STRIDE] = count
@@ -117,8 +137,7 @@ def _listed(worker, workers, state, like, row, rows, weights, shape, shared, inp
     activations are in shared.hidden."""
     f, begun = shape.f, tick()
     if shape.strategy >= LEARNED:
-        bias = weights.gate_bias if weights.gate else weights.up_bias
-        n = _named(worker, workers, state, row, rows, bias, shape, shared, inputs, own, like)
+        n = _named(worker, workers, state, row, rows, weights, shape, shared, inputs, own, like)
         if worker == 0:
             shared.ticks[Phase.PREDICTOR] += tick() - begun
         return n

@@ -19,6 +19,7 @@ Phases of a layer, each ended by a barrier: QKV; RoPE and KV write; attention; o
     exact     gate of all; of one row the firing copied together; up of what fires; down; merge
     learned   predictor's hidden units; its rows, copied together; their gate and up; down; merge
     certified copies of gate; rows that may fire, copied together; their gate and up; down; merge
+    proxy     copies of gate and up; rows whose score passes, copied together; their gate and up; down; merge
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def decode_step(worker, workers, state, likes, table, numbers, shared_table, own
     to their place in the KV cache.
 
     state: the pool's barrier. likes: types of attention, FFN, head, embedding, and of keys and values. table: int64
-    [layers + 1, 36]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
+    [layers + 1, 38]. numbers: int64, the `Shape` and what `Number` names. shared_table, own_table: of what
     `read_shared` and `read_own` make; rotation: cosines and sines f32 [n, head_dim / 2], `capacity` rows for each
     RoPE of the model, or [capacity, 0]. The rows' tokens, positions and block tables are in the shared buffers.
     """

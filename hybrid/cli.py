@@ -126,7 +126,7 @@ def profile(model: Path | None, **given: Any) -> None:
 @options.THREADS
 @options.SEED
 def train(model: Path | None, **given: Any) -> None:
-    """Train the predictors of which neurons will fire."""
+    """Train the predictors of which neurons will fire; for SiLU and GELU, make proxies that leave some out."""
     from hybrid import commands
 
     _run(commands.train, model, given)
@@ -151,10 +151,8 @@ def certify(model: Path | None, **given: Any) -> None:
 @options.HARDWARE
 @click.option(
     "--sparsity",
-    type=click.Choice(["exact", "learned", "certified"]),
-    default="learned",
-    show_default=True,
-    help="What it is for: exact needs no predictors, certified copies of gates.",
+    type=click.Choice(["exact", "learned", "certified", "proxy"]),
+    help="What it is for: exact needs no predictors.  [default: learned, proxy for SiLU and GELU]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @options.BUNDLE

@@ -22,7 +22,7 @@ from hybrid.chat.screen import Screen
 from hybrid.chat.terminal import open_terminal
 from hybrid.console import percent, progress, size, table
 from hybrid.errors import BudgetError, InputError
-from hybrid.evaluation import answer_prompts, answers_report, curve_report, quality_report, strategies_of
+from hybrid.evaluation import eval_reports
 from hybrid.formats.bundle import EMBEDDED_CORPUS, EMBEDDED_MODEL, Bundle
 from hybrid.formats.messages import MAX_CHARACTERS
 from hybrid.formats.packed import PackedModel
@@ -31,11 +31,11 @@ from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
 from hybrid.offline.certify import certify as certify_neurons
 from hybrid.offline.certify import is_worth_a_copy, is_worth_more
-from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.own_text import Writer
 from hybrid.offline.pack import Packer
 from hybrid.offline.project import ProfileRequest, Project
+from hybrid.offline.proxies import maker_of
 from hybrid.options import chosen_sampling
 from hybrid.reports import predictor_report, profile_report
 from hybrid.runtime.config import EngineConfig
@@ -43,6 +43,8 @@ from hybrid.runtime.continuation import continued
 from hybrid.runtime.engine import Engine
 from placement.placement import PlacementResult, PlacementSettings
 from placement.plan import UNLIMITED, parse_size
+from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from predictor.target import PredictorTarget
 from profiler.common.artifact import ArtifactHeader
 from profiler.common.hardware import HardwareProfile
@@ -60,14 +62,12 @@ _CORPUS_PER_OWN = 6
 def prepare(model: Path | None, options: Options) -> None:
     """Profile, train, place; each skipped when what it would make is there."""
     project = _project(model, options)
-    if not project.spec.fires_sparsely:
-        click.echo(project.why_dense())
-        return
     if is_powerinfer(project.folder) and not options["corpus"]:
         _prepare_imported(project, options)
         return
     request, target = _profile_request(project, options), _target(options)
-    seed, settings = options["seed"], _placement_settings(project, options, "learned")
+    by, seed = maker_of(project, progress), options["seed"]
+    settings = _placement_settings(project, options, by.strategy)
     # A budget beyond the hardware is refused before the work, not after it; without a GPU there is nothing to refuse.
     hardware = _hardware(project, options) if torch.cuda.is_available() else _known_hardware(project, options)
     if hardware is not None:
@@ -75,9 +75,9 @@ def prepare(model: Path | None, options: Options) -> None:
     profile_header = project.current_profile(request)
     click.echo(f"profile: {_CURRENT if profile_header else 'recording'}", err=True)
     profile_header = profile_header or project.profile(request, _writer(project)).header
-    predictors = project.current_predictors(profile_header, target, seed)
+    predictors = by.current_predictors(profile_header, target, seed)
     click.echo(f"train: {_CURRENT if predictors else 'training'}", err=True)
-    predictors = predictors or project.train(project.load_profile(), target, seed).header
+    predictors = predictors or by.train(project.load_profile(), target, seed).header
     _place_anew(project, settings, hardware or _hardware(project, options), (profile_header, predictors))
 
 
@@ -94,22 +94,23 @@ def _prepare_imported(project: Project, options: Options) -> None:
 
 def _place_anew(project: Project, settings: PlacementSettings, hardware: HardwareProfile, made: _Made) -> None:
     """Solve and write the placement, unless the present one is what would be made of the profile and predictors."""
-    profile, predictors = made
+    (profile, predictors), sparse = made, project.spec.fires_sparsely
     certified = replace(settings, strategy="certified")
-    ways = [(settings, predictors)] + [(certified, None)] * project.bundle.copies.is_file()
+    ways = [(settings, predictors)] + [(certified, None)] * (sparse and project.bundle.copies.is_file())
     if any(project.placement_is_current(project.place_origin(profile, by, hardware), way) for way, by in ways):
         click.echo(f"place: {_CURRENT}", err=True)
         return
-    found, bank = project.load_profile(samples=False), project.load_predictors() if predictors else None
+    found = project.load_profile(samples=False)
+    bank = maker_of(project, progress).load_predictors() if predictors else None
     result = project.place(found, bank, hardware, settings)
-    if is_worth_a_copy(project):
+    if sparse and is_worth_a_copy(project):
         other = project.place(found, None, hardware, certified)
         if is_worth_more(other, result, bank):
             click.echo("certify: it is as fast, and loses nothing", err=True)
             certify_neurons(project, progress)
             result = other
     project.write_placement(result.placement)
-    click.echo(f"place: {_placement_summary(result, found, hardware.has_gpu)}", err=True)
+    click.echo(f"place: {_placement_summary(result, counts_of(found, bank), hardware.has_gpu)}", err=True)
 
 
 def profile(model: Path | None, options: Options) -> None:
@@ -121,12 +122,12 @@ def profile(model: Path | None, options: Options) -> None:
 
 
 def train(model: Path | None, options: Options) -> None:
-    """Train predictors on the stored profile and print their report."""
+    """Train predictors on the stored profile, or make proxies by it, and print their report."""
     project = _project(model, options)
-    project.require_sparse()
-    bank = project.train(project.load_profile(), _target(options), options["seed"])
+    bank = maker_of(project, progress).train(project.load_profile(), _target(options), options["seed"])
     click.echo(predictor_report(bank))
-    click.echo(f"wrote {project.bundle.predictors}", err=True)
+    files = project.bundle
+    click.echo(f"wrote {files.predictors if isinstance(bank, PredictorBank) else files.proxy}", err=True)
 
 
 def certify(model: Path | None, options: Options) -> None:
@@ -142,17 +143,18 @@ def certify(model: Path | None, options: Options) -> None:
 def place(model: Path | None, options: Options) -> None:
     """Solve, print and write a placement."""
     project = _project(model, options)
-    project.require_sparse()
-    settings = _placement_settings(project, options, options["sparsity"])
+    by = maker_of(project, progress)
+    settings = _placement_settings(project, options, options["sparsity"] or by.strategy)
+    project.require_strategy(settings.strategy)
     found = project.load_profile(samples=False)
-    bank = project.load_predictors() if settings.strategy == "learned" else None
+    bank = by.load_predictors() if settings.strategy == by.strategy else None
     if settings.strategy == "certified":
         project.bundle.copies_header(project.spec)
     hardware = _hardware(project, options)
     if bank and bank.header and bank.header.made_from.get("profile", found.header.key) != found.header.key:
         click.echo("note: the predictors were trained on another profile than the present; `hybrid train`", err=True)
     result = project.place(found, bank, hardware, settings)
-    click.echo(placement_report(result, found, settings.planned_bytes(hardware), hardware))
+    click.echo(placement_report(result, counts_of(found, bank), settings.planned_bytes(hardware), hardware))
     if options["dry_run"]:
         click.echo("dry run: nothing written", err=True)
         return
@@ -160,7 +162,14 @@ def place(model: Path | None, options: Options) -> None:
     click.echo(f"wrote {project.bundle.placement}", err=True)
 
 
-def placement_report(result: PlacementResult, found: NeuronProfile, budget: int, hardware: HardwareProfile) -> str:
+def counts_of(found: NeuronProfile, bank: PredictorBank | ProxyBank | None) -> NeuronProfile | ProxyBank:
+    """What says how often neurons fire: the profile, or proxies, as those of such a model fire where they pass."""
+    return bank if isinstance(bank, ProxyBank) else found
+
+
+def placement_report(
+    result: PlacementResult, found: NeuronProfile | ProxyBank, budget: int, hardware: HardwareProfile
+) -> str:
     """The plan in bytes, hot neurons per layer, what is expected of it, and how the solver ended."""
     total = sum(count for _, count in result.rows)
     plan = table(
@@ -250,20 +259,9 @@ def evaluate(model: Path | None, options: Options) -> None:
     corpus = _corpus(project, options, "heldout.jsonl")
     request = ProfileRequest(corpus, options["tokens"], _window(project, options), skip_bad=options["skip_bad"])
     windows = project.windows(request)
-    count, tokens = options["answers"], options["answer_tokens"]
-    prompts = answer_prompts(project, windows, count, tokens) if count else None
-    strategies, bank = strategies_of(project)
-    project.use_predictors(bank)
-    with progress("eval", windows.tokens.size * len(strategies)) as advance:
-        found = evaluate_strategies(
-            project.model, project.runtime, strategies, windows, advance, options["kv"], options["prefill"]
-        )
-    click.echo(quality_report(found))
-    if options["curve"] and bank and bank.report:
-        click.echo("\n" + curve_report(project, bank, bank.report.curve, windows, found[0].perplexity, options["kv"]))
-    if prompts is not None:
-        project.use_predictors(bank)  # the curve had other thresholds
-        click.echo("\n" + answers_report(project, strategies, prompts, tokens))
+    given = {name: options[name] for name in ("kv", "prefill", "curve", "answers", "answer_tokens")}
+    for table_of in eval_reports(project, windows, **given):
+        click.echo(table_of)
 
 
 def _project(model: Path | None, options: Options) -> Project:
@@ -302,7 +300,8 @@ def _writer(project: Project) -> Writer:
 
     def write(prompts: np.ndarray, length: int, seed: int, advance: Callable[[int], None]) -> np.ndarray:
         settings = SamplingSettings(1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=seed)
-        return continued(project.model, project.runtime, "exact", prompts, length, settings, advance)
+        strategy: Any = "exact" if project.spec.fires_sparsely else "dense"
+        return continued(project.model, project.runtime, strategy, prompts, length, settings, advance)
 
     return write
 
@@ -344,7 +343,7 @@ def _placement_settings(project: Project, options: Options, strategy: Any) -> Pl
     return settings
 
 
-def _placement_summary(result: PlacementResult, found: NeuronProfile, has_gpu: bool) -> str:
+def _placement_summary(result: PlacementResult, found: NeuronProfile | ProxyBank, has_gpu: bool) -> str:
     made, placement = result.placement.made_from, result.placement
     if placement.choice.uses_gpu:
         served = f"share of firings served hot: {percent(placement.hot_firing_share(found.frequency()))}; "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cpu_kernels.contract import Precision
 from hybrid.console import percent, progress, table
 from hybrid.errors import InputError
 from hybrid.generation import SamplingSettings
@@ -14,12 +14,16 @@ from hybrid.offline.answers import answers_quality, beginnings
 from hybrid.offline.evaluate import StrategyQuality
 from hybrid.offline.evaluate import evaluate as evaluate_strategies
 from hybrid.offline.project import Project
+from hybrid.offline.proxies import Proxies, maker_of
 from hybrid.runtime.continuation import continued
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from predictor.report import CurvePoint
-from profiler.common.spec import Strategy
+from profiler.common.spec import KVChoice, Strategy
 from profiler.corpus import TokenWindows
 
+_PREDICTORS = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
+_PROXIES = ["computed", "left out", "perplexity", "vs dense"]
 _PROMPT = 64  # tokens of a document that its answer goes on from
 
 
@@ -28,42 +32,72 @@ def _change(value: float, base: float) -> str:
     return f"{round(value / base - 1, 5) + 0.0:+.3%}"
 
 
-def strategies_of(project: Project) -> tuple[list[Strategy], PredictorBank | None]:
-    """What is evaluated: dense, and of a model that fires sparsely what its bundle has artefacts for; without any,
-    learned, whose absence is then said. Copies of rows are taken into use. With them the predictors, if they are."""
+def eval_reports(
+    project: Project,
+    windows: TokenWindows,
+    *,
+    kv: KVChoice,
+    prefill: Precision,
+    curve: bool,
+    answers: int,
+    answer_tokens: int,
+) -> Iterator[str]:
+    """The tables, as they are ready: of each strategy; with `curve` of the thresholds; of so many long answers. Raises
+    `InputError` before the first where there cannot be such answers."""
+    prompts = answer_prompts(project, windows, answers, answer_tokens) if answers else None
+    by = maker_of(project, progress)
+    strategies, bank = strategies_of(project, by)
+    by.use_predictors(bank)  # type: ignore[arg-type]  # of its own kind
+    with progress("eval", windows.tokens.size * len(strategies)) as advance:
+        found = evaluate_strategies(project.model, project.runtime, strategies, windows, advance, kv, prefill)
+    yield quality_report(found)
+    if curve and bank and bank.report:
+        yield "\n" + curve_report(project, by, bank, windows, found[0].perplexity, kv)
+    if prompts is not None:
+        by.use_predictors(bank)  # type: ignore[arg-type]  # the curve had other thresholds
+        yield "\n" + answers_report(project, strategies, prompts, answer_tokens)
+
+
+def strategies_of(project: Project, by: Project | Proxies) -> tuple[list[Strategy], PredictorBank | ProxyBank | None]:
+    """What is evaluated: dense, exact where that is something else, and what the bundle has artefacts for; of a model
+    that fires sparsely, without any, learned, whose absence is then said. Copies of rows are taken into use. With them
+    what names neurons, by its maker `by`, if it is there."""
     sparse = project.spec.fires_sparsely
     strategies: list[Strategy] = ["dense", "exact"] if sparse else ["dense"]
     if sparse and project.bundle.copies.is_file():
         project.folder.use_copies(project.model.ffns, project.bundle)
         strategies.append("certified")
-    if not sparse or ("certified" in strategies and not project.bundle.predictors.is_file()):
+    trained = project.bundle.predictors if sparse else project.bundle.proxy
+    if not trained.is_file() and strategies != ["dense", "exact"]:
         return strategies, None
-    return [*strategies, "learned"], project.load_predictors()
+    return [*strategies, by.strategy], by.load_predictors()
 
 
 def curve_report(
-    project: Project, bank: PredictorBank, points: Sequence[CurvePoint], windows: TokenWindows, dense: float, kv: Any
+    project: Project,
+    by: Project | Proxies,
+    bank: PredictorBank | ProxyBank,
+    windows: TokenWindows,
+    dense: float,
+    kv: KVChoice,
 ) -> str:
-    """Perplexity along the report's curve; recall and precision are those of the report's validation text."""
+    """Perplexity along the curve in the report of `bank`; recall and precision are those of the report's validation
+    text. by: what has the model use a bank. dense: perplexity."""
+    points, strategies = bank.report.curve if bank.report else (), list[Strategy]([by.strategy])
     rows = []
     with progress("curve", windows.tokens.size * len(points)) as advance:
         for point in points:
-            project.use_predictors(bank.with_thresholds(point.thresholds))
-            of = project.model, project.runtime
-            quality = evaluate_strategies(*of, ["learned"], windows, advance, kv)[-1]
-            rows.append(
-                [
-                    percent(quality.computed_share),
-                    f"{point.active_ratio:.2f}",
-                    percent(point.recall),
-                    percent(point.precision),
-                    f"{point.level:.2%}",
-                    f"{quality.perplexity:.3f}",
-                    _change(quality.perplexity, dense),
-                ]
-            )
-    header = ["predicted", "of those firing", "recall", "precision", "missed mass", "perplexity", "vs dense"]
-    return table(header, rows)
+            by.use_predictors(bank.with_thresholds(point.thresholds))  # type: ignore[arg-type]  # of the same kind
+            quality = evaluate_strategies(project.model, project.runtime, strategies, windows, advance, kv)[-1]
+            shares = _shares(point) if isinstance(bank, PredictorBank) else [percent(1 - quality.computed_share)]
+            measured = [f"{quality.perplexity:.3f}", _change(quality.perplexity, dense)]
+            rows.append([percent(quality.computed_share), *shares, *measured])
+    return table(_PREDICTORS if isinstance(bank, PredictorBank) else _PROXIES, rows)
+
+
+def _shares(point: CurvePoint) -> list[str]:
+    ratio = f"{point.active_ratio:.2f}"
+    return [ratio, percent(point.recall), percent(point.precision), f"{point.level:.2%}"]
 
 
 def quality_report(found: list[StrategyQuality]) -> str:

@@ -110,7 +110,7 @@ def check_target(text: str) -> None:
 
 def check_strategies(text: str) -> None:
     """Raise `InputError` for what is not a list of different strategies."""
-    known, names = ("dense", "exact", "learned", "certified"), text.split(",")
+    known, names = ("dense", "exact", "learned", "certified", "proxy"), text.split(",")
     if not set(names) <= set(known) or len(set(names)) < len(names):
         raise InputError(f"{text!r} is no list of different ones of {', '.join(known)}")
     if {"learned", "certified"} <= set(names):
@@ -136,10 +136,10 @@ SKIP_BAD = click.option("--skip-bad", is_flag=True, help="Leave out and count do
 THREADS = click.option("--threads", type=COUNT, help="CPU threads  [default: all that this process may use]")
 SPARSITY = click.option(
     "--sparsity",
-    type=click.Choice(["auto", "dense", "exact", "learned", "certified"]),
+    type=click.Choice(["auto", "dense", "exact", "learned", "certified", "proxy"]),
     default="auto",
     show_default=True,
-    help="auto: certified or learned, as prepared, until then exact; dense where nothing fires sparsely.",
+    help="auto: certified or learned, as prepared, until then exact; of SiLU and GELU proxy, until then dense.",
 )
 KV = click.option(
     "--kv",
@@ -193,7 +193,7 @@ TARGET = click.option(
     type=Checked("percent", check_target),
     default="0.5%",
     show_default=True,
-    help="Perplexity increase that the predictors may cost.",
+    help="Perplexity increase that predictors, or proxies, may cost.",
 )
 TOKENS = click.option("--tokens", type=COUNT, default=100_000, show_default=True, help="Calibration tokens.")
 OWN_TEXT = click.option(

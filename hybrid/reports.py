@@ -18,6 +18,8 @@ from hybrid.formats.packed_predictors import PREDICTORS_FILE, open_packed_predic
 from hybrid.model.loader import ModelFolder
 from placement.plan import UNLIMITED
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
+from predictor.report import PredictorReport
 from predictor.target import PredictorTarget
 from profiler.common.artifact import ArtifactFile
 from profiler.common.spec import ModelSpec
@@ -41,7 +43,9 @@ def inspect(model: Path | None, bundle: Path | None, check: bool = False) -> Non
         ("predictors", files.predictors, lambda: _show_predictors(files, spec)),
         ("placement", files.placement, lambda: _show_placement(files, spec)),
     ]
-    if files.copies.is_file():
+    if files.proxy.is_file():
+        shown.append(("proxies", files.proxy, lambda: _show_proxies(files, spec)))
+    if files.copies.is_file() and spec.fires_sparsely:
         shown.append(("certificates", files.copies, lambda: _show_copies(files, spec)))
     if folder.is_packed:
         packed = partial(_show_packed, partial(open_packed, folder.path), check)
@@ -74,7 +78,7 @@ def _model_rows(spec: ModelSpec) -> list[tuple[str, str]]:
         ("width", str(spec.d_model)),
         ("attention", attention),
         ("FFN", ffn),
-        ("fires sparsely", "yes" if spec.fires_sparsely else "no: runs dense"),
+        ("fires sparsely", "yes" if spec.fires_sparsely else "no: dense, or by proxies"),
         ("vocabulary", f"{spec.vocab_size:,}"),
         ("context", f"{spec.max_context:,} tokens"),
         ("weights", f"{spec.dtype}, {size(spec.model_bytes)}"),
@@ -161,6 +165,15 @@ def profile_report(found: NeuronProfile) -> str:
     return f"{table(header, rows)}\n{found.tokens:,} tokens, {found.inputs.shape[1]:,} FFN inputs kept per layer"
 
 
+def _show_proxies(files: Bundle, spec: ModelSpec) -> str:
+    bank = files.load_proxies(spec)
+    made = bank.header.made_from if bank.header else {}
+    target = PredictorTarget(**made["target"])
+    origin = f"profile {made['profile']}; target: perplexity {target.max_perplexity_increase:+.2%} at most"
+    copies = f"copies of {' and '.join(bank.copies.form.parts)} in {bank.copies.form.blocks}"
+    return f"{_file_line(files.proxy)}; {copies}: {_file_line(files.copies)}\nfrom {origin}\n{predictor_report(bank)}"
+
+
 def _show_copies(files: Bundle, spec: ModelSpec) -> str:
     header = files.copies_header(spec)
     uncertain = header.made_from.get("uncertain")
@@ -168,11 +181,19 @@ def _show_copies(files: Bundle, spec: ModelSpec) -> str:
     return f"{_file_line(files.copies)}, key {header.key}{found}"
 
 
-def predictor_report(bank: PredictorBank) -> str:
-    """Size and quality of the predictors, per layer and overall, and where they miss their target."""
+def predictor_report(bank: PredictorBank | ProxyBank) -> str:
+    """Size and quality of predictors or proxies, per layer and overall, and where they miss their target."""
     report = bank.report
     if report is None:
         return "no report"
+    lines = [_perplexity_line(report), *(f"short of the target: {line}" for line in report.shortfalls)]
+    if isinstance(bank, ProxyBank):
+        header = ["layer", "size", "computed", "missed mass"]
+        rows = [
+            [q.layer, size(q.bytes), percent(q.predicted_share), f"{q.missed_mass:.2%}"]
+            for q in (*report.layers, report.overall)
+        ]
+        return "\n".join([table(header, rows), *lines])
     header = ["layer", "rank", "size", "recall", "precision", "predicted", "fired", "ratio", "missed mass"]
     rows = [
         [
@@ -188,7 +209,10 @@ def predictor_report(bank: PredictorBank) -> str:
         ]
         for q in (*report.layers, report.overall)
     ]
+    return "\n".join([table(header, rows), *lines])
+
+
+def _perplexity_line(report: PredictorReport) -> str:
     increase = report.perplexity_increase
     measured = "not measured" if increase is None else f"{increase:+.2%}"
-    lines = [f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"]
-    return "\n".join([table(header, rows), *lines, *(f"short of the target: {line}" for line in report.shortfalls)])
+    return f"perplexity against dense: {measured}; {report.tokens:,} validation tokens for the table"

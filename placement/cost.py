@@ -28,6 +28,8 @@ COMPACT_KERNELS = 1
 HEAD_SMALL_KERNELS = 1  # logits to the host
 # Of the read bandwidth, that layers on the CPU reach in decode: 89% on 2 cores, 88 and 92% on 16 of a shared host.
 _DECODE_SHARE = 0.88
+# Of the rate of other parts, that rows of int4 are named at: 33 of 44 GB/s at d=2048 on 2 cores (`gemv.py`).
+_PROXY_SHARE = 0.75
 # Of the rate at which bf16 neurons are read here and there, that each type reaches: rows in blocks are short.
 _SCATTERED_SHARES = {"bf16": 1.0, "f16": 1.0, "f32": 1.0, "int8": 0.75, "int4": 0.4}
 # Share of silent neurons that certificates leave in doubt, where it was not measured: 5% at d=2048.
@@ -72,7 +74,8 @@ class CostModel:
     of every neuron and the others when it fires. `learned` reads the first row of the neurons predicted to fire,
     which are `predicted_ratio` times those that fire, and the others when it fires. `certified` reads copies of all
     first rows in 8 bits, the first row of those that fire and of the share `uncertain` of the silent, and the others
-    when it fires. group_size: neurons of similar frequency that are placed together. rows: of the step, each of a
+    when it fires. `proxy` reads copies of gate and up in 4 bits, and all rows of those that pass, which is what firing
+    means there. group_size: neurons of similar frequency that are placed together. rows: of the step, each of a
     sequence of its own, so that what fires for one says nothing of the others. Placements are solved for one.
 
     The FFN of a layer takes max(GPU kernels, hand-off + cold neurons on the CPU), of expected times, a little below the
@@ -98,6 +101,8 @@ class CostModel:
             raise InputError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if not self.predicted_ratio > 0 or self.group_size < 1 or self.rows < 1:
             raise InputError("predicted_ratio must be above 0, group_size and rows at least 1")
+        if self.plan.proxied != (self.strategy == "proxy"):
+            raise InputError("a plan has proxies where the strategy is proxy, and only there")
         if self.plan.certified != (self.strategy == "certified") or not 0 <= self.uncertain <= 1:
             raise InputError("a plan has certificates where the strategy is certified, of which 0 to 1 are uncertain")
 
@@ -291,21 +296,26 @@ class CostModel:
     def _layers_on_cpu(self, handoff: float) -> np.ndarray:
         """The same four parts [4, n_layers, 1] with a whole layer on the CPU, entered through `handoff` seconds."""
         bandwidth, matrices = self._dense_bandwidth, np.array(self.plan.spec.layer_dense_bytes)
-        predictors = np.array(self.plan.predictor_bytes) + self.plan.copy_bytes  # a byte a weight
+        predictors = (
+            np.array(self.plan.predictor_bytes) + self.plan.copy_bytes
+        )  # a byte a weight, of proxies half of one
         products = np.maximum(matrices / bandwidth, self._products(matrices, self._weight_bytes))
         attention = products + self._kv_bytes() / bandwidth
-        predictor = np.maximum(predictors / bandwidth, self._products(predictors, 1.0))
+        share, weight = (_PROXY_SHARE, 0.5) if self.plan.proxied else (1.0, 1.0)
+        predictor = np.maximum(predictors / (share * bandwidth), self._products(predictors, weight))
         ffn = self._cold_seconds(np.zeros((1, 1), dtype=np.int64))[:, 0]
         return np.stack([attention, predictor, ffn, np.full_like(ffn, handoff)])[:, :, None]
 
     @property
     def _naming_on_gpu(self) -> np.ndarray:
-        """GPU time [n_layers] to name neurons, by predictors or by certificates, which are rows of int8."""
+        """GPU time [n_layers] to name neurons, by predictors, by certificates, which are rows of int8, or by proxies,
+        which are rows of int4."""
         sizes = np.array(self.plan.predictor_bytes)
         found = np.where(sizes > 0, self.hardware.kernel_seconds("predictor", sizes), 0.0)
-        if not self.plan.certified:
+        if not self.plan.copy_bytes:
             return found
-        return found + self.hardware.kernel_seconds("gemv", np.array(_GPU_FACTORS["int8"][0] * self.plan.copy_bytes))
+        factor, _ = _GPU_FACTORS["int4" if self.plan.proxied else "int8"]
+        return found + self.hardware.kernel_seconds("gemv", np.array(factor * self.plan.copy_bytes))
 
     @property
     def _token_seconds(self) -> float:

@@ -15,6 +15,7 @@ from placement.plan import UNLIMITED, Choice, VramPlan
 from placement.solve import Solution, solve_greedy, solve_milp
 from placement.workspace import ENGINE_ROWS, PREFILL_CHUNK, RUNTIME_RESERVE, SERVER_ROWS, predictor_bytes
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from profiler.common.artifact import ArtifactHeader, read_tensors, write_tensors
 from profiler.common.errors import ArtifactError, BudgetError, InputError
 from profiler.common.hardware import HardwareProfile
@@ -130,9 +131,11 @@ def _from_version_1(zero_copy: Any, layers: int) -> np.ndarray:
     return np.array(zero_copy if are_counts and zero_copy else [0] * layers, np.int32)
 
 
-def predictor_sizes(spec: ModelSpec, bank: PredictorBank | None) -> tuple[int, ...]:
-    """Bytes on the GPU of each layer's predictor, zeros without a bank."""
-    ranks = [predictor.rank for predictor in bank.predictors] if bank else [0] * spec.n_layers
+def predictor_sizes(spec: ModelSpec, bank: PredictorBank | ProxyBank | None) -> tuple[int, ...]:
+    """Bytes on the GPU of each layer's predictor, zeros without predictors: proxies are counted by the plan."""
+    ranks = (
+        [predictor.rank for predictor in bank.predictors] if isinstance(bank, PredictorBank) else [0] * spec.n_layers
+    )
     return tuple(predictor_bytes(spec.d_model, spec.d_ff, rank) for rank in ranks)
 
 
@@ -185,7 +188,7 @@ class PlacementSettings:
         if not (math.isfinite(self.time_limit) and self.time_limit > 0):
             raise InputError(f"time limit is {self.time_limit} s, expected a positive number")
 
-    def with_predictors(self, bank: PredictorBank | None) -> PlacementSettings:
+    def with_predictors(self, bank: PredictorBank | ProxyBank | None) -> PlacementSettings:
         """The same, with as many neurons predicted in vain as the report of `bank` says."""
         if bank is None or bank.report is None:
             return self
@@ -236,7 +239,8 @@ def place(
     sizes = settings.prefill_chunk, settings.reserve
     rows = ENGINE_ROWS if settings.kv_tokens is None else SERVER_ROWS
     certified = settings.strategy == "certified"
-    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, rows, settings.kv_tokens, certified)
+    proxied = settings.strategy == "proxy"
+    plan = VramPlan(spec, settings.context, predictor_bytes, *sizes, rows, settings.kv_tokens, certified, proxied)
     model = CostModel(
         *(plan, hardware, firing, settings.strategy, settings.predicted_ratio, settings.group_size),
         uncertain=settings.uncertain,

@@ -24,6 +24,7 @@ from placement.workspace import (
     copy_bytes,
     layer_bytes,
     neurons_bytes,
+    proxy_bytes,
 )
 from profiler.common.errors import ContextError, InputError
 from profiler.common.sizes import UNLIMITED, parse_size
@@ -61,7 +62,8 @@ class VramPlan:
     predictor_bytes: per layer, of `workspace.predictor_bytes`; all 0 where no predictor is used. prefill_chunk: the
     most tokens that go through the layers at once. reserve: bytes for loaded kernels, CUDA graphs and cuBLAS, once
     anything runs on the GPU. batch: the most rows of a decode step. kv_tokens: of the pool that sequences share, None
-    for one sequence's own cache. certified: whether there are copies of rows.
+    for one sequence's own cache. certified, proxied: whether there are copies of rows, by which those strategies name
+    neurons.
     """
 
     spec: ModelSpec
@@ -72,6 +74,7 @@ class VramPlan:
     batch: int = ENGINE_ROWS
     kv_tokens: int | None = None
     certified: bool = False
+    proxied: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.context <= self.spec.max_context:
@@ -106,7 +109,9 @@ class VramPlan:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of one layer's certificate; 0 where neurons are not certified."""
+        """Bytes of one layer's certificate or proxy; 0 where neurons are named by neither."""
+        if self.proxied:
+            return proxy_bytes(self.spec)
         return copy_bytes(self.spec) if self.certified else 0
 
     @property
@@ -145,6 +150,7 @@ class VramPlan:
             ("dense weights", n_layers * layer_bytes(self.spec)),
             ("predictors", int(predictors)),
             *([("certificates", n_layers * self.copy_bytes)] if self.certified else []),
+            *([("proxies", n_layers * self.copy_bytes)] if self.proxied else []),
             ("KV cache", n_layers * self.kv_bytes),
             ("hot neurons", int(self.hot_bytes(choice.hot).sum())),
             ("head", self.head_bytes if choice.head_on_gpu else 0),

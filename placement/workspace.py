@@ -259,6 +259,14 @@ def copy_bytes(spec: ModelSpec) -> int:
     return rows + (2 + spec.ffn_bias) * aligned(4 * spec.d_ff)
 
 
+def proxy_bytes(spec: ModelSpec) -> int:
+    """Bytes of a layer's proxy on the GPU: int4 copies of gate and up, lengths of the rows of down and, where there are
+    biases, theirs, f32."""
+    matrices = spec.rows_per_neuron - 1
+    rows = matrices * aligned(spec.d_ff * LAYOUTS["int4"].row_bytes(spec.d_model))
+    return rows + (1 + matrices * spec.ffn_bias) * aligned(4 * spec.d_ff)
+
+
 def predictor_bytes(d_model: int, d_ff: int, rank: int) -> int:
     """Bytes of a predictor on the GPU: int8 codes in rows padded to 128, scales and biases f32; 0 for rank 0."""
     if not rank:

@@ -91,39 +91,52 @@ class LogitHistogram:
         )
 
 
-_FIRST_LEVEL, _LEVEL_RANGE = 0.01, (1e-4, 0.3)
+@dataclass(frozen=True)
+class Levels:
+    """Levels to be searched: the first tried, the least and the largest, and the power of the level with which
+    perplexity grows, as expected and at the least and the most."""
+
+    first: float
+    limits: tuple[float, float]
+    growth: float
+    growth_limits: tuple[float, float]
+
+
 # Perplexity grows a little faster than the missed mass (0.29, 0.41, 0.92% at 0.5, 1, 2% on the embedded model).
-_GROWTH, _GROWTH_RANGE = 1.2, (0.5, 2.5)
+MISSED_MASS = Levels(0.01, (1e-4, 0.3), 1.2, (0.5, 2.5))
 _NEAR_ENOUGH, _AIM = 0.85, 0.93
 
 
-def search_level(increase_of: Callable[[float], float], target: float, calls: int = 5) -> tuple[float, float]:
-    """The largest missed mass tried whose perplexity increase is at most `target`, with that increase.
+def search_level(
+    increase_of: Callable[[float], float], target: float, calls: int = 5, levels: Levels = MISSED_MASS
+) -> tuple[float, float]:
+    """The largest level tried, of missed mass unless `levels` are others, whose perplexity increase is at most
+    `target`, with that increase.
 
     Where none was, the smallest tried. `increase_of` is called at most `calls` times.
     """
     tried: dict[float, float] = {}
-    level = _FIRST_LEVEL
+    level, limits = levels.first, levels.limits
     for _ in range(calls):
         tried[level] = increase = increase_of(level)
-        at_the_end = level == _LEVEL_RANGE[1] if increase <= target else level == _LEVEL_RANGE[0]
+        at_the_end = level == limits[1] if increase <= target else level == limits[0]
         if at_the_end or _NEAR_ENOUGH * target <= increase <= target:
             break
-        level = _next_level(tried, level, target)
+        level = _next_level(tried, level, target, levels)
     within = [level for level, increase in tried.items() if increase <= target]
     best = max(within) if within else min(tried)
     return best, tried[best]
 
 
-def _next_level(tried: dict[float, float], level: float, target: float) -> float:
+def _next_level(tried: dict[float, float], level: float, target: float, levels: Levels) -> float:
     """A secant step in logarithms from `level`, kept between the levels known to be good and bad."""
     increases = {at: max(increase, target / 20) for at, increase in tried.items()}  # measured ones may be below 0
-    growth = _GROWTH
+    growth = levels.growth
     if len(tried) > 1:
         (level0, increase0), (level1, increase1) = list(increases.items())[-2:]
-        growth = float(np.clip(np.log(increase1 / increase0) / np.log(level1 / level0), *_GROWTH_RANGE))
+        growth = float(np.clip(np.log(increase1 / increase0) / np.log(level1 / level0), *levels.growth_limits))
     step = (_AIM * target / increases[level]) ** (1 / growth)
-    level = float(np.clip(level * np.clip(step, 0.1, 10), *_LEVEL_RANGE))
+    level = float(np.clip(level * np.clip(step, 0.1, 10), *levels.limits))
     low = max((at for at, increase in tried.items() if increase <= target), default=0.0)
     high = min((at for at, increase in tried.items() if increase > target), default=1.0)
     return level if low < level < high else (low * high) ** 0.5

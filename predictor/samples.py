@@ -11,8 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from cpu_kernels.activations import activate_ref, activate_up_ref
-from profiler.common.errors import CorpusError, InputError
-from profiler.common.spec import fires_sparsely
+from profiler.common.errors import CorpusError
 
 MIN_TOKENS = 256  # below this a layer's second moments say nothing about it
 VALIDATION_SHARE = 0.125
@@ -24,7 +23,7 @@ class FFNWeights:
     """One layer's FFN, neuron-major: gate [f, d] or None, up [f, d], down [f, d] (transposed), biases [f] or None.
 
     A neuron fires when the activation of its gate (its up, where there is no gate) is not 0, and with dReLU up's is not
-    either. Raises `InputError` for an activation that does not fire sparsely.
+    either; with activations such as SiLU nearly all do.
     """
 
     gate: torch.Tensor | None
@@ -33,10 +32,6 @@ class FFNWeights:
     activation: str
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if not fires_sparsely(self.activation):
-            raise InputError(f"activation {self.activation} fires densely; predictors need a kind of ReLU")
 
     def float(self) -> FFNWeights:
         """The same weights in f32, sharing memory where they are already."""
@@ -74,7 +69,7 @@ class FFNWeights:
             if self.activation == "drelu":
                 fired &= up != 0
             mass *= up.abs_()
-        return fired, mass.mul_(self.down_norm)
+        return fired, mass.abs_().mul_(self.down_norm)
 
 
 def split_documents(documents: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -83,6 +83,8 @@ def train_predictors(
             f"inputs are {list(inputs.shape)} with {len(documents)} documents' rows, this model wants "
             f"[{spec.n_layers}, n, {spec.d_model}]; run: hybrid profile"
         )
+    if not spec.fires_sparsely:
+        raise InputError(f"activation {spec.activation} fires densely; predictors need a kind of ReLU")
     samples = _Samples(inputs, *split_documents(documents, seed), seed)
     state = state or TrainingState()
     try:

@@ -22,6 +22,7 @@ from gpu_kernels.gemv import Tiling, gemv, gemv_ref
 from gpu_kernels.low_rank import TILING, DevicePredictorView, PredictorTiling, predict, predict_ref
 from gpu_kernels.matrix import KINDS, DeviceMatrix
 from gpu_kernels.norm import residual_norm, residual_norm_ref
+from gpu_kernels.proxy import DeviceProxyView, name_passing, name_passing_ref
 from gpu_kernels.rope import rope, rope_ref
 from gpu_kernels.sampling import blocks_of, greedy, greedy_ref, top_k, top_k_ref, top_k_scratch
 from gpu_kernels.sparse_ffn import DeviceFFNView, FFNTiling, down_parts, sparse_ffn, sparse_ffn_ref
@@ -155,6 +156,29 @@ def predict_case(tokens: int = 1, tiling: PredictorTiling = TILING) -> Case:
     return Case(f"predict int8 {D}-{RANK}-{FF}", one.nbytes, calls, error, [])
 
 
+def proxy_case(tokens: int = 1, tiling: Tiling | None = None) -> Case:
+    """The proxy of a layer, copies of gate and up in int4, by which 40% pass or so."""
+    x, masks = random_values(tokens, D), torch.zeros(FF, dtype=torch.int32, device="cuda")
+    lengths = torch.ones(FF, device="cuda")
+
+    def view() -> DeviceProxyView:
+        gate, up = (random_matrix("int4", FF, D) for _ in range(2))
+        return DeviceProxyView(gate, up, lengths, 0.3, "silu")
+
+    one = view()
+    views = [one, *(view() for _ in range(copies(one.nbytes) - 1))]
+    calls: list[Call] = [partial(name_passing, each, x, masks, tiling) for each in views]
+
+    def error() -> float:
+        """The share of neurons that differ: a score at the threshold may round to one."""
+        calls[0]()
+        found = masks.clone()
+        name_passing_ref(one, x, masks)
+        return float((found != masks).float().mean())
+
+    return Case(f"proxy int4 {D}-{FF}" + (f" {tokens} tokens" if tokens > 1 else ""), one.nbytes, calls, error, [])
+
+
 def compact_case() -> Case:
     """The lists of a layer's hot and cold active neurons."""
     hot = 4000
@@ -270,6 +294,8 @@ def all_cases() -> dict[str, Callable[[], Case]]:
         cases[f"sparse_ffn {kind} 1100 of {FF}"] = partial(sparse_ffn_case, kind, FF, 1100)
     cases["sparse_ffn bf16 all, half fire"] = partial(sparse_ffn_case, "bf16", 4000, 4000, 1, True)
     cases["predict"] = predict_case
+    cases["proxy"] = proxy_case
+    cases["proxy 4 tokens"] = partial(proxy_case, 4)
     cases["compact"] = compact_case
     cases["residual_norm"] = norm_case
     cases["rope"] = rope_case

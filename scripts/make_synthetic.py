@@ -1,4 +1,5 @@
-"""Write a ReGLU Llama of any shape with chosen firing rates, and its exact predictors, profile and placement.
+"""Write a ReGLU Llama of any shape with chosen firing rates, and its exact predictors, profile and placement; or with
+`--activation silu` a SwiGLU one, of which so many neurons pass their proxies.
 
     python scripts/make_synthetic.py --out OUT --d-model 2048 --d-ff 8192 --layers 16 --heads 16
 
@@ -35,16 +36,19 @@ from train_tiny import new_folder
 from hybrid.console import progress
 from hybrid.formats.bundle import EMBEDDED_MODEL
 from hybrid.offline.project import Project
+from hybrid.offline.proxies import Proxies
 from hybrid.reports import predictor_report, profile_report
 from placement.placement import PlacementSettings
 from placement.plan import parse_size
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
+from predictor.proxy_fit import ProxyFit
 from predictor.report import PredictorReport, Quality, overall_counts
 from predictor.target import PredictorTarget
 from profiler.common.artifact import atomic_write
 from profiler.common.errors import HybridError, InputError
 from profiler.common.hardware import HardwareProfile
-from profiler.common.spec import RopeSpec
+from profiler.common.spec import RopeSpec, Strategy
 from profiler.profile import NeuronProfile
 
 
@@ -76,7 +80,7 @@ def model_config(config: SyntheticConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "relu",
+        "hidden_act": config.activation,
         "vocab_size": config.vocab,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -117,11 +121,13 @@ def write_weights(folder: Path, maker: ModelMaker) -> list[MeasuredLayer]:
 
 def write_artefacts(
     folder: Path, maker: ModelMaker, layers: Sequence[MeasuredLayer], settings: PlacementSettings
-) -> tuple[NeuronProfile, PredictorBank]:
-    """Write profile, predictors and placement of the model in `folder`; returns the first two."""
-    project = Project(folder, None, None, progress)
+) -> tuple[NeuronProfile, PredictorBank | ProxyBank]:
+    """Write profile, predictors or proxies, and placement of the model in `folder`; returns the first two."""
+    project, config = Project(folder, None, None, progress), maker.config
     profile = measured_profile(maker, layers, project)
     profile.save(project.bundle.profile)
+    if config.activation != "relu":
+        return profile, write_proxies(project, profile, config, settings)
     bank = PredictorBank(tuple(layer.predictor for layer in layers))
     # What the construction promises: no loss, nearly nothing predicted in vain, at the bytes that the rank takes.
     target = PredictorTarget(1e-4, 1.05, min(1.0, sum(bank.bytes_per_layer) / project.spec.model_bytes))
@@ -133,6 +139,20 @@ def write_artefacts(
     bank = project.load_predictors()
     project.write_placement(project.place(profile, bank, HardwareProfile.load(), settings).placement)
     return profile, bank
+
+
+def write_proxies(
+    project: Project, profile: NeuronProfile, config: SyntheticConfig, settings: PlacementSettings
+) -> ProxyBank:
+    """Write proxies that let `firing_share` of the neurons pass, and the placement."""
+    by, spec = Proxies(project, progress), project.spec
+    layers = [project.ffn_weights(layer) for layer in range(spec.n_layers)]
+    fit = ProxyFit.of(spec, by.copies(), layers, profile.inputs, config.seed, progress)
+    target = PredictorTarget(1.0)  # random text has no perplexity to keep
+    by.write(fit.finished(1 - config.firing_share, None, target, progress), profile.header, target, config.seed)
+    bank = by.load_predictors()
+    project.write_placement(project.place(profile, bank, HardwareProfile.load(), settings).placement)
+    return bank
 
 
 def measured_profile(maker: ModelMaker, layers: Sequence[MeasuredLayer], project: Project) -> NeuronProfile:
@@ -162,8 +182,8 @@ def quality_report(layers: Sequence[MeasuredLayer], tokens: int) -> PredictorRep
 
 def make_synthetic(
     config: SyntheticConfig, out: Path, vram_budget: str = "unlimited", device: str = "cpu"
-) -> tuple[NeuronProfile, PredictorBank]:
-    """Write the model and its artefacts to the new folder `out`; returns profile and predictors.
+) -> tuple[NeuronProfile, PredictorBank | ProxyBank]:
+    """Write the model and its artefacts to the new folder `out`; returns profile and predictors or proxies.
 
     Raises `InputError` or a subclass, before any work, when it cannot be done; nothing is left of a run that fails.
     """
@@ -171,7 +191,8 @@ def make_synthetic(
         raise InputError(f"{out} already exists; move it away or choose another folder as --out")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("torch finds no CUDA device; pass --device cpu")
-    settings = PlacementSettings(parse_size(vram_budget), config.context, "learned")
+    strategy: Strategy = "learned" if config.activation == "relu" else "proxy"
+    settings = PlacementSettings(parse_size(vram_budget), config.context, strategy)
     settings.planned_bytes(HardwareProfile.load())
     with torch.inference_mode(), new_folder(out, config.n_bytes, "--out", replaces=False) as folder:
         write_text_files(folder, config)
@@ -197,7 +218,16 @@ def write_gguf(folder: Path, kind: str) -> None:
 @click.option("--dtype", type=click.Choice(list(TORCH_DTYPES)), default=SyntheticConfig.dtype, show_default=True)
 @click.option("--context", type=int, default=SyntheticConfig.context, show_default=True)
 @click.option("--seed", type=int, default=SyntheticConfig.seed, show_default=True)
-@click.option("--firing-share", type=float, default=SyntheticConfig.firing_share, show_default=True)
+@click.option(
+    "--activation", type=click.Choice(["relu", "silu"]), default=SyntheticConfig.activation, show_default=True
+)
+@click.option(
+    "--firing-share",
+    type=float,
+    default=SyntheticConfig.firing_share,
+    show_default=True,
+    help="Of the neurons; with silu, those that proxies let pass.",
+)
 @click.option(
     "--skew",
     type=float,

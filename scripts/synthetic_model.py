@@ -27,6 +27,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import embedding_bag, linear, rms_norm, scaled_dot_product_attention
 
+from cpu_kernels.activations import activate_ref
 from cpu_kernels.blocks import FORMATS
 from cpu_kernels.contract import BLOCK, LAYOUTS
 from hybrid.model.rope import rope_frequencies
@@ -58,7 +59,8 @@ class SyntheticConfig:
     """Shape and firing of the model. Raises `InputError` on a value that makes no sense.
 
     kv_heads: by default as many as heads. predictor_rank: hidden units of each predictor, by default d_model / 8.
-    firing_share: mean share of neurons that fire for a token. skew: rates are proportional to (rank + 10)^-skew.
+    firing_share: mean share of neurons that fire for a token; with silu, whose neurons all do, that pass their layer's
+    threshold. skew: rates are proportional to (rank + 10)^-skew.
     """
 
     d_model: int = 2048
@@ -73,6 +75,7 @@ class SyntheticConfig:
     firing_share: float = 0.1
     skew: float = 0.7
     predictor_rank: int | None = None
+    activation: str = "relu"
 
     def __post_init__(self) -> None:
         for name, least in {"d_ff": 1, "layers": 1, "heads": 1, "context": 16, "seed": 0}.items():
@@ -83,6 +86,7 @@ class SyntheticConfig:
         least = N_BYTE_TOKENS + len(SPECIAL_TOKENS)
         self._check("vocab", self.vocab >= least, f"at least {least}: every byte and the special tokens")
         self._check("dtype", self.dtype in TORCH_DTYPES, f"one of {', '.join(TORCH_DTYPES)}")
+        self._check("activation", self.activation in ("relu", "silu"), "relu or silu")
         self._check("firing_share", 0.005 <= self.firing_share <= 0.9, "0.005 to 0.9")
         self._check("skew", 0 <= self.skew <= 3, "0 to 3")
         self._check("predictor_rank", self.rank >= 3, "at least 3")
@@ -245,7 +249,7 @@ class ModelMaker:
         weights = {"gate": gate.to(self._dtype), "up": self._reading(config.d_ff, 1 / math.sqrt(config.d_model))}
         gates = torch.cat((predictor.logits(calibration), linear(measured, gate)))  # the same, and the first is cheaper
         fired = gates[len(calibration) :] > 0
-        hidden = gates.relu_().view(*x.shape[:2], -1).mul_(self._product(x, weights["up"]))
+        hidden = activate_ref(config.activation, gates).view(*x.shape[:2], -1).mul_(self._product(x, weights["up"]))
         weights["down"] = self._written(hidden)
         mass = hidden.flatten(0, 1)[len(calibration) :].abs() * weights["down"].float().norm(dim=0)
         quality = count_quality(predictor.mask(measured), fired, mass)

@@ -25,6 +25,7 @@ from gpu_kernels import (
     mailbox,
     norm,
     prompt_attention,
+    proxy,
     rope,
     row_gemm,
     sampling,
@@ -51,7 +52,17 @@ from profiler.common.spec import KVChoice, Strategy
 VOCAB, CAPACITY = 131, 24
 GREEDY, PROMPT = SamplingSettings(temperature=0, max_new_tokens=5), (77, 5, 101)
 _USERS = (gpu_gemm, gpu_prefill, gpu_sampler, gpu_step)
-_KERNELS = {"decode_attention", "gemv", "greedy", "predict", "certify", "residual_norm", "rope", "sparse_ffn"}
+_KERNELS = {
+    "decode_attention",
+    "gemv",
+    "greedy",
+    "predict",
+    "certify",
+    "name_passing",
+    "residual_norm",
+    "rope",
+    "sparse_ffn",
+}
 _KERNELS |= {"top_k", "log_sum_exp", "sample"}
 _KERNELS |= {"ask", "post", "receive", "send"} | {"split_rows", "widen", "sum_products", "hidden_terms"}
 _KERNELS |= {"prompt_attention"}
@@ -124,6 +135,7 @@ class StepCase:
         if predictors:
             for ffn in self.model.ffns:
                 ffn.set_predictor(random_predictor(ffn))
+        self.prepare(opened)
         if certified:
             for ffn in self.model.ffns:
                 ffn.set_copies(copies_of(ffn))
@@ -136,6 +148,9 @@ class StepCase:
         self.arena = DeviceArena(torch.device(DEVICE), counting.used)
         self.step = self._take(self.arena)
         self._cpu = CpuStep(self.model, self.own_cache, self.runtime)
+
+    def prepare(self, folder: ModelFolder) -> None:
+        """For cases of their own: what else names the model's neurons."""
 
     def _take(self, arena: DeviceArena) -> GpuStep:
         return GpuStep(self.model, self.cache, self.runtime, self.placement, arena, self.host, self.rows)
@@ -196,6 +211,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
                 mailbox,
                 norm,
                 prompt_attention,
+                proxy,
                 rope,
                 row_gemm,
                 sampling,

@@ -370,18 +370,6 @@ def test_ctrl_c_is_clean(original, corpus, tmp_path):
     assert (folder / "hybrid" / "profile.partial.safetensors").is_file()
 
 
-def test_a_model_that_fires_densely_needs_no_preparation(tmp_path, corpus, capfd):
-    make_model("mistral-full", tmp_path)
-    code, out, _ = hybrid(capfd, "prepare", tmp_path, "--corpus", corpus)
-    assert code == 0 and out.endswith(
-        f"the model runs as it is: hybrid chat {tmp_path}, and faster packed: hybrid pack {tmp_path} --dtype int8\n"
-    )
-    code, _, err = hybrid(capfd, "profile", tmp_path, "--corpus", corpus)
-    assert code == 2 and "silu fires densely" in err
-    code, _, err = hybrid(capfd, "generate", tmp_path, "-p", "abc", "--max-new-tokens", "3")
-    assert code == 0 and "note: silu fires densely" in err
-
-
 def test_several_files_after_one_corpus_option():
     assert repeat_corpus(["profile", "m", "--corpus", "a", "b", "--tokens", "5"]) == [
         *("profile", "m", "--corpus", "a", "--corpus", "b", "--tokens", "5")

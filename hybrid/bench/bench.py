@@ -32,7 +32,7 @@ from hybrid.model.loader import ModelFolder
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of
 from hybrid.runtime.engine import Engine
-from profiler.common.spec import NAMING, STRATEGIES, Strategy
+from profiler.common.spec import STRATEGIES, Strategy
 
 _WARM_UP_TOKENS = 4
 
@@ -98,7 +98,8 @@ class Bench:
         self._gpu = None if gpu_runner(engine) is None else gpu
         # Up to what the engine was loaded for: a model without predictors has no learned, a dense one nothing sparse.
         loaded = engine.plan.strategy
-        every = [*(s for s in STRATEGIES[: STRATEGIES.index(loaded)] if s not in NAMING), loaded]
+        lossless = ("dense", "exact") if spec.fires_sparsely else ("dense",)
+        every = [*(s for s in STRATEGIES[: STRATEGIES.index(loaded)] if s in lossless), loaded]
         self.strategies = cast("tuple[Strategy, ...]", config.strategies or tuple(every))
         prompt = np.random.default_rng(config.seed).integers(0, spec.vocab_size, config.prompt_tokens)
         self._prompt: list[int] = prompt.tolist()

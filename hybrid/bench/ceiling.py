@@ -149,7 +149,7 @@ def _neuron_rows(
     for side, count in ((is_hot, counters.fired_hot), (~is_hot, cold_count)):
         neurons, fired = side.sum(axis=1).astype(float), (fires * side).sum(axis=1)
         predicted = neurons
-        if strategy == "learned":
+        if strategy in ("learned", "proxy"):
             weights = fired if fired.sum() else neurons
             predicted = weights * (count / tokens / max(1e-9, weights.sum()))
             fired = predicted / firing.predicted_ratio
@@ -172,8 +172,9 @@ def _kv_bytes(model: Transformer, position: float) -> list[int]:
 
 
 def _naming_bytes(model: Transformer, strategy: Strategy) -> list[int]:
-    """Of what names a layer's neurons: its predictor or its certificate."""
-    if strategy == "certified":
-        return [0 if ffn.certificate is None else ffn.certificate.nbytes for ffn in model.ffns]
-    used = strategy == "learned"
-    return [ffn.predictor.nbytes if used and ffn.predictor is not None else 0 for ffn in model.ffns]
+    """Of what names a layer's neurons: its predictor, its certificate or its proxy."""
+    named = {"learned": "predictor", "certified": "certificate", "proxy": "proxy"}
+    if strategy not in named:
+        return [0] * len(model.ffns)
+    found = [getattr(ffn, named[strategy]) for ffn in model.ffns]
+    return [0 if by is None else by.nbytes for by in found]

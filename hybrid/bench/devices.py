@@ -177,6 +177,8 @@ def measured_hardware(bundle: Bundle, gpu: str) -> HardwareProfile | None:
 
 def known_firing(bundle: Bundle, spec: ModelSpec) -> Firing:
     """What the profile and the predictors of a bundle say, where they are there."""
+    if bundle.proxy.is_file() and not spec.fires_sparsely:
+        return Firing(bundle.load_proxies(spec).frequency())
     frequency = bundle.load_profile(spec, samples=False).frequency() if bundle.profile.is_file() else None
     report = PredictorBank.load(bundle.predictors, spec).report if bundle.predictors.is_file() else None
     ratio = 1.0 if report is None else max(1.0, report.overall.active_ratio)
@@ -253,8 +255,9 @@ def gpu_result(
 
 def vram_plan(engine: Engine) -> VramPlan:
     """The plan of an engine's memory on the GPU, with its own predictors."""
-    certified = engine.plan.strategy == "certified"
-    return VramPlan(engine.model.spec, engine.context, _predictor_sizes(engine), certified=certified)
+    certified, proxied = (engine.plan.strategy == strategy for strategy in ("certified", "proxy"))
+    sizes = _predictor_sizes(engine)
+    return VramPlan(engine.model.spec, engine.context, sizes, certified=certified, proxied=proxied)
 
 
 def _predictor_sizes(engine: Engine) -> tuple[int, ...]:
@@ -279,7 +282,8 @@ def predicted_seconds(engine: Engine, facts: GpuFacts, strategy: Strategy, posit
     if frequency is None:
         frequency = np.ones((spec.n_layers, spec.d_ff))
     sizes = _predictor_sizes(engine) if strategy == "learned" else (0,) * spec.n_layers
-    plan = VramPlan(spec, max(1, round(position)), sizes, certified=strategy == "certified")
+    certified, proxied = strategy == "certified", strategy == "proxy"
+    plan = VramPlan(spec, max(1, round(position)), sizes, certified=certified, proxied=proxied)
     hardware = facts.hardware.with_threads(engine.runtime.pool.threads)
     model = CostModel(
         plan, hardware, frequency, strategy, facts.firing.predicted_ratio, uncertain=facts.firing.uncertain

@@ -17,8 +17,10 @@ from hybrid.formats.gguf_file import stem_of
 from placement import placement as placement_file
 from placement.placement import Placement
 from predictor import bank as predictor_bank
+from predictor import proxy as proxy_file
 from predictor import row_copies
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from predictor.row_copies import CopyForm, StoredCopies, open_copies
 from profiler import profile as neuron_profile
 from profiler.common.artifact import ArtifactHeader, read_header
@@ -84,6 +86,10 @@ class Bundle:
         return self.path / "predictors.partial.safetensors"
 
     @property
+    def proxy(self) -> Path:
+        return self.path / "proxy.safetensors"
+
+    @property
     def report(self) -> Path:
         return self.path / "predictors.json"
 
@@ -116,6 +122,10 @@ class Bundle:
         """Copies of rows for the strategy `certified`. Raises as `load_profile`."""
         return open_copies(self.copies, spec, CopyForm.certified(spec), self.certify)
 
+    def load_proxies(self, spec: ModelSpec) -> ProxyBank:
+        """Copies of rows and thresholds for the strategy `proxy`. Raises as `load_profile`."""
+        return ProxyBank.load(self.proxy, self.copies, spec, self.repair)
+
     def copies_header(self, spec: ModelSpec) -> ArtifactHeader:
         """Of these copies. Raises as `load_profile`."""
         return read_header(self.copies, row_copies.KIND, spec.fingerprint, self.certify)
@@ -140,11 +150,13 @@ class Bundle:
         profile = self._header(self.profile, neuron_profile.KIND, spec)
         predictors = self._header(self.predictors, predictor_bank.KIND, spec)
         placement = self._header(self.placement, placement_file.KIND, spec)
+        proxies = self._header(self.proxy, proxy_file.KIND, spec)
         lines = []
         for name, made, source, origin in (
             ("predictors", predictors, "profile", profile),
             ("placement", placement, "profile", profile),
-            ("placement", placement, "predictors", predictors),
+            ("placement", placement, "predictors", predictors if spec.fires_sparsely else proxies),
+            ("proxies", proxies, "profile", profile),
         ):
             used = made.made_from.get(source) if made else None
             if used and origin and used != origin.key:

@@ -4,7 +4,9 @@ Strategies (PowerInfer, SOSP'24, for `learned`; gate-first skipping for `exact`)
   dense      every neuron is computed: the truth that the others are held against;
   exact      every gate (or up, where there is no gate) is computed, neurons that came out 0 end there: no loss;
   learned    a low-rank predictor names the neurons that will fire, and only those are computed;
-  certified  copies of the gates in 8 bits prove of most neurons that they come out 0, the others are computed: no loss.
+  certified  copies of the gates in 8 bits prove of most neurons that they come out 0, the others are computed: no loss;
+  proxy      where no activation is 0, copies of gate and up in 4 bits say what each neuron would add, and those that
+             would add little are left out.
 
 Prefill is dense whatever the strategy, as nearly every neuron fires for some token of a prompt. The strategy is used
 where `FFNRuntime.as_decode` is set, by evaluation for every token; an answer's tokens take the compiled step, which
@@ -26,9 +28,11 @@ from cpu_kernels.gemm import GemmScratch
 from cpu_kernels.low_rank import PredictorView, predict_tokens
 from cpu_kernels.matrix import Matrix
 from cpu_kernels.prompt_attention import PromptScratch
+from cpu_kernels.proxy import ProxyView, passing_of_tokens
 from cpu_kernels.sparse_ffn import FFNView, SparseFFNScratch, sparse_ffn
 from cpu_kernels.worker_pool import WorkerPool
 from predictor.low_rank import LowRankPredictor
+from predictor.proxy import LayerProxy
 from predictor.row_copies import LayerCopies
 from profiler.common.spec import Strategy
 
@@ -120,6 +124,7 @@ class HybridFFN(nn.Module):
         neurons = self.up.shape[0]
         self._all = np.arange(neurons, dtype=np.int32)
         self.certificate: CertificateView | None = None
+        self.proxy: ProxyView | None = None
         self.set_predictor(predictor)
 
     def set_copies(self, copies: LayerCopies | None) -> None:
@@ -131,6 +136,15 @@ class HybridFFN(nn.Module):
         bias = self.view.up_bias if self.gate is None else self.view.gate_bias
         given = copies.slope, copies.rest, bias, self.act.name, copies.deciding.columns
         self.certificate = CertificateView(copies.deciding.rows, *given)
+
+    def set_proxy(self, proxy: LayerProxy | None) -> None:
+        """Name neurons by `proxy`, which must lie in this FFN's order, from the next token on."""
+        self.proxy = None
+        if proxy is not None:
+            assert proxy.copies.up is not None
+            biases = (bias if bias.size else None for bias in (self.view.gate_bias, self.view.up_bias))
+            lengths, threshold = np.ascontiguousarray(proxy.lengths), np.float32(proxy.threshold)
+            self.proxy = ProxyView(proxy.copies.gate, proxy.copies.up, lengths, threshold, self.act.name, *biases)
 
     def set_predictor(self, predictor: LowRankPredictor | PredictorView | None) -> None:
         """Use `predictor`, whose neurons must lie in this FFN's order, from the next token on."""
@@ -163,6 +177,10 @@ class HybridFFN(nn.Module):
             if self.certificate is None:
                 raise RuntimeError("strategy certified needs copies of rows; the engine checks this when it loads")
             return name_tokens(self.certificate, x.numpy(), self.runtime.pool)
+        if self.runtime.strategy == "proxy":
+            if self.proxy is None:
+                raise RuntimeError("strategy proxy needs copies and thresholds; the engine checks this when it loads")
+            return passing_of_tokens(self.proxy, x.numpy(), self.runtime.pool)
         if self.runtime.strategy != "learned":
             rows = self._all if tokens == 1 else np.tile(self._all, tokens)
             return rows, np.arange(tokens + 1, dtype=np.int64) * self._all.size

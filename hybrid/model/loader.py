@@ -31,6 +31,7 @@ from hybrid.model.reader import CheckpointReader, FFNTensors, MatrixReader, Pack
 from hybrid.model.transformer import Attention, Block, LayerNorms, Linear, Transformer
 from placement.placement import Placement
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from profiler.common.spec import DType, KVChoice, ModelSpec
 
 _DTYPE_NAMES: dict[str, DType] = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
@@ -124,11 +125,12 @@ class ModelFolder:
         placement: Placement | None,
         bank: PredictorBank | None,
         bundle: Bundle | None = None,
+        proxies: ProxyBank | None = None,
     ) -> Transformer:
         """Read every weight, or map it where the folder is packed. Without a placement all neurons are cold.
 
         bundle: where a GGUF model of blocks has its run-time form, which is written there first, and where copies of
-        rows are for the strategy `certified`.
+        rows are for the strategy `certified`, and those for `proxy` unless `proxies` are given.
 
         A packed folder has its own predictors, which serve the strategy `learned` where there is no `bank`. Raises
         `ArtifactError` when they are missing, or for a placement other than that which the folder was packed by.
@@ -153,8 +155,12 @@ class ModelFolder:
         blocks = [self._block(reader, layer, runtime, placement, bank) for layer in range(self.spec.n_layers)]
         for block, predictor in zip(blocks, mapped, strict=False):
             block.ffn.set_predictor(predictor)
+        order = None if placement is None else placement.order
         if runtime.strategy == "certified" and bundle is not None:
-            self.use_copies([block.ffn for block in blocks], bundle, None if placement is None else placement.order)
+            self.use_copies([block.ffn for block in blocks], bundle, order)
+        if runtime.strategy == "proxy" and (proxies is not None or bundle is not None):
+            by = proxies if proxies is not None or bundle is None else bundle.load_proxies(self.spec)
+            self.use_proxies([block.ffn for block in blocks], by, order)
         embedding, positions, norm = reader.embedding(), reader.positions(), reader.norm("final_norm")
         assert norm is not None
         head = embedding if self.spec.tied else reader.head()
@@ -169,6 +175,14 @@ class ModelFolder:
             for layer, ffn in enumerate(ffns):
                 found = stored.layer(layer)
                 ffn.set_copies(found if order is None else found.reordered(order[layer]))
+
+    def use_proxies(self, ffns: Sequence[HybridFFN], proxies: ProxyBank | None, order: np.ndarray | None) -> None:
+        """Have layers name neurons by `proxies`, or none; order: as for `use_copies`."""
+        if isinstance(self.weights, PackedModel):
+            order = self.weights.order
+        for layer, ffn in enumerate(ffns):
+            found = None if proxies is None else proxies.layer(layer)
+            ffn.set_proxy(found if found is None or order is None else found.reordered(order[layer]))
 
     def _block(
         self, reader: Reader, layer: int, runtime: FFNRuntime, placement: Placement | None, bank: PredictorBank | None

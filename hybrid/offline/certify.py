@@ -16,6 +16,7 @@ from hybrid.formats.packed import PackedModel
 from hybrid.offline.project import Project
 from placement.placement import PlacementResult
 from predictor.bank import PredictorBank
+from predictor.proxy import ProxyBank
 from predictor.row_copies import KIND, CopiedPart, CopyForm, LayerCopies, write_copies
 from profiler.common.artifact import ArtifactHeader
 from profiler.common.progress import Progress
@@ -62,7 +63,7 @@ def certify(project: Project, progress: Progress) -> ArtifactHeader:
     return ArtifactHeader(KIND, spec.fingerprint, made_from)
 
 
-def is_worth_more(certified: PlacementResult, learned: PlacementResult, bank: PredictorBank | None) -> bool:
+def is_worth_more(certified: PlacementResult, learned: PlacementResult, bank: PredictorBank | ProxyBank | None) -> bool:
     """Whether certificates are faster than `exact`, where `bank` is None, or as fast as predictors, whose loss counts
     as time. Where that is not known, as of predictors that came with a file, it is for the user to say."""
     if bank is None:

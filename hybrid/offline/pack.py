@@ -195,7 +195,8 @@ class Packer:
         bundle = self._bundle
         if self.profile:
             self._copy_profile(self.profile, out / "hybrid" / bundle.profile.name)
-        for path in (bundle.predictors, bundle.report, bundle.placement):
+        proxies = () if self._spec.fires_sparsely else (bundle.proxy, bundle.copies)
+        for path in (bundle.predictors, bundle.report, bundle.placement, *proxies):
             if path.is_file():
                 copy_if_changed(path, out / "hybrid" / path.name)
         if bundle.predictors.is_file():

@@ -33,6 +33,7 @@ from placement.placement import Placement, PlacementResult, PlacementSettings, p
 from predictor import bank as predictor_bank
 from predictor.bank import PredictorBank
 from predictor.partial import TrainingState
+from predictor.proxy import ProxyBank
 from predictor.samples import FFNWeights
 from predictor.target import PredictorTarget
 from predictor.train import train_predictors
@@ -41,6 +42,7 @@ from profiler.common.artifact import ArtifactHeader, atomic_write
 from profiler.common.hardware import HardwareProfile
 from profiler.common.openmp import torch_threads
 from profiler.common.progress import Progress, no_progress
+from profiler.common.spec import Strategy
 from profiler.corpus import TokenWindows, corpus_files, corpus_hash, read_documents, token_windows
 from profiler.documents import Bad, Document
 from profiler.profile import NeuronProfile
@@ -91,6 +93,8 @@ class ProfileRequest:
 
 class Project:
     """One model folder with its bundle, and the steps that fill the bundle."""
+
+    strategy: Strategy = "learned"  # of what it trains
 
     def __init__(
         self,
@@ -169,13 +173,21 @@ class Project:
             raise InputError(self.why_dense())
 
     def why_dense(self) -> str:
-        """Why a model whose neurons all fire has nothing to prepare, and what there is to do instead."""
-        path = self.folder.path
-        packed = "" if self.folder.is_packed else f", and faster packed: hybrid pack {path} --dtype int8"
+        """Why there is no such thing for a model whose neurons all fire, and what there is instead."""
         return (
-            f"{self.spec.activation} fires densely: every neuron counts for every token, so there is nothing to "
-            f"predict; the model runs as it is: hybrid chat {path}{packed}"
+            f"{self.spec.activation} fires densely: no neuron is ever 0, so there is nothing to predict or to certify; "
+            f"neurons that add little can be left out, by proxies: {self.bundle.repair}"
         )
+
+    def require_strategy(self, strategy: Strategy) -> None:
+        """Raise `InputError` for a sparse strategy that this model has nothing for."""
+        if strategy != "proxy":
+            self.require_sparse()
+        elif self.spec.fires_sparsely:
+            raise InputError(
+                f"proxies are for models whose activation is never 0, this one's is {self.spec.activation}; "
+                "use certified, learned or exact"
+            )
 
     def require_source(self) -> None:
         """Raise `InputError` for a packed model: its neurons have another order, its weights another type."""
@@ -203,7 +215,6 @@ class Project:
         """Run the model over the corpus, and write and return the profile; `write` makes what text of its own is asked
         for."""
         self.require_source()
-        self.require_sparse()
         require_writable(self.bundle.path)
         header = NeuronProfile.make_header(self.spec, self.profile_origin(request))
         windows = self.windows(request)
@@ -309,14 +320,19 @@ class Project:
         }
 
     def place(
-        self, found: NeuronProfile, bank: PredictorBank | None, hardware: HardwareProfile, settings: PlacementSettings
+        self,
+        found: NeuronProfile,
+        bank: PredictorBank | ProxyBank | None,
+        hardware: HardwareProfile,
+        settings: PlacementSettings,
     ) -> PlacementResult:
         """Solve the placement; `write_placement` keeps it."""
         settings, sizes = settings.with_predictors(bank), predictor_sizes(self.spec, bank)
         if settings.strategy == "certified" and self.bundle.copies.is_file():
             settings = settings.with_certificates(self.bundle.copies_header(self.spec).made_from)
         origin = self.place_origin(found.header, bank.header if bank else None, hardware)
-        return place(self.spec, hardware, found.frequency(), sizes, settings, origin)
+        firing = bank.frequency() if isinstance(bank, ProxyBank) else found.frequency()
+        return place(self.spec, hardware, firing, sizes, settings, origin)
 
     def write_placement(self, placement: Placement) -> None:
         placement.save(self.bundle.placement)

@@ -23,14 +23,14 @@ class EngineConfig:
     """How to run a model; checked when built.
 
     sparsity: a strategy, or `auto`: where the activation fires sparsely `certified` if the placement is made for it or
-    there are copies of rows and no predictors, `learned` if those are there, `exact` if neither is, else `dense`.
-    context: tokens that the KV cache holds, by default the model's. threads: CPU threads, by default all available,
-    beside a GPU all but one in eight. bundle: the folder of the artefacts, by default the model's own. vram_budget:
-    bytes that may be taken from the GPU, as a number or a text such as 8GiB, 0 for none; by default what the stored
-    placement was made for, at most what is free. kv_tokens: tokens that sequences which share a KV pool have together,
-    by default as many as the context has. kv: how keys and values are kept, int8 or `auto`, in f16 or, where that does
-    not hold them, f32. prefill: how the tokens of a prompt are multiplied, `fast`, which is `auto`, in 11 to 22 bits,
-    or `precise`, in f32.
+    there are copies of rows and no predictors, `learned` if those are there, `exact` if neither is; elsewhere `proxy`
+    if proxies are there and placed, or `dense`. context: tokens that the KV cache holds, by default the model's.
+    threads: CPU threads, by default all available, beside a GPU all but one in eight. bundle: the folder of the
+    artefacts, by default the model's own. vram_budget: bytes that may be taken from the GPU, as a number or a text such
+    as 8GiB, 0 for none; by default what the stored placement was made for, at most what is free. kv_tokens: tokens that
+    sequences which share a KV pool have together, by default as many as the context has. kv: how keys and values are
+    kept, int8 or `auto`, in f16 or, where that does not hold them, f32. prefill: how the tokens of a prompt are
+    multiplied, `fast`, which is `auto`, in 11 to 22 bits, or `precise`, in f32.
     """
 
     sparsity: str = "auto"

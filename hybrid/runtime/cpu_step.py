@@ -17,6 +17,7 @@ from cpu_kernels.decode_buffers import (
     DENSE,
     EXACT,
     LEARNED,
+    PROXY,
     Column,
     Count,
     Ends,
@@ -31,6 +32,7 @@ from cpu_kernels.decode_buffers import (
 from cpu_kernels.decode_step import decode_step
 from cpu_kernels.lanes import stored_view
 from cpu_kernels.low_rank import PredictorView
+from cpu_kernels.proxy import ProxyView
 from cpu_kernels.worker_pool import Each
 from hybrid.model.ffn import FFNRuntime
 from hybrid.model.kv_cache import KVCache, Row
@@ -38,7 +40,7 @@ from hybrid.model.transformer import Block, Norm, Transformer
 from profiler.common.spec import Strategy
 
 _STRATEGIES: dict[Strategy, int] = {
-    "dense": DENSE, "exact": EXACT, "learned": LEARNED, "certified": CERTIFIED
+    "dense": DENSE, "exact": EXACT, "learned": LEARNED, "certified": CERTIFIED, "proxy": PROXY
 }  # fmt: skip
 
 
@@ -203,6 +205,8 @@ class CpuStep:
             self._put_predictor(row, predictor)
         if ffn.certificate is not None:
             self._put_certificate(row, ffn.certificate)
+        if ffn.proxy is not None:
+            self._put_proxy(row, ffn.proxy)
         return row
 
     def _put_predictor(self, row: np.ndarray, predictor: PredictorView) -> None:
@@ -226,6 +230,19 @@ class CpuStep:
         ):
             row[column] = part.ctypes.data
         self._kept += [certificate.rows, certificate.slope, certificate.rest]
+
+    def _put_proxy(self, row: np.ndarray, proxy: ProxyView) -> None:
+        if proxy.up.dtype != "int4":
+            raise ValueError(f"the step names neurons by copies in int4, got {proxy.up.dtype}")
+        gate = None if proxy.gate is None else proxy.gate.rows
+        for column, part in (
+            (Column.COPY, gate),
+            (Column.COPY_UP, proxy.up.rows),
+            (Column.COPY_LENGTHS, proxy.lengths),
+        ):
+            row[column] = 0 if part is None else part.ctypes.data
+        row[Column.THRESHOLD] = np.float32(proxy.threshold).view(np.int32)
+        self._kept += [part for part in (gate, proxy.up.rows, proxy.lengths) if part is not None]
 
     def _ends(self) -> np.ndarray:
         row, model = np.zeros(len(Column), np.int64), self._model

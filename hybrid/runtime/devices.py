@@ -58,7 +58,7 @@ def placement_for(
     Models without a profile have no order of neurons; whole layers go to the GPU as they fit. `notices` get what is to
     be known.
     """
-    sparse = folder.spec.fires_sparsely
+    sparse = folder.spec.fires_sparsely or strategy == "proxy"
     stored = _stored(bundle, folder, strategy, notices) if gpu is None or sparse else None
     if gpu is None:
         return stored or Placement.all_cold(folder.spec)
@@ -79,7 +79,8 @@ def placement_for(
     now = {"vram_budget": wanted, "context": context, "kv_tokens": kv_tokens}
     fits = folder.spec.kv == "auto" and wanted <= most  # a stored one is for keys and values as they are by default
     fits = fits and all(made.get(name) == value for name, value in now.items())
-    fits = fits and (strategy == "certified") == (made.get("strategy") == "certified")  # copies take of the budget
+    copied = ("certified", "proxy")  # copies take of the budget
+    fits = fits and (strategy in copied) == (made.get("strategy") in copied)
     if stored is not None and fits and _knew(made.get("hardware_profile"), hardware_of(bundle).to_json()):
         return stored
     return solve_within(bundle, folder, strategy, context, min(wanted, most), kv_tokens)
@@ -109,6 +110,11 @@ def solve_within(
     hardware = hardware_of(bundle)
     hardware = replace(hardware, vram_bytes=max(budget, hardware.vram_bytes))
     settings = PlacementSettings(budget, context, strategy, time_limit=_SOLVE_SECONDS, kv_tokens=kv_tokens)
+    if strategy == "proxy":
+        proxies = bundle.load_proxies(spec)
+        made = {"predictors": None if proxies.header is None else proxies.header.key}
+        sizes = predictor_sizes(spec, proxies)
+        return _in_packed_order(folder, place(spec, hardware, proxies.frequency(), sizes, settings, made).placement)
     if not spec.fires_sparsely:
         return place(spec, hardware, np.ones((spec.n_layers, spec.d_ff)), (0,) * spec.n_layers, settings, {}).placement
     profile = bundle.load_profile(spec, samples=False)
@@ -117,14 +123,17 @@ def solve_within(
     if strategy == "certified":
         settings = settings.with_certificates(bundle.copies_header(spec).made_from)
     found = place(spec, hardware, profile.frequency(), sizes, settings, {"profile": profile.header.key}).placement
-    if isinstance(folder.weights, PackedModel):  # the order of its rows is fixed, and was made from the same profile
-        found = replace(found, order=folder.weights.order)
-    return found
+    return _in_packed_order(folder, found)
+
+
+def _in_packed_order(folder: ModelFolder, found: Placement) -> Placement:
+    """The order of a packed folder's rows is fixed, and was made from the same profile."""
+    return replace(found, order=folder.weights.order) if isinstance(folder.weights, PackedModel) else found
 
 
 def _stored(bundle: Bundle, folder: ModelFolder, strategy: Strategy, notices: list[str]) -> Placement | None:
-    """The bundle's placement; `learned` needs one, the others run all-cold without."""
-    if strategy == "learned" or bundle.placement.is_file():
+    """The bundle's placement; `learned` and `proxy` need one, the others run all-cold without."""
+    if strategy in ("learned", "proxy") or bundle.placement.is_file():
         notices += bundle.stale(folder.spec)
         return bundle.load_placement(folder.spec)
     return None

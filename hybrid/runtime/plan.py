@@ -30,9 +30,8 @@ class RunPlan:
     """What an engine will be built from.
 
     gpu: None where everything runs on the CPU. bank: the predictors, None where none are used or a packed model brings
-    its own. threads: of the CPU. context: tokens that a sequence may
-    have. notices: what a user should know. kv_tokens: that the KV cache has room for, where more or less than one
-    context was asked for. prefill: of a prompt's products.
+    its own. threads: of the CPU. context: tokens that a sequence may have. notices: what a user should know. kv_tokens:
+    that the KV cache has room for, where more or less than one context was asked for. prefill: of a prompt's products.
     """
 
     folder: ModelFolder
@@ -85,12 +84,13 @@ def plan_run(
     context = check_context(spec, config.context)
     bundle = Bundle.of(folder.path, spec, config.bundle)
     notices = [*folder.notices, *import_artefacts(folder, bundle)]
-    notices += [] if spec.fires_sparsely else [f"{spec.activation} fires densely: every neuron is computed"]
     strategy = _strategy(folder, bundle, config.sparsity, placement, bank, notices)
     if strategy == "learned" and bank is None and not folder.is_packed:
         bank = _predictors(bundle, spec)
     if strategy == "certified":
         _require_copies(bundle, spec)
+    if strategy == "proxy":
+        _require_proxies(bundle)
     gpu = device or gpu_of(config.vram_budget)
     if placement is None:
         sizes = config.vram_budget, notices, config.kv_tokens
@@ -122,15 +122,22 @@ def _strategy(
     spec = folder.spec
     for strategy in STRATEGIES:
         if strategy == sparsity:
-            if strategy != "dense" and not spec.fires_sparsely:
-                problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use dense"
+            if strategy not in ("dense", "proxy") and not spec.fires_sparsely:
+                problem = f"{spec.activation} fires densely, so sparsity {sparsity} has no meaning; use proxy or dense"
                 raise InputError(problem, setting="sparsity")
+            if strategy == "proxy" and spec.fires_sparsely:
+                problem = f"sparsity proxy is for models whose activation is never 0, this one's is {spec.activation}"
+                raise InputError(f"{problem}; use certified, learned or exact", setting="sparsity")
             if strategy == "certified" and LAYOUTS[spec.dtype].in_blocks:
                 # Nothing is lost either way, and a copy would only be read beside rows that are no longer.
                 notices.append(f"rows of {spec.dtype} are no longer than a copy in 8 bits, so certified is exact here")
                 return "exact"
             return strategy
     if not spec.fires_sparsely:
+        placed = placement is not None or bundle.placement.is_file()
+        if bundle.proxy.is_file() and placed and spec.dtype != "int4":  # whose rows are no longer than their copies
+            return "proxy"
+        notices.append(f"{spec.activation} fires densely: every neuron is computed; fewer after: {bundle.repair}")
         return "dense"
     if bundle.copies.is_file() and _placed_for(bundle, spec, placement) == "certified":
         return "certified"
@@ -157,6 +164,13 @@ def _require_copies(bundle: Bundle, spec: ModelSpec) -> None:
             f"{bundle.copies} is missing; make it with: {bundle.certify}; or use sparsity exact, which needs none"
         )
     bundle.copies_header(spec)
+
+
+def _require_proxies(bundle: Bundle) -> None:
+    if not bundle.proxy.is_file():
+        raise ArtifactError(
+            f"{bundle.proxy} is missing; make it with: {bundle.repair}; or use sparsity dense, which needs none"
+        )
 
 
 def _predictors(bundle: Bundle, spec: ModelSpec) -> PredictorBank:

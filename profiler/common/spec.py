@@ -12,10 +12,10 @@ QKNorm = Literal["head", "all", "head layer"]
 KVChoice = Literal["auto", "int8"]
 KV_CHOICES: tuple[KVChoice, ...] = get_args(KVChoice)
 # Which neurons of an FFN are computed in decode: `hybrid.model.ffn` says what each does.
-Strategy = Literal["dense", "exact", "learned", "certified"]
+Strategy = Literal["dense", "exact", "learned", "certified", "proxy"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 # Those where something names neurons first, of which alone weights are read.
-NAMING: tuple[Strategy, ...] = ("learned", "certified")
+NAMING: tuple[Strategy, ...] = ("learned", "certified", "proxy")
 
 _SPARSE_ACTIVATIONS = frozenset({"relu", "relu2", "fatrelu", "drelu"})
 

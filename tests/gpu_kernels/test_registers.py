@@ -61,6 +61,19 @@ options = {"num_warps": tile.warps, "num_stages": tile.stages}
 compile(_prompt_kernel, known, floats | whole, {*floats, "q_stride"}, sys.argv[5], capability, **options)
 """
 
+PROXY = """
+from gpu_kernels.proxy import TILINGS, _passing_kernel
+
+d, tokens = int(sys.argv[1]), int(sys.argv[2])
+tiling = TILINGS["int4"]
+bytes_, floats = dict.fromkeys(("gate", "up"), "*u8"), dict.fromkeys(("lengths", "x"), "*fp32")
+whole = dict.fromkeys(("x_stride", "f", "groups"), "i32") | {"masks": "*i32", "threshold": "fp32"}
+known = {"gate_bias": None, "up_bias": None, "KIND": "int4", "K": d, "T": tokens, "ACTIVATION": 2, "PDL": True}
+known |= {"R": max(1, tiling.rows // tokens), "C": tiling.columns("int4", d)}
+aligned = {*bytes_, *floats, "masks", "x_stride"}
+compile(_passing_kernel, known, bytes_ | floats | whole, aligned, sys.argv[3], num_warps=tiling.warps)
+"""
+
 CERTIFY = """
 from gpu_kernels.certificate import _certify_kernel
 from gpu_kernels.gemv import TILINGS
@@ -97,6 +110,11 @@ def resources(script, *arguments, folder):
 def test_the_waiting_kernel_does_not_spill(d, parts, tmp_path):
     """Parts of hot neurons and of those read over PCIe, at the width of a 7B and of a 13B model."""
     assert resources(RECEIVE, d, parts, folder=tmp_path) == [("0", "0")]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_naming_by_proxies_does_not_spill(tokens, tmp_path):
+    assert resources(PROXY, 4096, tokens, folder=tmp_path) == [("0", "0")]
 
 
 @pytest.mark.parametrize("terms", [2, 3])

@@ -248,3 +248,18 @@ def test_certified_reads_copies_of_all_and_rows_of_those_in_doubt():
 def test_a_plan_without_certificates_is_not_for_certified():
     with pytest.raises(InputError, match="a plan has certificates where the strategy is certified"):
         small_model("certified")
+
+
+def test_proxy_reads_copies_of_all_and_whole_neurons_that_pass():
+    # Neurons of 3 rows of 4 f32: 48 bytes, of which proxy reads those that pass, and nothing of the others.
+    plan = VramPlan(small_spec(activation="silu"), 8, (0,), proxied=True)
+    model = CostModel(plan, ROUND_HARDWARE, FIRING, "proxy", group_size=1)
+    dense = CostModel(replace(plan, proxied=False), ROUND_HARDWARE, FIRING, "dense", group_size=1)
+    read, alone = model.evaluate(Choice.all_cpu(1)), dense.evaluate(Choice.all_cpu(1))
+    assert read.ffn == pytest.approx(1e-4 + 48 * FIRING.sum() / model.hardware.scattered_bandwidth)
+    assert read.predictor > alone.predictor == 0 and read.attention == alone.attention
+    assert model.evaluate(on_gpu(0)).predictor > 0
+    assert plan.total_bytes(on_gpu(0)) - replace(plan, proxied=False).total_bytes(on_gpu(0)) == plan.copy_bytes
+    assert ("proxies", plan.copy_bytes) in plan.rows(on_gpu(0))
+    with pytest.raises(InputError, match="a plan has proxies where the strategy is proxy"):
+        CostModel(plan, ROUND_HARDWARE, FIRING, "dense")

@@ -7,8 +7,8 @@ from predictor_cases import random_layer, random_samples, small_spec
 
 from predictor.linear_start import covariance, linear_start
 from predictor.low_rank import LowRankPredictor, quantize_rows
-from predictor.samples import FFNWeights, batches, split_documents
-from profiler.common.errors import CorpusError, InputError
+from predictor.samples import batches, split_documents
+from profiler.common.errors import CorpusError
 
 SHAPES = [(24, 37), (17, 61), (33, 8), (5, 3)]
 
@@ -31,9 +31,12 @@ def test_labels_and_mass_are_those_of_the_ffn(gated, activation):
     torch.testing.assert_close(mass, contributions.norm(dim=2))
 
 
-def test_dense_activation_is_refused():
-    with pytest.raises(InputError, match="silu fires densely"):
-        FFNWeights(None, torch.zeros(3, 2), torch.zeros(3, 2), "silu")
+def test_mass_of_an_activation_below_zero_is_a_length():
+    weights, x = random_layer(0, small_spec(activation="silu")), torch.randn(9, 24)
+    hidden = torch.nn.functional.silu(x @ weights.gate.T + weights.gate_bias) * (x @ weights.up.T)
+    fired, mass = weights.fired_and_mass(x)
+    assert fired.all() and (hidden < 0).any()
+    torch.testing.assert_close(mass, (hidden[:, :, None] * weights.down).norm(dim=2))
 
 
 @pytest.mark.parametrize(("d", "f"), SHAPES)

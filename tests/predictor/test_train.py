@@ -214,6 +214,8 @@ def test_bad_inputs_are_refused():
         train_predictors(SPEC, layers, inputs[:1], documents, ROOMY)
     with pytest.raises(CorpusError, match="more text"):
         train_predictors(SPEC, layers, inputs[:, :50], documents[:50], ROOMY)
+    with pytest.raises(InputError, match="silu fires densely"):
+        train_predictors(replace(SPEC, activation="silu"), layers, inputs, documents, ROOMY)
 
 
 def test_file_round_trip(trained, tmp_path):

@@ -342,3 +342,14 @@ def test_a_run_that_fails_leaves_nothing(script, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="stop"):
         script.make_synthetic(script.SyntheticConfig(**SMALL), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_silu_model_lets_the_share_pass_that_was_asked_for(script: ModuleType, tmp_path: Path) -> None:
+    config = script.SyntheticConfig(**SMALL, activation="silu", firing_share=0.4)
+    _, bank = script.make_synthetic(config, tmp_path / "model")
+    assert bank.frequency().mean(axis=1) == pytest.approx([0.4, 0.4], abs=0.03)
+    with Engine.load(tmp_path / "model", EngineConfig(threads=1, vram_budget=0)) as engine:
+        assert engine.plan.strategy == "proxy"
+        stats = [step.stats for step in engine.generate("abc", GREEDY)][-1]
+        counters = engine.runtime.counters
+        assert stats is not None and 0.3 < counters.computed / counters.neurons < 0.5

@@ -36,6 +36,7 @@ from gpu_kernels.gemv import gemv
 from gpu_kernels.low_rank import predict
 from gpu_kernels.mailbox import ask, post, receive, send
 from gpu_kernels.norm import residual_norm
+from gpu_kernels.proxy import name_passing
 from gpu_kernels.rope import rope
 from gpu_kernels.sparse_ffn import DeviceFFNView, down_parts, sparse_ffn
 from hybrid.generation import SamplingSettings
@@ -303,11 +304,14 @@ class GpuStep:
         return ways
 
     def _name(self, layer: GpuLayer, strategy: Strategy, normed: torch.Tensor) -> None:
-        """b.masks = which neurons some row needs, by the layer's predictor or its certificate."""
+        """b.masks = which neurons some row needs, by the layer's predictor, its certificate or its proxy."""
         b, count = self._buffers, normed.shape[0]
         if strategy == "certified":
             assert layer.certificate is not None
             certify(layer.certificate, normed, b.masks)
+        elif strategy == "proxy":
+            assert layer.proxy is not None
+            name_passing(layer.proxy, normed, b.masks)
         else:
             assert layer.predictor is not None
             predict(layer.predictor, normed, b.units[: count * len(layer.predictor.b1)].view(count, -1), b.masks)

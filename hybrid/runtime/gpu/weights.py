@@ -18,6 +18,7 @@ from gpu_kernels.certificate import DeviceCertificateView
 from gpu_kernels.low_rank import DevicePredictorView
 from gpu_kernels.matrix import DeviceMatrix
 from gpu_kernels.norm import residual_norm
+from gpu_kernels.proxy import DeviceProxyView
 from gpu_kernels.sparse_ffn import DeviceFFNView
 from hybrid.model.ffn import FFNMatrices, HybridFFN
 from hybrid.model.kv_cache import KVCache
@@ -27,7 +28,7 @@ from placement.placement import Placement
 from profiler.common.spec import ModelSpec
 
 DENSE, PREDICTORS, HOT, KV, HEAD = "dense weights", "predictors", "hot neurons", "KV cache", "head and final norm"
-CERTIFICATES = "certificates"
+CERTIFICATES, PROXIES = "certificates", "proxies"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,7 @@ class GpuLayer:
     down_bias: torch.Tensor | None
     predictor: DevicePredictorView | None
     certificate: DeviceCertificateView | None
+    proxy: DeviceProxyView | None
     cache: torch.Tensor
     scales: torch.Tensor | None
     window: int | None
@@ -123,6 +125,7 @@ def _layer(
         down_bias=_vector(arena, ffn.matrices.down_bias),
         predictor=_predictor(arena, ffn),
         certificate=_certificate(arena, ffn),
+        proxy=_proxy(arena, ffn),
         cache=arena.empty(KV, tuple(cache.data.shape[1:]), torch.from_numpy(cache.data).dtype),
         scales=None if cache.scales is None else arena.empty(KV, tuple(cache.scales.shape[1:])),
         window=attention.window,
@@ -165,6 +168,16 @@ def _predictor(arena: DeviceArena, ffn: HybridFFN) -> DevicePredictorView | None
 
     first, second = (put(p.fc1), put(p.s1), put(p.b1)), (put(p.fc2), put(p.s2), put(p.b2))
     return DevicePredictorView(*first, *second, float(p.threshold), p.d)
+
+
+def _proxy(arena: DeviceArena, ffn: HybridFFN) -> DeviceProxyView | None:
+    p = ffn.proxy
+    if p is None:
+        return None
+    gate = None if p.gate is None else _matrix(arena, PROXIES, p.gate)
+    up, lengths = _matrix(arena, PROXIES, p.up), arena.put(PROXIES, torch.from_numpy(p.lengths))
+    first, second = (None if b is None else arena.put(PROXIES, torch.from_numpy(b)) for b in (p.gate_bias, p.up_bias))
+    return DeviceProxyView(gate, up, lengths, float(p.threshold), p.activation, first, second)
 
 
 def _certificate(arena: DeviceArena, ffn: HybridFFN) -> DeviceCertificateView | None:
