@@ -207,6 +207,7 @@ class Transformer(nn.Module):
         ffn, pool = self.ffns[0], self.ffns[0].runtime.pool
         attention, rotations = self.blocks[0].attention, self.rotations(torch.zeros(1, dtype=torch.int64))
         attention.attend(torch.zeros(1, attention.qkv.matrix.shape[0]), rotations, KVCache(self.spec, 1))
+        self.final_norm(torch.zeros(1, self.spec.d_model), pool)
         matrices = {matrix.dtype: matrix for matrix in (self.blocks[0].attention.qkv.matrix, self.head.matrix, ffn.up)}
         for tokens in (1, ffn.runtime.few + 1):
             ffn.every(torch.zeros(tokens, self.spec.d_model), self.spec.d_ff - 1)
