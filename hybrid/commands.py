@@ -30,7 +30,7 @@ from hybrid.generation import SamplingSettings
 from hybrid.model.loader import ModelFolder
 from hybrid.model.powerinfer_import import import_artefacts, is_powerinfer
 from hybrid.offline.certify import certify as certify_neurons
-from hybrid.offline.certify import is_worth_a_copy, is_worth_more
+from hybrid.offline.certify import is_worth_more, uncertainty
 from hybrid.offline.export import export as export_powerinfer
 from hybrid.offline.own_text import Writer
 from hybrid.offline.pack import Packer
@@ -62,6 +62,9 @@ _CORPUS_PER_OWN = 6
 def prepare(model: Path | None, options: Options) -> None:
     """Profile, train, place; each skipped when what it would make is there."""
     project = _project(model, options)
+    if not project.spec.fires_sparsely and not project.spec.proxied:
+        click.echo("neurons never are 0, and copies of int4 rows would be as long as the rows: it runs dense")
+        return
     if is_powerinfer(project.folder) and not options["corpus"]:
         _prepare_imported(project, options)
         return
@@ -96,15 +99,15 @@ def _place_anew(project: Project, settings: PlacementSettings, hardware: Hardwar
     """Solve and write the placement, unless the present one is what would be made of the profile and predictors."""
     (profile, predictors), sparse = made, project.spec.fires_sparsely
     certified = replace(settings, strategy="certified")
-    ways = [(settings, predictors)] + [(certified, None)] * (sparse and project.bundle.copies.is_file())
+    ways = [(settings, predictors)] + [(certified, None)] * (sparse and project.has_copies())
     if any(project.placement_is_current(project.place_origin(profile, by, hardware), way) for way, by in ways):
         click.echo(f"place: {_CURRENT}", err=True)
         return
     found = project.load_profile(samples=False)
     bank = maker_of(project, progress).load_predictors() if predictors else None
     result = project.place(found, bank, hardware, settings)
-    if sparse and is_worth_a_copy(project):
-        other = project.place(found, None, hardware, certified)
+    if project.spec.certifiable:
+        other = project.place(found, None, hardware, certified.with_certificates(uncertainty(project)))
         if is_worth_more(other, result, bank):
             click.echo("certify: it is as fast, and loses nothing", err=True)
             certify_neurons(project, progress)

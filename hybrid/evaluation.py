@@ -64,7 +64,7 @@ def strategies_of(project: Project, by: Project | Proxies) -> tuple[list[Strateg
     what names neurons, by its maker `by`, if it is there."""
     sparse = project.spec.fires_sparsely
     strategies: list[Strategy] = ["dense", "exact"] if sparse else ["dense"]
-    if sparse and project.bundle.copies.is_file():
+    if project.spec.certifiable and project.bundle.copies.is_file():
         project.folder.use_copies(project.model.ffns, project.bundle)
         strategies.append("certified")
     trained = project.bundle.predictors if sparse else project.bundle.proxy

@@ -73,6 +73,8 @@ def main(model: Path | None, sparsity: Any, corpus: tuple[Path, ...], tokens: in
     config = EngineConfig(sparsity, window + _ANSWER, given["threads"], given["bundle"], vram_budget=0)
     counts, parted = [0, 0], 0
     with Engine.load(model, config) as engine, torch.inference_mode(), torch_threads(1):
+        if engine.plan.strategy != sparsity:
+            raise click.ClickException("; ".join(engine.notices))
         cache = KVCache(engine.model.spec, window)
         step = CpuStep(engine.model, cache, engine.runtime)
         with progress("text", len(texts), "window") as advance:

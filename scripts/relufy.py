@@ -77,6 +77,8 @@ def read_corpus(paths: Sequence[Path], codec: TextCodec, spec: ModelSpec) -> np.
                 else:
                     ids = codec.encode_document(document.text)
                 found.append(np.array(ids, np.int32))
+    if not found:
+        raise CorpusError(f"there is no text in {', '.join(map(str, paths))}; give files with some")
     return np.concatenate(found)
 
 

@@ -32,7 +32,7 @@ from hybrid.model.loader import ModelFolder
 from hybrid.runtime.config import EngineConfig
 from hybrid.runtime.devices import gpu_of
 from hybrid.runtime.engine import Engine
-from profiler.common.spec import STRATEGIES, Strategy
+from profiler.common.spec import NAMING, STRATEGIES, Strategy
 
 _WARM_UP_TOKENS = 4
 
@@ -98,6 +98,10 @@ class Bench:
         self._gpu = None if gpu_runner(engine) is None else gpu
         # Up to what the engine was loaded for: a model without predictors has no learned, a dense one nothing sparse.
         loaded = engine.plan.strategy
+        others = [strategy for strategy in config.strategies if strategy in NAMING and strategy != loaded]
+        if others:
+            told = "; ".join(["measure it by itself", *engine.notices])
+            raise InputError(f"{others[0]} does not run in an engine that was loaded for {loaded}: {told}")
         lossless = ("dense", "exact") if spec.fires_sparsely else ("dense",)
         every = [*(s for s in STRATEGIES[: STRATEGIES.index(loaded)] if s in lossless), loaded]
         self.strategies = cast("tuple[Strategy, ...]", config.strategies or tuple(every))

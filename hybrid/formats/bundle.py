@@ -120,6 +120,7 @@ class Bundle:
 
     def open_copies(self, spec: ModelSpec) -> AbstractContextManager[StoredCopies]:
         """Copies of rows for the strategy `certified`. Raises as `load_profile`."""
+        self.copies_header(spec)
         return open_copies(self.copies, spec, CopyForm.certified(spec), self.certify)
 
     def load_proxies(self, spec: ModelSpec) -> ProxyBank:
@@ -127,8 +128,14 @@ class Bundle:
         return ProxyBank.load(self.proxy, self.copies, spec, self.repair)
 
     def copies_header(self, spec: ModelSpec) -> ArtifactHeader:
-        """Of these copies. Raises as `load_profile`."""
-        return read_header(self.copies, row_copies.KIND, spec.fingerprint, self.certify)
+        """Of certificates' copies. Raises as `load_profile`, and `ArtifactError` where they are of weights in another
+        type, as those of a model are beside a packed one: their bounds are of other rows."""
+        header = read_header(self.copies, row_copies.KIND, spec.fingerprint, self.certify)
+        found = header.made_from.get("dtype")
+        if found != spec.dtype:
+            problem = f"{self.copies} has copies of weights in {found or 'another type'}, these are in {spec.dtype}"
+            raise ArtifactError(f"{problem}; make them with: {self.certify}")
+        return header
 
     def current(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
         """The header of the artefact at `path` if it is of this model and whole, which is to say that it loads."""

@@ -132,6 +132,8 @@ class HybridFFN(nn.Module):
         if copies is None:
             self.certificate = None
             return
+        if self.up.kind.layout.in_blocks:
+            raise ValueError(f"rows of {self.up.dtype} have no certificates; the plan runs them as exact")
         assert copies.slope is not None and copies.rest is not None
         bias = self.view.up_bias if self.gate is None else self.view.gate_bias
         given = copies.slope, copies.rest, bias, self.act.name, copies.deciding.columns

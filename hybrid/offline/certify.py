@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from cpu_kernels.certificate import CertificateView, name_tokens
-from cpu_kernels.contract import LAYOUTS
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.errors import InputError
 from hybrid.formats.folder import require_writable
@@ -32,16 +31,11 @@ _PRICE_OF_LOSS = 13.0
 def require_certifiable(project: Project) -> None:
     """Raise `InputError` where no neuron can be certified, or nothing is won by it."""
     project.require_sparse()
-    if not is_worth_a_copy(project):
+    if not project.spec.certifiable:
         raise InputError(
             f"rows of {project.spec.dtype} are no longer than a copy in 8 bits: there is nothing to certify; "
             "sparsity exact loses nothing and reads as little"
         )
-
-
-def is_worth_a_copy(project: Project) -> bool:
-    """Whether rows have more bits than their copies would have."""
-    return not LAYOUTS[project.spec.dtype].in_blocks
 
 
 def certify(project: Project, progress: Progress) -> ArtifactHeader:
@@ -53,14 +47,19 @@ def certify(project: Project, progress: Progress) -> ArtifactHeader:
     require_certifiable(project)
     require_writable(project.bundle.path)
     spec, path = project.spec, project.bundle.copies
-    profile = project.load_profile() if project.bundle.profile.is_file() else None
-    form, made_from = CopyForm.certified(spec), dict[str, Any]()
-    if profile is not None:
-        made_from = {"profile": profile.header.key, "uncertain": _uncertain(project, profile, form)}
+    form, made_from = CopyForm.certified(spec), {"dtype": spec.dtype, **uncertainty(project)}
     with progress("certify", spec.n_layers, "layer") as advance:
         layers = (_copies(project, form, layer) for layer in range(spec.n_layers))
         write_copies(path, spec, form, made_from, layers, advance)
     return ArtifactHeader(KIND, spec.fingerprint, made_from)
+
+
+def uncertainty(project: Project) -> dict[str, Any]:
+    """Which share of silent neurons copies would leave in doubt, by which profile's samples; without one nothing."""
+    if not project.bundle.profile.is_file():
+        return {}
+    profile = project.load_profile()
+    return {"profile": profile.header.key, "uncertain": _uncertain(project, profile, CopyForm.certified(project.spec))}
 
 
 def is_worth_more(certified: PlacementResult, learned: PlacementResult, bank: PredictorBank | ProxyBank | None) -> bool:

@@ -19,7 +19,7 @@ Writer = Callable[[np.ndarray, int, int, Callable[[int], None]], np.ndarray]
 _KIND = "partial own text"
 _PROMPT_SHARE = 8  # one in so many of a window's tokens are the corpus's
 _GROUP = 16  # windows between which what was made can be kept
-_SAVE_SECONDS = 300.0  # what a killed run loses at most
+_SAVE_SECONDS = 300.0  # after so long what was made is kept, once a group is done
 
 
 def own_windows(
@@ -48,6 +48,8 @@ def own_windows(
                 raise
             write_tensors(path, header, {"texts": texts.astype(np.int32)})
             raise KeyboardInterrupt(f"{len(texts)} of {count} texts are kept, run it again to go on") from None
+    if done < count:
+        write_tensors(path, header, {"texts": texts.astype(np.int32)})  # until the profile is written
     owners = corpus.documents[:count].copy()
     owners[:, known:] = owners[:, known - 1 : known]
     return TokenWindows(texts, owners)

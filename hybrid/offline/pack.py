@@ -195,8 +195,10 @@ class Packer:
         bundle = self._bundle
         if self.profile:
             self._copy_profile(self.profile, out / "hybrid" / bundle.profile.name)
-        proxies = () if self._spec.fires_sparsely else (bundle.proxy, bundle.copies)
-        for path in (bundle.predictors, bundle.report, bundle.placement, *proxies):
+        # Certificates bound the rounding of the very rows, so they go along where these stay as they are.
+        same = self._spec.dtype == self._folder.spec.dtype
+        copies = () if self._spec.fires_sparsely and not same else (bundle.copies,)
+        for path in (bundle.predictors, bundle.report, bundle.placement, bundle.proxy, *copies):
             if path.is_file():
                 copy_if_changed(path, out / "hybrid" / path.name)
         if bundle.predictors.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hybrid.errors import ArtifactError, CorpusError
+from hybrid.errors import ArtifactError, CorpusError, InputError
 from hybrid.formats.folder import require_writable
 from hybrid.offline.evaluate import perplexity
 from hybrid.offline.project import Project, check_seed
@@ -33,9 +33,12 @@ class Proxies:
     def train(self, found: NeuronProfile, target: PredictorTarget, seed: int) -> ProxyBank:
         """Copy rows, unless that is done, set thresholds, count who passes them, write and return all of it.
 
-        Raises `CorpusError` for a profile without text to measure perplexity on.
+        Raises `InputError` for rows as short as their copies, `CorpusError` for a profile without text to measure
+        perplexity on.
         """
         project = self._project
+        if not project.spec.proxied:
+            raise InputError("rows of int4 are no longer than copies in 4 bits: proxies win nothing; run it dense")
         project.require_source()
         require_writable(project.bundle.path)
         check_seed(seed)

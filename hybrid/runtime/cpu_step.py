@@ -42,6 +42,8 @@ from profiler.common.spec import Strategy
 _STRATEGIES: dict[Strategy, int] = {
     "dense": DENSE, "exact": EXACT, "learned": LEARNED, "certified": CERTIFIED, "proxy": PROXY
 }  # fmt: skip
+# Where a layer's row has the address of what the strategy names neurons by.
+_NAMED_BY = {"learned": Column.FC1, "certified": Column.COPY_SLOPE, "proxy": Column.COPY_UP}
 
 
 class StepArguments(NamedTuple):
@@ -106,6 +108,7 @@ class CpuStep:
 
         first: rows before it get no logits.
         """
+        self._require(strategy)
         self._shared.ticks[:], self._shared.tallies[:] = 0, 0
         self.place(rows)
         start, count = perf_counter(), len(rows)
@@ -133,13 +136,20 @@ class CpuStep:
             used = position // cache.block_size + 1
             shared.tables[number, :used] = cache.table[:used]
 
+    def _require(self, strategy: Strategy) -> None:
+        """Raise `RuntimeError` where layers lack what the strategy names neurons by, of which there is no address."""
+        column = _NAMED_BY.get(strategy)
+        if column is not None and not self._table[0, column]:
+            raise RuntimeError(f"this engine was not loaded for {strategy}, and has nothing to name neurons by")
+
     def load_kernels(self) -> None:
         """Compile the step, or read it from its cache, by a run over no layers and no head, which reads one row."""
         self._shared.tokens[0] = self._shared.positions[0] = 0
         self._run(self._table[-1:], self._shape._replace(vocab=0), 1)
 
     def arguments(self, strategy: Strategy) -> StepArguments:
-        """What compiled code needs of the model."""
+        """What compiled code needs of the model. Raises `RuntimeError` as `rows` does."""
+        self._require(strategy)
         shape, eps = self._shape._replace(strategy=_STRATEGIES[strategy]), float(self._model.spec.norm_eps)
         return StepArguments(self._likes, self._table, shape, eps, self._rotation, self._shared, self._owns)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cpu_kernels.contract import LAYOUTS, Precision
+from cpu_kernels.contract import Precision
 from cpu_kernels.worker_pool import available_cpus
 from hybrid.console import counted, percent
 from hybrid.errors import ArtifactError, InputError
@@ -128,24 +128,26 @@ def _strategy(
             if strategy == "proxy" and spec.fires_sparsely:
                 problem = f"sparsity proxy is for models whose activation is never 0, this one's is {spec.activation}"
                 raise InputError(f"{problem}; use certified, learned or exact", setting="sparsity")
-            if strategy == "certified" and LAYOUTS[spec.dtype].in_blocks:
+            if strategy == "certified" and not spec.certifiable:
                 # Nothing is lost either way, and a copy would only be read beside rows that are no longer.
                 notices.append(f"rows of {spec.dtype} are no longer than a copy in 8 bits, so certified is exact here")
                 return "exact"
             return strategy
     if not spec.fires_sparsely:
         placed = placement is not None or bundle.placement.is_file()
-        if bundle.proxy.is_file() and placed and spec.dtype != "int4":  # whose rows are no longer than their copies
+        if bundle.proxy.is_file() and placed and spec.proxied:
             return "proxy"
-        notices.append(f"{spec.activation} fires densely: every neuron is computed; fewer after: {bundle.repair}")
+        fewer = f"fewer after: {bundle.repair}" if spec.proxied else "copies of int4 rows would be as long as the rows"
+        notices.append(f"{spec.activation} fires densely: every neuron is computed; {fewer}")
         return "dense"
-    if bundle.copies.is_file() and _placed_for(bundle, spec, placement) == "certified":
+    copied = spec.certifiable and bundle.copies.is_file()
+    if copied and _placed_for(bundle, spec, placement) == "certified":
         return "certified"
     stored = folder.path / PREDICTORS_FILE if folder.is_packed else bundle.predictors
     placed = placement is not None or bundle.placement.is_file()
     if placed and (bank is not None or stored.is_file()):
         return "learned"
-    if bundle.copies.is_file() and not LAYOUTS[spec.dtype].in_blocks:
+    if copied:
         return "certified"
     notices.append(f"not prepared, so exact: every gate is computed, nothing is lost; faster after: {bundle.repair}")
     return "exact"

@@ -110,6 +110,16 @@ class ModelSpec:
         """True when the activation is exactly zero for many inputs, so that neurons can be skipped without loss."""
         return fires_sparsely(self.activation)
 
+    @property
+    def certifiable(self) -> bool:
+        """Whether copies of rows in 8 bits can prove neurons to be 0, and are shorter than the rows."""
+        return self.fires_sparsely and not LAYOUTS[self.dtype].in_blocks
+
+    @property
+    def proxied(self) -> bool:
+        """Whether no neuron is ever 0, and copies of rows in 4 bits are shorter than the rows."""
+        return not self.fires_sparsely and self.dtype != "int4"
+
     def row_bytes(self, columns: int) -> int:
         """Bytes of a matrix row of `columns` weights; in blocks this counts scales and padding."""
         return LAYOUTS[self.dtype].row_bytes(columns)

@@ -99,4 +99,4 @@ def test_the_commands(tmp_path, capsys):
 
 def test_without_a_profile_there_is_less_to_say(tmp_path):
     make_model("opt", tmp_path)
-    assert certify(Project(tmp_path, None, 1, no_progress), no_progress).made_from == {}
+    assert certify(Project(tmp_path, None, 1, no_progress), no_progress).made_from == {"dtype": "f32"}

@@ -1,5 +1,7 @@
 """`certified` from end to end: the bits of `exact` on the CPU, its tokens on two devices, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from step_cases import (
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid import Engine, EngineConfig
+from hybrid.bench.bench import Bench, BenchConfig
 from hybrid.console import progress
 from hybrid.errors import ArtifactError, InputError
 from hybrid.model.ffn import FFNCounters, FFNRuntime
@@ -136,7 +139,7 @@ def test_an_engine_answers_as_dense_does(folder, tmp_path):
     pack(folder, tmp_path / "packed", "bf16")
     for path in (folder, tmp_path / "packed"):
         made = make_copies(path)
-        assert made.made_from == {}
+        assert set(made.made_from) == {"dtype"}
         answers = []
         for sparsity in ("dense", "certified"):
             with Engine.load(path, EngineConfig(sparsity, context=40, threads=2, vram_budget=0)) as engine:
@@ -176,6 +179,49 @@ def test_rows_in_blocks_have_nothing_to_certify(folder, tmp_path):
     assert any("so certified is exact here" in notice for notice in plan.notices)
     with pytest.raises(InputError, match="nothing to certify"):
         make_copies(tmp_path / "blocks")
+
+
+def test_copies_of_another_type_are_not_taken(folder, tmp_path):
+    """Their bounds are of other rows: beside a packed model in blocks `auto` passes them by, else they are refused."""
+    make_copies(folder)
+    placement = Placement.all_cold(ModelFolder.open(folder).spec)
+    bundle = folder / "hybrid"
+    replace(placement, made_from={"strategy": "certified"}).save(bundle / "placement.safetensors")
+    assert plan_run(ModelFolder.open(folder), EngineConfig(vram_budget=0)).strategy == "certified"
+    for dtype in ("int4", "bf16"):
+        pack(folder, tmp_path / dtype, dtype)
+        assert not (tmp_path / dtype / "hybrid" / "copies.safetensors").exists()
+    there = EngineConfig(bundle=bundle, vram_budget=0)
+    assert plan_run(ModelFolder.open(tmp_path / "int4"), there).strategy == "exact"
+    with pytest.raises(ArtifactError, match="copies of weights in f32, these are in bf16; make them with: "):
+        plan_run(ModelFolder.open(tmp_path / "bf16"), replace(there, sparsity="certified"))
+
+
+def test_copies_go_along_with_rows_that_stay_as_they_are(tmp_path):
+    make_model("llama-relu", tmp_path / "m", torch.bfloat16)
+    make_copies(tmp_path / "m")
+    pack(tmp_path / "m", tmp_path / "packed", "bf16")
+    config = EngineConfig("certified", vram_budget=0)
+    assert plan_run(ModelFolder.open(tmp_path / "packed"), config).strategy == "certified"
+
+
+@pytest.mark.parametrize("strategy", ["learned", "certified", "proxy"])
+def test_a_step_refuses_what_it_was_not_loaded_for(folder, strategy):
+    with Engine.load(folder, EngineConfig("exact", context=40, threads=1, vram_budget=0)) as engine:
+        cache = KVCache(engine.model.spec, 8)
+        with pytest.raises(RuntimeError, match=f"was not loaded for {strategy}"):
+            CpuStep(engine.model, cache, engine.runtime).rows([Row(cache, 5)], strategy)
+
+
+def test_bench_says_what_the_engine_does_not_run(folder, tmp_path):
+    pack(folder, tmp_path / "blocks", "int8")
+    config, wanted = (
+        EngineConfig("certified", context=40, threads=1, vram_budget=0),
+        BenchConfig(("certified",), 4, 2, 1),
+    )
+    refused = pytest.raises(InputError, match=r"certified does not run .* loaded for exact: .*certified is exact here")
+    with Engine.load(tmp_path / "blocks", config) as engine, refused:
+        Bench(engine, wanted)
 
 
 def test_an_activation_that_is_never_0_is_refused(tmp_path):
