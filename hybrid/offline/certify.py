@@ -59,6 +59,8 @@ def uncertainty(project: Project) -> dict[str, Any]:
     if not project.bundle.profile.is_file():
         return {}
     profile = project.load_profile()
+    if not profile.inputs.size:  # counts that came with a file have no samples
+        return {}
     return {"profile": profile.header.key, "uncertain": _uncertain(project, profile, CopyForm.certified(project.spec))}
 
 

@@ -48,8 +48,6 @@ def own_windows(
                 raise
             write_tensors(path, header, {"texts": texts.astype(np.int32)})
             raise KeyboardInterrupt(f"{len(texts)} of {count} texts are kept, run it again to go on") from None
-    if done < count:
-        write_tensors(path, header, {"texts": texts.astype(np.int32)})  # until the profile is written
     owners = corpus.documents[:count].copy()
     owners[:, known:] = owners[:, known - 1 : known]
     return TokenWindows(texts, owners)

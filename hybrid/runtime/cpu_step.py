@@ -148,8 +148,7 @@ class CpuStep:
         self._run(self._table[-1:], self._shape._replace(vocab=0), 1)
 
     def arguments(self, strategy: Strategy) -> StepArguments:
-        """What compiled code needs of the model. Raises `RuntimeError` as `rows` does."""
-        self._require(strategy)
+        """What compiled code needs of the model; where a GPU names neurons, that is not here."""
         shape, eps = self._shape._replace(strategy=_STRATEGIES[strategy]), float(self._model.spec.norm_eps)
         return StepArguments(self._likes, self._table, shape, eps, self._rotation, self._shared, self._owns)
 
