@@ -99,7 +99,7 @@ def _place_anew(project: Project, settings: PlacementSettings, hardware: Hardwar
     """Solve and write the placement, unless the present one is what would be made of the profile and predictors."""
     (profile, predictors), sparse = made, project.spec.fires_sparsely
     certified = replace(settings, strategy="certified")
-    ways = [(settings, predictors)] + [(certified, None)] * (sparse and project.has_copies())
+    ways = [(settings, predictors)] + [(certified, None)] * (sparse and project.bundle.has_copies(project.spec))
     if any(project.placement_is_current(project.place_origin(profile, by, hardware), way) for way, by in ways):
         click.echo(f"place: {_CURRENT}", err=True)
         return
@@ -107,10 +107,11 @@ def _place_anew(project: Project, settings: PlacementSettings, hardware: Hardwar
     bank = maker_of(project, progress).load_predictors() if predictors else None
     result = project.place(found, bank, hardware, settings)
     if project.spec.certifiable:
-        other = project.place(found, None, hardware, certified.with_certificates(uncertainty(project)))
+        doubt = uncertainty(project)
+        other = project.place(found, None, hardware, certified.with_certificates(doubt))
         if is_worth_more(other, result, bank):
             click.echo("certify: it is as fast, and loses nothing", err=True)
-            certify_neurons(project, progress)
+            certify_neurons(project, progress, doubt)
             result = other
     project.write_placement(result.placement)
     click.echo(f"place: {_placement_summary(result, counts_of(found, bank), hardware.has_gpu)}", err=True)

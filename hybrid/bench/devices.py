@@ -182,7 +182,7 @@ def known_firing(bundle: Bundle, spec: ModelSpec) -> Firing:
     frequency = bundle.load_profile(spec, samples=False).frequency() if bundle.profile.is_file() else None
     report = PredictorBank.load(bundle.predictors, spec).report if bundle.predictors.is_file() else None
     ratio = 1.0 if report is None else max(1.0, report.overall.active_ratio)
-    made = bundle.copies_header(spec).made_from if bundle.copies.is_file() else {}
+    made = bundle.copies_header(spec).made_from if bundle.has_copies(spec) else {}
     return Firing(frequency, ratio, made.get("uncertain", UNCERTAIN))
 
 

@@ -137,6 +137,14 @@ class Bundle:
             raise ArtifactError(f"{problem}; make them with: {self.certify}")
         return header
 
+    def has_copies(self, spec: ModelSpec) -> bool:
+        """Whether certificates are there, of this model's weights in this type."""
+        try:
+            self.copies_header(spec)
+        except ArtifactError:
+            return False
+        return True
+
     def current(self, path: Path, kind: str, spec: ModelSpec) -> ArtifactHeader | None:
         """The header of the artefact at `path` if it is of this model and whole, which is to say that it loads."""
         try:

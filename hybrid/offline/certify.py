@@ -38,16 +38,19 @@ def require_certifiable(project: Project) -> None:
         )
 
 
-def certify(project: Project, progress: Progress) -> ArtifactHeader:
+def certify(project: Project, progress: Progress, doubt: dict[str, Any] | None = None) -> ArtifactHeader:
     """Make and write the copies of rows that decide, in the checkpoint's order, and return what was written.
 
-    With a profile, its samples say which share of silent neurons is named all the same. Raises `InputError` as
+    doubt: what `uncertainty` says, where it was asked already. Raises `InputError` as
     `require_certifiable` does, `ArtifactError` when the file cannot be written.
     """
     require_certifiable(project)
     require_writable(project.bundle.path)
     spec, path = project.spec, project.bundle.copies
-    form, made_from = CopyForm.certified(spec), {"dtype": spec.dtype, **uncertainty(project)}
+    form, made_from = (
+        CopyForm.certified(spec),
+        {"dtype": spec.dtype, **(uncertainty(project) if doubt is None else doubt)},
+    )
     with progress("certify", spec.n_layers, "layer") as advance:
         layers = (_copies(project, form, layer) for layer in range(spec.n_layers))
         write_copies(path, spec, form, made_from, layers, advance)

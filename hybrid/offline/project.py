@@ -17,7 +17,7 @@ import torch
 
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid.console import counted
-from hybrid.errors import ArtifactError, ContextError, InputError, ModelError
+from hybrid.errors import ContextError, InputError, ModelError
 from hybrid.formats.bundle import Bundle
 from hybrid.formats.folder import require_writable
 from hybrid.formats.packed import PackedModel
@@ -328,19 +328,11 @@ class Project:
     ) -> PlacementResult:
         """Solve the placement; `write_placement` keeps it."""
         settings, sizes = settings.with_predictors(bank), predictor_sizes(self.spec, bank)
-        if settings.strategy == "certified" and self.has_copies():
+        if settings.strategy == "certified" and self.bundle.has_copies(self.spec):
             settings = settings.with_certificates(self.bundle.copies_header(self.spec).made_from)
         origin = self.place_origin(found.header, bank.header if bank else None, hardware)
         firing = bank.frequency() if isinstance(bank, ProxyBank) else found.frequency()
         return place(self.spec, hardware, firing, sizes, settings, origin)
-
-    def has_copies(self) -> bool:
-        """Whether certificates are there, of this model's weights in this type."""
-        try:
-            self.bundle.copies_header(self.spec)
-        except ArtifactError:
-            return False
-        return True
 
     def write_placement(self, placement: Placement) -> None:
         placement.save(self.bundle.placement)

@@ -23,8 +23,10 @@ from step_cases import (
 from cpu_kernels.worker_pool import WorkerPool
 from hybrid import Engine, EngineConfig
 from hybrid.bench.bench import Bench, BenchConfig
+from hybrid.bench.devices import known_firing
 from hybrid.console import progress
 from hybrid.errors import ArtifactError, InputError
+from hybrid.formats.bundle import Bundle
 from hybrid.model.ffn import FFNCounters, FFNRuntime
 from hybrid.model.kv_cache import KVCache, Row
 from hybrid.model.loader import ModelFolder
@@ -32,6 +34,7 @@ from hybrid.offline.certify import certify
 from hybrid.offline.project import Project
 from hybrid.runtime.cpu_step import CpuStep
 from hybrid.runtime.plan import plan_run
+from placement.cost import UNCERTAIN
 from placement.placement import Placement
 
 pytest.importorskip("transformers")
@@ -195,6 +198,8 @@ def test_copies_of_another_type_are_not_taken(folder, tmp_path):
     assert plan_run(ModelFolder.open(tmp_path / "int4"), there).strategy == "exact"
     with pytest.raises(ArtifactError, match="copies of weights in f32, these are in bf16; make them with: "):
         plan_run(ModelFolder.open(tmp_path / "bf16"), replace(there, sparsity="certified"))
+    spec = ModelFolder.open(tmp_path / "bf16").spec
+    assert known_firing(Bundle.of(tmp_path / "bf16", spec, bundle), spec).uncertain == UNCERTAIN  # bench goes on
 
 
 def test_copies_go_along_with_rows_that_stay_as_they_are(tmp_path):
